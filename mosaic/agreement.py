@@ -1,0 +1,125 @@
+"""Ranks that disagree are found before a collective can hang, or before a wrong number comes out.
+
+When a graph is compiled the ranks compare digests of what they are about to do, through the process
+group's store: no collective, so nothing hangs. When it first runs they compare checksums of whole
+inputs and parameters: the commonest mistake is a sampler that gives every rank other data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mosaic.capture import Input
+from mosaic.errors import MosaicError, ShardingError
+from mosaic.torch_private import default_store
+
+TIMEOUT = timedelta(seconds=30)
+_compiles: dict[str, int] = defaultdict(int)
+
+
+def digest(**facts: str) -> str:
+    """A short hash of each fact, so that an error can say which one differs."""
+    return json.dumps({k: hashlib.sha256(v.encode()).hexdigest()[:16] for k, v in facts.items()})
+
+
+def agree(group: dist.ProcessGroup | None, facts: str) -> None:
+    """Raise ShardingError, naming the ranks, if this is not what every rank of ``group`` says.
+
+    A rank that fails before it gets here says so through ``report_failure``.
+    """
+    if group is None or dist.get_backend(group) == "fake":
+        return
+    store, ranks, prefix = default_store(), dist.get_process_group_ranks(group), _key(group)
+    _compiles[prefix] += 1
+    keys = {rank: f"{prefix}/{_compiles[prefix]}/{rank}" for rank in ranks}
+    store.set(keys[dist.get_rank()], facts)
+    try:
+        store.wait(list(keys.values()), TIMEOUT)
+    except (RuntimeError, dist.DistError):
+        late = [rank for rank, key in keys.items() if not store.check([key])]
+        raise ShardingError(
+            f"ranks {late} did not compile this graph within {TIMEOUT.seconds} s",
+            ranks=f"this is rank {dist.get_rank()} of {ranks}, compile {_compiles[prefix]}",
+            fix="every rank must run the same program with inputs of the same sizes",
+        ) from None
+    _compare({rank: store.get(key).decode() for rank, key in keys.items()}, facts)
+
+
+def _key(group: dist.ProcessGroup) -> str:
+    return "mosaic/" + "-".join(map(str, dist.get_process_group_ranks(group)))
+
+
+def report_failure(group: dist.ProcessGroup | None, error: BaseException) -> None:
+    """Tell the others at once, so that they do not wait for this rank."""
+    if group is None or dist.get_backend(group) == "fake":
+        return
+    prefix = _key(group)
+    _compiles[prefix] += 1
+    store = default_store()
+    store.set(f"{prefix}/{_compiles[prefix]}/{dist.get_rank()}", f"failed: {error}")
+
+
+def _compare(said: dict[int, str], mine: str) -> None:
+    failed = {rank: text for rank, text in said.items() if text.startswith("failed: ")}
+    for rank, text in failed.items():
+        raise MosaicError(f"rank {rank} could not compile this graph", reason=text[8:])
+    other = {rank: json.loads(text) for rank, text in said.items() if text != mine}
+    if not other:
+        return
+    own = json.loads(mine)
+    parts = sorted({k for facts in other.values() for k in own if facts.get(k) != own[k]})
+    raise ShardingError(
+        f"ranks {sorted(other)} compiled another program than rank {dist.get_rank()}",
+        differs=", ".join(parts),
+        fix="give every rank the same model, spec, versions, and inputs of the same sizes",
+    )
+
+
+def check_data(group: dist.ProcessGroup, inputs: Sequence[Input], values: Sequence[Any]) -> None:
+    """Compare checksums of the graph's whole inputs across the ranks; one small all-gather."""
+    pairs = [(i, v) for i, v in zip(inputs, values, strict=True) if isinstance(v, torch.Tensor)]
+    if not pairs:
+        return
+    device = pairs[0][1].device
+    sums = torch.stack([checksum(v).to(device) for _, v in pairs])
+    everyone = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, sums, group)
+    differ = [
+        (i, [r for r, theirs in enumerate(everyone) if not same(theirs[row], sums[row])])
+        for row, (i, _) in enumerate(pairs)
+    ]
+    wrong = [(i, ranks) for i, ranks in differ if ranks]
+    if not wrong:
+        return
+    given, ranks = wrong[0]
+    what = "parameter or buffer" if given.is_state else "argument"
+    raise ShardingError(
+        f"ranks of one sequence-parallel group were given different data: {what} {given.name}",
+        ranks=f"{ranks} differ from rank {dist.get_rank(group)}",
+        fix=SAME_STATE if given.is_state else SAME_DATA,
+    )
+
+
+SAME_STATE = "seed the ranks alike before building the model, or broadcast its state_dict"
+SAME_DATA = (
+    "seed your sampler by mosaic.get_context().dp_rank, so that ranks of one group see the same batch"
+)
+
+
+def checksum(x: torch.Tensor) -> torch.Tensor:
+    """Two float64 numbers that depend on every element and its position."""
+    flat = x.detach().reshape(-1).to(torch.float64)
+    ramp = torch.arange(flat.numel(), dtype=torch.float64, device=flat.device) % 8191 + 1
+    return torch.stack([flat.sum(), (flat * ramp).sum()])
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan()))

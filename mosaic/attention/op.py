@@ -1,0 +1,102 @@
+"""The op that stands for a sharded attention in a graph, until the lowering.
+
+It is opaque to AOTAutograd and has a backward of its own. Differentiating through a merge would be
+silently wrong, as the log-sum-exp of a kernel has no gradient; and collectives that the partitioner
+sees are always saved. So q, k, v, out and lse are all that is kept.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mosaic.attention import METHODS
+from mosaic.attention.merge import accumulator
+from mosaic.attention.plan import AttentionPlan
+from mosaic.moves import fresh
+
+decode = lru_cache(maxsize=None)(AttentionPlan.decode)
+
+
+def forward_program(q, k, v, mask: Tensor | None, seed: Tensor | None, plan: str) -> tuple[Tensor, Tensor]:
+    """``attention`` in aten ops and functional collectives: what the op runs and lowering traces."""
+    chosen = decode(plan)
+    out, lse = METHODS[chosen.method].forward(q, k, v, mask, seed, chosen)
+    return out.to(q.dtype).contiguous(), lse.contiguous()
+
+
+def backward_program(
+    dout, q, k, v, mask: Tensor | None, seed: Tensor | None, out, lse, plan: str, need_dmask: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``attention_backward`` in aten ops and functional collectives."""
+    chosen = decode(plan)
+    method = METHODS[chosen.method]
+    *grads, dmask = method.backward(dout, q, k, v, mask, seed, out, lse, chosen, need_dmask)
+    dq, dk, dv = (grad.to(x.dtype).contiguous() for grad, x in zip(grads, (q, k, v), strict=True))
+    if dmask is None:
+        return dq, dk, dv, q.new_empty([0])
+    return dq, dk, dv, dmask.to(mask.dtype).contiguous()
+
+
+@torch.library.custom_op(
+    "mosaic::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, str plan) -> (Tensor, Tensor)",
+)
+def attention(q, k, v, mask, seed, plan):
+    """Attention of this rank's queries over all ranks' keys.
+
+    q (batch, heads, seq, head_dim), k (batch, kv_heads, keys, head_dim), v (batch, kv_heads, keys,
+    v_dim): local shards. ``mask`` (batch|1, heads|1, seq|1, all keys|1): this rank's rows, boolean
+    or added to the scores. ``seed``: int64 scalar, for dropout. ``plan``: an encoded
+    ``AttentionPlan``. Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
+    """
+    return fresh(forward_program(q, k, v, mask, seed, plan), [q, k, v, mask, seed])
+
+
+@attention.register_fake
+def _(q, k, v, mask, seed, plan):
+    out = q.new_empty([*q.shape[:3], v.shape[3]])
+    return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+
+
+@torch.library.custom_op(
+    "mosaic::attention_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, Tensor out, "
+    "Tensor lse, str plan, bool need_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def attention_backward(dout, q, k, v, mask, seed, out, lse, plan, need_dmask):
+    """dq, dk, dv and dmask, each like its input (dmask has no element where it is not needed)."""
+    inputs = [dout, q, k, v, mask, seed, out, lse]
+    return fresh(backward_program(*inputs, plan, need_dmask), inputs)
+
+
+@attention_backward.register_fake
+def _(dout, q, k, v, mask, seed, out, lse, plan, need_dmask):
+    dmask = mask.new_empty(mask.shape) if need_dmask else q.new_empty([0])
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), dmask)
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, mask, seed, ctx.plan = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, mask, seed, out, lse)
+
+
+def _backward(ctx, dout, dlse):
+    if dout is None:
+        return None, None, None, None, None, None
+    q, k, v, mask, seed, out, lse = ctx.saved_tensors
+    need_dmask = mask is not None and mask.is_floating_point() and ctx.needs_input_grad[3]
+    dq, dk, dv, dmask = torch.ops.mosaic.attention_backward(
+        dout, q, k, v, mask, seed, out, lse, ctx.plan, need_dmask
+    )
+    return dq, dk, dv, dmask if need_dmask else None, None, None
+
+
+attention.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,151 @@
+"""The Dynamo backend ``mosaic``: capture, PIPELINE, AOTAutograd, LOWERING, an inner compiler."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+import mosaic.attention.op
+import mosaic.collectives  # noqa: F401  registers the ops
+from mosaic import agreement
+from mosaic.capture import Captured, capture
+from mosaic.context import Context, World
+from mosaic.errors import ShardingError
+from mosaic.mesh import MosaicContext, current_context
+from mosaic.modes import Modes
+from mosaic.passes import LOWERING, PIPELINE
+from mosaic.pipeline import run_passes
+from mosaic.plan import Plan, plan_of
+from mosaic.spec import ShardingSpec
+from mosaic.torch_private import compile_by_eager, compile_by_inductor
+
+log = logging.getLogger("mosaic")
+INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
+
+#: Called with every plan that is made; ``explain`` listens here.
+LISTENERS: list[Callable[[Plan], None]] = []
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(..., options={...})`` may hold."""
+
+    spec: ShardingSpec = ShardingSpec()
+    inner: str = "inductor"
+
+    def __post_init__(self) -> None:
+        if self.inner not in INNER:
+            raise ShardingError(f"there is no inner compiler {self.inner!r}", fix="use 'inductor' or 'eager'")
+        if not isinstance(self.spec, ShardingSpec):
+            raise ShardingError(f"spec is a {type(self.spec).__name__}", fix="pass a mosaic.ShardingSpec")
+
+
+def mosaic(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph for the ranks of ``mosaic.init``.
+
+    Raises MosaicError and its subclasses; Dynamo wraps them in BackendCompilerFailed, whose text
+    ends with ours.
+    """
+    unknown = set(options or {}) - {"spec", "inner"}
+    if unknown:
+        raise ShardingError(
+            f"unknown options: {', '.join(sorted(unknown))}", fix="options are 'spec' and 'inner'"
+        )
+    chosen = Options(**(options or {}))
+    ranks = context_or_world_of_one()
+    group = ranks.group(chosen.spec.mesh_axis) if ranks else None
+    try:
+        local, context, plan = partitioned(module, chosen, ranks)
+    except Exception as error:
+        agreement.report_failure(group, error)
+        raise
+    agreement.agree(group, plan_digest(context, chosen, plan))
+    compiled = INNER[chosen.inner](local, example_inputs, lambda g, kind: lower(g, kind, context, plan))
+    for listener in LISTENERS:
+        listener(plan)
+    return checked(compiled, context, chosen.spec, group)
+
+
+def context_or_world_of_one() -> MosaicContext | None:
+    found = current_context()
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if found is None and (several or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise ShardingError(
+            "there are several ranks, and Mosaic does not know which belong together",
+            fix="call mosaic.init(sp_size=...) before the first call of the compiled model",
+        )
+    return found
+
+
+def partitioned(
+    module: fx.GraphModule, options: Options, ranks: MosaicContext | None
+) -> tuple[fx.GraphModule, Context, Plan]:
+    """PIPELINE: from Dynamo's graph to this rank's local program."""
+    captured = capture(module)
+    context = new_context(captured, options.spec, ranks)
+    context.graph_text = text_of(captured.graph)
+    reports = run_passes(PIPELINE, captured.graph, context, "global")
+    plan = plan_of(context, reports)
+    for line in plan.gathered:
+        log.warning("gathered, correct but slow: %s", line)
+    plan.graphs["local"] = captured.graph
+    local = fx.GraphModule(captured.root, captured.graph)
+    return local, context, plan
+
+
+def new_context(captured: Captured, spec: ShardingSpec, ranks: MosaicContext | None) -> Context:
+    axis = spec.mesh_axis
+    world = (
+        World(ranks.size(axis), ranks.rank(axis), ranks.group_name(axis), axis)
+        if ranks and ranks.size(axis) > 1
+        else World(1, 0, "", axis)
+    )
+    return Context(spec, world, captured.inputs, captured.mutated, Modes.current())
+
+
+def lower(graph: fx.Graph, kind: str, context: Context, plan: Plan) -> None:
+    """LOWERING, on the forward or the backward graph that AOTAutograd made."""
+    plan.passes += run_passes(LOWERING, graph, context, kind)
+    plan.graphs[kind] = graph
+
+
+def text_of(graph: fx.Graph) -> str:
+    """A graph with its shapes, for the digest."""
+    return "\n".join(f"{n.format_node()} {getattr(n.meta.get('val'), 'shape', '')}" for n in graph.nodes)
+
+
+def plan_digest(context: Context, options: Options, plan: Plan) -> str:
+    decided = [str(a) for a in plan.attentions] + plan.collective_rows() + [plan.axis, plan.layout]
+    return agreement.digest(
+        graph=context.graph_text,
+        spec=options.spec.encode(),
+        plan="\n".join(decided),
+        versions=torch.__version__,
+    )
+
+
+def checked(
+    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, group: Any
+) -> Callable[..., Any]:
+    """Compare whole inputs across ranks on the first run (or on every run, or never)."""
+    if spec.check_inputs is False or context.world.size == 1 or dist.get_backend(group) == "fake":
+        return compiled
+    ran = False
+
+    def run(*args: Any) -> Any:
+        nonlocal ran
+        if not ran or spec.check_inputs == "always":
+            agreement.check_data(group, context.inputs, args)
+            ran = True
+        return compiled(*args)
+
+    return run

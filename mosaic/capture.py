@@ -1,0 +1,216 @@
+"""From Dynamo's graph to functional pre-dispatch ATen at global sizes, with nothing lost.
+
+``aot_export_module(pre_dispatch=True)`` alone would inline a ``torch.autograd.Function`` (losing its
+backward), stop at a ``torch.utils.checkpoint`` and trace an inner autocast region in float32. So
+Dynamo's graph is run by an interpreter that
+
+* recurses into checkpointed bodies and marks their nodes, which the partitioner reads later;
+* keeps each autograd.Function as one opaque node that holds both of its bodies;
+* enters autocast regions for real, so that every cast becomes a node of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic.modes import Modes
+from mosaic.torch_private import (
+    FakeTensorMode,
+    aot_export_module,
+    autograd_function_apply,
+    enter_autocast,
+    exit_autocast,
+    no_tracing_context,
+    placeholder_source,
+    preserve_node_meta,
+    recompute_marks,
+    set_grad_enabled,
+    tag_activation_checkpoint,
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the compiled graph: a tensor argument, a parameter, a buffer, or a size."""
+
+    index: int
+    source: str  # as Dynamo writes it: L['x'], L['self']._parameters['weight']
+    is_state: bool  # a parameter or a buffer
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return self.source.removeprefix("L['").replace("']", "", 1)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The global program: nodes have ``val``; mutated inputs are written back by index."""
+
+    graph: fx.Graph
+    root: torch.nn.Module  # holds the constants
+    inputs: tuple[Input, ...]
+    mutated: tuple[int, ...]  # the first outputs are the new values of these inputs
+
+
+@dataclass
+class AutogradFunctions:
+    """The bodies of the user's autograd.Functions, by the number that stands in the opaque node."""
+
+    calls: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    numbers: count[int] = field(default_factory=count)
+
+    def add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        number = next(self.numbers)
+        self.calls[number] = (target, args, kwargs)
+        return number
+
+    def run(self, number: int, tensors: Sequence[torch.Tensor]) -> Any:
+        target, args, kwargs = self.calls[number]
+        left = iter(tensors)
+        full = [next(left) if isinstance(a, torch.Tensor) else a for a in args]
+        return target(*full, **kwargs)
+
+
+AUTOGRAD_FUNCTIONS = AutogradFunctions()
+
+
+@torch.library.custom_op("mosaic::autograd_function", mutates_args=())
+def autograd_function(tensors: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
+    """A user's autograd.Function in the global graph; never runs: ``partition`` re-emits both bodies."""
+    raise AssertionError("mosaic::autograd_function stands for a call and is never run")
+
+
+@autograd_function.register_fake
+def _(tensors: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
+    with torch.no_grad():
+        out = AUTOGRAD_FUNCTIONS.run(number, tensors)
+    outs = out if isinstance(out, (tuple, list)) else [out]
+    return [torch.empty_like(o) for o in outs]
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs Dynamo's graph under the tracer; see the module's docstring."""
+
+    def __init__(self, module: fx.GraphModule, modes: Modes):
+        super().__init__(module)
+        self.modes = modes
+        self.outer: list[Modes] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        # The tracer copies "custom" to every node that this one becomes.
+        n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is tag_activation_checkpoint:
+            return self.checkpoint(*args)
+        if target is autograd_function_apply:
+            return self.autograd_function(target, args, kwargs)
+        if target is enter_autocast:
+            return self.enter_autocast(*args)
+        if target is exit_autocast:
+            return self.switch(replace(self.outer.pop(), grad=self.modes.grad))
+        if target is set_grad_enabled:
+            return self.switch(replace(self.modes, grad=args[0]))
+        return super().call_function(target, args, kwargs)
+
+    def checkpoint(self, body: fx.GraphModule, *args: Any) -> Any:
+        marks = recompute_marks()
+        for node in body.graph.nodes:
+            node.meta.update(marks)
+        return _Interpreter(body, self.modes).run(*args)
+
+    def autograd_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What stays behind in the table are the bodies and the constants, not the traced tensors.
+        template = tuple(torch.empty(0) if isinstance(a, torch.Tensor) else a for a in args)
+        number = AUTOGRAD_FUNCTIONS.add(target, template, kwargs)
+        outs = autograd_function([a for a in args if isinstance(a, torch.Tensor)], number)
+        body = args[0]
+        single = not isinstance(body.graph.output_node().args[0][0], (tuple, list))
+        return outs[0] if single else tuple(outs)
+
+    def enter_autocast(self, device: str, dtype: Any, enabled: bool, cache: Any = None) -> None:
+        self.outer.append(self.modes)
+        self.switch(self.modes.with_autocast(device, enabled, dtype))
+
+    def switch(self, modes: Modes) -> None:
+        self.modes = modes
+        modes.autocast_on()
+
+
+def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
+    """Names and order of the graph's inputs; must be read from Dynamo's graph, before capture."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    return tuple(Input(i, *placeholder_source(n)) for i, n in enumerate(placeholders))
+
+
+def specialise(module: fx.GraphModule) -> list[Any]:
+    """The placeholders' sizes as plain ints. Each ``int`` puts a guard on Dynamo's symbol."""
+    out: list[Any] = []
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta["example_value"]
+        if isinstance(value, torch.Tensor):
+            value = (
+                [int(s) for s in value.shape],
+                [int(s) for s in value.stride()],
+                value.dtype,
+                value.device,
+                value.requires_grad,
+            )
+        elif isinstance(value, torch.SymInt):
+            value = int(value)
+        elif isinstance(value, torch.SymFloat):
+            value = float(value)
+        out.append(value)
+    return out
+
+
+def capture(module: fx.GraphModule) -> Captured:
+    """Trace Dynamo's graph into functional ATen with static global sizes.
+
+    The graph's inputs keep their order. ``meta["val"]`` of every node is a fake tensor of one mode
+    made here: sizes are known, and no symbol of Dynamo's leaks in.
+    """
+    inputs = read_inputs(module)
+    mode = FakeTensorMode()
+    with mode:
+        fakes = [_empty(*v) if isinstance(v, tuple) else v for v in specialise(module)]
+
+    ambient = Modes.current()
+
+    class Program(torch.nn.Module):
+        def forward(self, *args: Any) -> Any:
+            return _Interpreter(module, ambient).run(*args)
+
+    try:
+        with no_tracing_context(), preserve_node_meta():
+            traced, signature = aot_export_module(
+                Program(), fakes, trace_joint=False, pre_dispatch=True
+            )
+    finally:
+        ambient.autocast_on()
+    for node in traced.graph.nodes:
+        node.meta["modes"] = node.meta.get("custom", {}).get("modes", ambient)
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    for node, given, fake in zip(placeholders, inputs, fakes, strict=True):
+        node.meta["is_state"] = given.is_state
+        node.meta["requires_grad"] = isinstance(fake, torch.Tensor) and fake.requires_grad
+    names = list(signature.user_inputs)
+    mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
+    return Captured(traced.graph, traced, inputs, mutated)
+
+
+def _empty(
+    shape: list[int], stride: list[int], dtype: torch.dtype, device: torch.device, grad: bool
+) -> torch.Tensor:
+    out = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return out.requires_grad_(grad)

@@ -1,0 +1,144 @@
+"""Moving a sharded axis between the ranks: each function is the adjoint of another one.
+
+| forward                             | backward                |
+|-------------------------------------|-------------------------|
+| ``enter`` whole -> sharded work     | ``sum_across``          |
+| ``sum_across`` partial -> whole     | ``enter`` (an identity) |
+| ``slice_to`` whole -> my intervals  | ``gather``              |
+| ``gather`` sharded -> whole         | ``slice_to``            |
+| ``reshard`` source -> target        | target -> source        |
+
+The gradient of a whole tensor is whole. (torch's own autograd for functional collectives answers
+another question, every rank's loss being a share, and would multiply by p.)
+
+``gather`` and ``reshard`` are registered ops, opaque until the lowering: a collective that
+AOTAutograd's partitioner can see is always saved for backward. What they do is one plain function
+each in ``mosaic/moves.py``, which the op runs and the lowering traces.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mosaic.layout import Shard
+from mosaic.moves import (
+    all_reduce,
+    broadcast,
+    fresh,
+    gather_program,
+    local_slice,
+    reshard_program,
+    spread,
+)
+
+__all__ = ["broadcast", "enter", "gather", "reshard", "slice_to", "sum_across"]
+
+_decode = lru_cache(maxsize=None)(Shard.decode)
+
+
+# --- the registered ops -----------------------------------------------------------------------
+
+
+@torch.library.custom_op("mosaic::gather", mutates_args=(), schema="(Tensor x, str spec) -> Tensor")
+def gather(x: Tensor, spec: str) -> Tensor:
+    """Sharded -> whole."""
+    return fresh([gather_program(x, _decode(spec))], [x])[0]
+
+
+@gather.register_fake
+def _(x: Tensor, spec: str) -> Tensor:
+    place = _decode(spec).place
+    return x.new_empty([place.size if d == place.dim else size for d, size in enumerate(x.shape)])
+
+
+def _gather_context(ctx, inputs, output) -> None:
+    ctx.spec = inputs[1]
+
+
+gather.register_autograd(
+    lambda ctx, grad: (slice_to(grad, ctx.spec), None), setup_context=_gather_context
+)
+
+
+@torch.library.custom_op(
+    "mosaic::reshard", mutates_args=(), schema="(Tensor x, str source, str target) -> Tensor"
+)
+def reshard(x: Tensor, source: str, target: str) -> Tensor:
+    """One partition of an axis to another."""
+    return fresh([reshard_program(x, _decode(source), _decode(target))], [x])[0]
+
+
+@reshard.register_fake
+def _(x: Tensor, source: str, target: str) -> Tensor:
+    shard = _decode(target)
+    return x.new_empty(shard.place.local_shape(x.shape, shard.rank))
+
+
+def _reshard_context(ctx, inputs, output) -> None:
+    ctx.source, ctx.target = inputs[1:]
+
+
+reshard.register_autograd(
+    lambda ctx, grad: (torch.ops.mosaic.reshard(grad, ctx.target, ctx.source), None, None),
+    setup_context=_reshard_context,
+)
+
+
+# --- the traced-through functions ---------------------------------------------------------------
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return sum_across(grad, ctx.group), None
+
+
+class _SumAcross(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return enter(grad, ctx.group), None
+
+
+class _Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, spec: str) -> Tensor:
+        ctx.spec = spec
+        return local_slice(x, _decode(spec))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        shard = _decode(ctx.spec)
+        if shard.place.layout.is_partition:
+            return torch.ops.mosaic.gather(grad, ctx.spec), None
+        return all_reduce(spread(grad, shard), shard.group), None
+
+
+def enter(x: Tensor, group: str) -> Tensor:
+    """A whole tensor goes into sharded work: the identity; its gradient is summed over the ranks."""
+    return _Enter.apply(x, group) if group else x
+
+
+def sum_across(x: Tensor, group: str, op: str = "sum") -> Tensor:
+    """A partial result becomes whole. ``max`` and ``min`` have no gradient here: their caller
+    sends it to one winner."""
+    if not group:
+        return x
+    return _SumAcross.apply(x, group) if op == "sum" else all_reduce(x.detach(), group, op)
+
+
+def slice_to(x: Tensor, spec: str) -> Tensor:
+    """My intervals of a whole tensor. They may overlap the other ranks', or leave indices out."""
+    return _Slice.apply(x, spec)

@@ -1,0 +1,41 @@
+"""What passes read and write beside the graph: the request, the ranks, and the plan as it grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from mosaic.capture import Input
+from mosaic.local.attention import Attention
+from mosaic.modes import Modes
+from mosaic.sharder import Axis, Collective
+from mosaic.spec import ShardingSpec
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of one mesh axis, and which of them this is."""
+
+    size: int
+    rank: int
+    group: str
+    mesh_axis: str = "sp"
+
+
+@dataclass
+class Context:
+    """Shared by the passes of one graph."""
+
+    spec: ShardingSpec
+    world: World
+    inputs: tuple[Input, ...]
+    mutated: tuple[int, ...]
+    modes: Modes
+    is_first_graph: bool = True
+    graph_text: str = ""
+    axis: Axis | None = None
+    attentions: list[tuple[Attention, fx.Node]] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

@@ -1,0 +1,321 @@
+"""Who holds which indices of an axis: intervals, layouts and places. Pure Python, no torch.
+
+Vocabulary, used in code, docs and messages:
+
+axis       a named dimension of the user's program (``rows``)
+mesh axis  a dimension of the device mesh (``sp``)
+rank       one process of that mesh axis
+layout     for every rank, the global intervals of an axis that it holds, in memory order
+place      where an axis sits in one tensor: dim ``dim`` has size outer x layout.n x inner
+whole      every rank has all of it
+reshard    to change a layout
+
+>>> print(Layout.even(37, 4))
+37=0:10|10:20|20:30|30:37
+>>> print(Layout.zigzag(16, 4))
+16=0:2,14:16|2:4,12:14|4:6,10:12|6:10
+>>> print(Layout.even(37, 4).slice(0, 26))
+26=0:10|10:20|20:26|
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """The indices ``start <= i < stop``."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+Intervals = tuple[Interval, ...]
+
+
+class Run(NamedTuple):
+    """A stretch of one rank's memory: elements ``start, start + step, ... < stop``."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+
+def _joined(intervals: Iterable[tuple[int, int]]) -> Intervals:
+    """Drop empty intervals and join those that touch: one normal form, so that == means the same."""
+    out: list[Interval] = []
+    for start, stop in intervals:
+        if start >= stop:
+            continue
+        if out and out[-1].stop == start:
+            out[-1] = Interval(out[-1].start, stop)
+        else:
+            out.append(Interval(start, stop))
+    return tuple(out)
+
+
+def _joined_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
+    out: list[Run] = []
+    for run in runs:
+        if out and run.step == out[-1].step == 1 and out[-1].stop == run.start:
+            out[-1] = Run(out[-1].start, run.stop)
+        else:
+            out.append(run)
+    return tuple(out)
+
+
+def _intersect(a: Interval, b: Interval) -> Interval:
+    return Interval(max(a.start, b.start), min(a.stop, b.stop))
+
+
+def _offsets(lengths: Iterable[int]) -> list[int]:
+    return [0, *accumulate(lengths)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which indices of an axis of length ``n`` each rank holds, in the order of its memory.
+
+    Usually a partition. Where a slice is pushed up to a leaf it may leave indices out, and for a
+    whole axis every rank holds everything.
+    """
+
+    n: int
+    ranks: tuple[Intervals, ...]
+
+    # --- making one ------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, n: int, ranks: Iterable[Iterable[tuple[int, int]]]) -> Layout:
+        return cls(n, tuple(_joined(r) for r in ranks))
+
+    @classmethod
+    def even(cls, n: int, p: int, multiple_of: int = 1) -> Layout:
+        """``torch.chunk``'s cut: 37 over 4 is 10, 10, 10, 7; 9 over 4 is 3, 3, 3, 0."""
+        chunk = -(-n // (p * multiple_of)) * multiple_of
+        return cls.of(n, ([(min(r * chunk, n), min((r + 1) * chunk, n))] for r in range(p)))
+
+    @classmethod
+    def zigzag(cls, n: int, p: int, multiple_of: int = 1) -> Layout:
+        """Causal balance: of 2p even chunks rank r holds r and 2p-1-r."""
+        chunks = [c[0] if c else (0, 0) for c in cls.even(n, 2 * p, multiple_of).ranks]
+        return cls.of(n, ([chunks[r], chunks[2 * p - 1 - r]] for r in range(p)))
+
+    @classmethod
+    def whole(cls, n: int, p: int) -> Layout:
+        return cls.of(n, ([(0, n)] for _ in range(p)))
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Read what ``str`` wrote."""
+        n, ranks = text.split("=")
+        return cls.of(
+            int(n),
+            (
+                [(int(a), int(b)) for a, b in (part.split(":") for part in rank.split(",") if part)]
+                for rank in ranks.split("|")
+            ),
+        )
+
+    def __str__(self) -> str:
+        ranks = (",".join(f"{i.start}:{i.stop}" for i in r) for r in self.ranks)
+        return f"{self.n}={'|'.join(ranks)}"
+
+    # --- reading it ------------------------------------------------------------------------
+
+    @property
+    def p(self) -> int:
+        return len(self.ranks)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(sum(i.length for i in r) for r in self.ranks)
+
+    @cached_property
+    def is_partition(self) -> bool:
+        """Whether every index is held exactly once."""
+        held = sorted(i for r in self.ranks for i in r)
+        return sum(self.lengths) == self.n and all(a.stop == b.start for a, b in pairwise(held))
+
+    def indices(self, rank: int) -> list[int]:
+        return [i for interval in self.ranks[rank] for i in range(*interval)]
+
+    # --- the algebra -----------------------------------------------------------------------
+
+    def slice(self, start: int, stop: int, step: int = 1) -> Layout:
+        """The layout of ``x[start:stop:step]`` when x is not moved: intersect and shift."""
+
+        def new(index: int) -> int:
+            return max(0, -(-(index - start) // step))
+
+        n = max(0, -(-(stop - start) // step))
+        return Layout.of(n, ([(new(a), min(new(b), n)) for a, b in r] for r in self.ranks))
+
+    def runs(self, rank: int, start: int, stop: int, step: int = 1) -> tuple[Run, ...]:
+        """The stretches of ``rank``'s memory that ``x[start:stop:step]`` keeps."""
+        out, offset = [], 0
+        for a, b in self.ranks[rank]:
+            first = start + max(0, -(-(a - start) // step)) * step
+            last = min(b, stop)
+            if first < last:
+                out.append(Run(offset + first - a, offset + last - a, step))
+            offset += b - a
+        return _joined_runs(out)
+
+    def embed(self, start: int, n: int) -> Layout:
+        """The same elements named as ``x[start:start + self.n]`` of a longer axis of length n."""
+        return Layout.of(n, ([(a + start, b + start) for a, b in r] for r in self.ranks))
+
+    @classmethod
+    def concat(cls, parts: Sequence[Layout]) -> Layout:
+        """The layout of a local ``cat``: each part's intervals, shifted by what stands before it."""
+        offsets = _offsets(part.n for part in parts)
+        return cls.of(
+            offsets[-1],
+            (
+                [(a + o, b + o) for part, o in zip(parts, offsets, strict=False) for a, b in part.ranks[r]]
+                for r in range(parts[0].p)
+            ),
+        )
+
+    def scale(self, k: int) -> Layout:
+        """Every index becomes k neighbouring ones (rows of patches -> patches)."""
+        return Layout.of(self.n * k, ([(a * k, b * k) for a, b in r] for r in self.ranks))
+
+    def coarsen(self, k: int) -> Layout | None:
+        """Undo ``scale``; None where an interval does not begin and end on a multiple of k."""
+        if self.n % k or any(a % k or b % k for r in self.ranks for a, b in r):
+            return None
+        return Layout.of(self.n // k, ([(a // k, b // k) for a, b in r] for r in self.ranks))
+
+    def intersect(self, other: Layout) -> Layout:
+        """What each rank holds in both, in this layout's order."""
+        return Layout.of(
+            self.n,
+            (
+                [_intersect(a, b) for a in mine for b in sorted(theirs)]
+                for mine, theirs in zip(self.ranks, other.ranks, strict=True)
+            ),
+        )
+
+    def gather_order(self) -> tuple[tuple[int, Run], ...]:
+        """(rank, its stretch of memory), sorted so that their concatenation is the whole axis."""
+        pieces = []
+        for rank, intervals in enumerate(self.ranks):
+            offsets = _offsets(i.length for i in intervals)
+            pieces += [
+                (i.start, rank, Run(o, o + i.length)) for i, o in zip(intervals, offsets, strict=False)
+            ]
+        return tuple((rank, run) for _, rank, run in sorted(pieces))
+
+
+class Exchange(NamedTuple):
+    """One rank's side of an ``all_to_all_single``, in elements of the axis.
+
+    ``take`` cuts the shard into the send buffer, ``send`` and ``receive`` are the splits, and
+    ``place`` puts the receive buffer into the memory order of the new layout.
+    """
+
+    take: tuple[Run, ...]
+    send: tuple[int, ...]
+    receive: tuple[int, ...]
+    place: tuple[Run, ...]
+
+
+def exchange(source: Layout, target: Layout, rank: int) -> Exchange:
+    """What ``rank`` sends and receives when an axis changes from one partition to another."""
+    take, send = [], []
+    for peer in range(target.p):
+        pieces = _common(source, rank, target, peer)
+        take += [source.runs(rank, *piece)[0] for piece in pieces]
+        send.append(sum(piece.length for piece in pieces))
+    arrived, offset = {}, 0
+    for peer in range(source.p):
+        for piece in _common(source, peer, target, rank):
+            arrived[piece] = Run(offset, offset + piece.length)
+            offset += piece.length
+    receive = tuple(
+        sum(i.length for i in _common(source, peer, target, rank)) for peer in range(source.p)
+    )
+    starts = _offsets(i.length for i in target.ranks[rank])
+
+    def position(piece: Interval) -> int:
+        for interval, start in zip(target.ranks[rank], starts, strict=False):
+            if interval.start <= piece.start < interval.stop:
+                return start + piece.start - interval.start
+        raise AssertionError("a received piece lies outside the target layout")
+
+    order = sorted(arrived, key=position)
+    return Exchange(
+        tuple(take), tuple(send), receive, _joined_runs(arrived[piece] for piece in order)
+    )
+
+
+def _common(source: Layout, sender: int, target: Layout, receiver: int) -> list[Interval]:
+    """The intervals that ``sender`` holds and ``receiver`` wants, in the receiver's order."""
+    cuts = (_intersect(a, b) for b in target.ranks[receiver] for a in sorted(source.ranks[sender]))
+    return [cut for cut in cuts if cut.length > 0]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sharded axis sits in a tensor: dim ``dim`` has size outer x layout.n x inner."""
+
+    layout: Layout
+    dim: int
+    outer: int = 1
+    inner: int = 1
+    mesh_axis: str = "sp"
+
+    @property
+    def size(self) -> int:
+        return self.outer * self.layout.n * self.inner
+
+    def local_size(self, rank: int) -> int:
+        return self.outer * self.layout.lengths[rank] * self.inner
+
+    def local_shape(self, shape: Sequence[int], rank: int) -> list[int]:
+        return [self.local_size(rank) if d == self.dim else s for d, s in enumerate(shape)]
+
+    def at(self, dim: int) -> Place:
+        return replace(self, dim=dim)
+
+    def with_layout(self, layout: Layout) -> Place:
+        return replace(self, layout=layout)
+
+    def refined(self) -> Place:
+        """Read rows of ``inner`` elements as a longer axis; possible when nothing stands outside."""
+        if self.outer != 1 or self.inner == 1:
+            return self
+        return replace(self, layout=self.layout.scale(self.inner), inner=1)
+
+    def __str__(self) -> str:
+        block = f" outer={self.outer} inner={self.inner}" if (self.outer, self.inner) != (1, 1) else ""
+        return f"{self.layout} dim={self.dim}{block}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's side of a place, written into graphs as a string: all that a collective needs."""
+
+    place: Place
+    rank: int
+    group: str
+
+    def encode(self) -> str:
+        p = self.place
+        return f"{p.layout} {p.dim} {p.outer} {p.inner} {p.mesh_axis} {self.rank} {self.group}"
+
+    @classmethod
+    def decode(cls, text: str) -> Shard:
+        layout, dim, outer, inner, mesh_axis, rank, group = text.split(" ")
+        place = Place(Layout.parse(layout), int(dim), int(outer), int(inner), mesh_axis)
+        return cls(place, int(rank), group)

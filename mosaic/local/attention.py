@@ -1,0 +1,131 @@
+"""Scaled dot product attention: free along batch and heads, a method along the attended axis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from mosaic.layout import Layout, Place
+from mosaic.local.views import viewed
+from mosaic.sharder import Call, Sharder, Value
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What was decided about one attention: global facts only, on every rank the same."""
+
+    axis: str  # the sharded axis when it attends over it, "" when another dim is attended over
+    method: str
+    query: Layout
+    key: Layout
+    causal: bool
+    mask: str  # "" or what is known of the mask
+    scale: float
+    dropout: float
+    site: int
+    batch: Place | None  # where the sharded axis sits in the folded batch dim, or in the heads
+    heads: Place | None
+    flops: float  # of the whole forward
+    kv_bytes: int  # of all keys and values
+
+    @property
+    def is_distributed(self) -> bool:
+        return bool(self.axis)
+
+
+def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
+    q, k, v = c["query"], c["key"], c["value"]
+    place = q.place.refined() if q.place else None
+    if place is None or place.dim < q.ndim - 2:
+        return over_other_dim(s, c, place)
+    if place.dim == q.ndim - 1 or (place.outer, place.inner) != (1, 1):
+        return s.gather_for(c, "cuts the head dim or a part of the attended dim")
+    k, v, keys = with_keys(s, c, place)
+    method = s.axis.method if k.place else "local"
+    mask = c["attn_mask"]
+    if mask is not None:
+        rows = mask.ndim >= 2 and mask.shape[-2] == q.shape[-2] != 1
+        mask = s.at(mask, place.at(mask.ndim - 2)) if rows else s.gather(mask, "a mask of keys")
+    q = s.at(q, place)
+    found = attention(s, c, method, place.layout, keys, None)
+    return marked(s, c, found, place, (q, k, v, mask))
+
+
+def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
+    """Keys and values sharded alike along their own axis, or whole."""
+    k, v = c["key"], c["value"]
+    have = next((x.place.refined() for x in (k, v) if x.place), None)
+    if have and have.dim == k.ndim - 2 and (have.outer, have.inner) == (1, 1):
+        return s.at(k, have), s.at(v, have), have.layout
+    why = "whole keys meet sharded queries"
+    return s.gather(k, why), s.gather(v, why), Layout.whole(k.shape[-2], place.layout.p)
+
+
+def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
+    """The sharded axis is a batch or head dim of the queries (or no dim of them): local."""
+    q, k, v, mask = c["query"], c["key"], c["value"], c["attn_mask"]
+    if place is None:
+        return s.gather_for(c, "has whole queries and sharded keys")
+    from_end = q.ndim - place.dim
+    if any(x.ndim < from_end or x.shape[-from_end] != q.shape[place.dim] for x in (k, v)):
+        return s.gather_for(c, "has fewer heads or batches of keys than of queries")
+    q = s.at(q, place)
+    k, v = (s.at(x, place.at(x.ndim - from_end)) for x in (k, v))
+    if mask is not None:
+        cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
+        mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
+    if not c["dropout_p"]:
+        return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
+    whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
+    found = attention(s, c, "local", whole[0], whole[1], place)
+    return marked(s, c, found, place, (q, k, v, mask))
+
+
+def attention(
+    s: Sharder, c: Call, method: str, query: Layout, key: Layout, cut: Place | None
+) -> Attention:
+    q, v, mask = c["query"], c["value"], c["attn_mask"]
+    causal = bool(c["is_causal"])
+    pairs = prod(q.shape[:-1]) * key.n * (0.5 if causal else 1.0)
+    heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
+    return Attention(
+        axis="" if cut else s.axis.name,
+        method=method,
+        query=query,
+        key=key,
+        causal=causal,
+        mask="" if mask is None else ("boolean" if mask.val.dtype == torch.bool else "float"),
+        scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
+        dropout=float(c["dropout_p"]),
+        site=s.site(c.like),
+        batch=folded(cut, q.shape) if cut and not heads else None,
+        heads=heads,
+        flops=2 * pairs * (q.shape[-1] + v.shape[-1]),
+        kv_bytes=sum(x.val.numel() * x.val.element_size() for x in (c["key"], v)),
+    )
+
+
+def folded(place: Place, shape: torch.Size) -> Place:
+    """The place in ``(batch, heads, seq, head_dim)``, where all leading dims are one batch."""
+    if len(shape) == 3:
+        return place
+    out = viewed(place, shape, torch.Size([prod(shape[:-3]), *shape[-3:]]))
+    assert out is not None
+    return out
+
+
+def marked(s: Sharder, c: Call, found: Attention, place: Place, operands: tuple) -> Value:
+    """The node stays an SDPA, with its decision on it: ``rewrite_attention`` makes the op."""
+    s.attentions.append((found, c))
+    if not s.writer:
+        return Value(c.val, place)
+    nodes = [None if x is None else s.operand(x, True, c.like) for x in operands]
+    shape = place.local_shape(c.val.shape, s.writer.rank)
+    meta = {"attention": found, "seed": s.dropout_seed(c) if found.dropout else None}
+    return Value(c.val, place, s.writer.marked(c.like, aten.scaled_dot_product_attention.default,
+                                               nodes, c.val.new_empty(shape), meta))  # fmt: skip

@@ -1,0 +1,55 @@
+"""Ops without a row: run their decomposition instead, op by op, each by its own rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic.modes import modes_of
+from mosaic.sharder import Call, Sharder, Value, recipe
+from mosaic.torch_private import decompose_op, fake_mode_of, has_decomposition, make_fx, pytree
+
+
+def decomposed(s: Sharder, c: Call) -> Any:
+    """Trace torch's decomposition on global fake values and run it on the shards."""
+    leaves, spec = pytree.tree_flatten(c.split(c.bound))
+    tensors = [v for v in leaves if isinstance(v, Value)]
+
+    def program(*values: torch.Tensor) -> Any:
+        left = iter(values)
+        args, kwargs = pytree.tree_unflatten(
+            [next(left) if isinstance(v, Value) else v for v in leaves], spec
+        )
+        return decompose_op(c.target, args, kwargs)
+
+    with fake_mode_of([t.val for t in tensors]), modes_of(c.like.meta.get("modes")):
+        traced = make_fx(program, pre_dispatch=True)(*[t.val for t in tensors])
+    if any(n.target is c.target for n in traced.graph.nodes):
+        return s.gather_for(c, "has no rule")
+    return run(s, c, traced.graph, tensors)
+
+
+def run(s: Sharder, c: Call, graph: fx.Graph, tensors: list[Value]) -> Any:
+    env: dict[fx.Node, Any] = {}
+    left = iter(tensors)
+    for node in graph.nodes:
+        args, kwargs = pytree.tree_map(
+            lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
+        )
+        if node.op == "placeholder":
+            env[node] = next(left)
+        elif node.op == "output":
+            return args[0]
+        elif node.op == "get_attr":
+            return s.gather_for(c, "has no rule")
+        elif not hasattr(node.target, "_schema"):
+            env[node] = node.target(*args, **kwargs)
+        else:
+            env[node] = s.call(c, node.target, *args, **kwargs)
+    raise AssertionError("a decomposition without an output")
+
+
+decomposable = has_decomposition
+__all__ = ["decomposable", "decomposed", "recipe"]

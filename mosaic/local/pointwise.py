@@ -1,0 +1,48 @@
+"""The one rule that all pointwise ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mosaic.layout import Place
+from mosaic.sharder import Call, Sharder, Value
+from mosaic.torch_private import pytree
+
+
+def pointwise(s: Sharder, c: Call) -> Any:
+    """All operands meet at one place; whole ones are hoisted there, other layouts resharded."""
+    ndim = result(c).ndim
+    place = meeting(s, c, ndim)
+    if place is None:  # every sharded operand has length 1 there and is broadcast: make them whole
+        whole = pytree.tree_map(
+            lambda v: s.gather(v, "a length of 1 is broadcast", c.like) if isinstance(v, Value) else v,
+            c.bound,
+        )
+        return s.emit(c, None, enter=False, **whole)
+    changed = pytree.tree_map(
+        lambda v: aligned(s, v, place, ndim) if isinstance(v, Value) else v, c.bound
+    )
+    return s.emit(c, place, **changed)
+
+
+def result(c: Call) -> Any:
+    return c.val[0] if isinstance(c.val, (tuple, list)) else c.val
+
+
+def meeting(s: Sharder, c: Call, ndim: int) -> Place | None:
+    """The place of the largest sharded operand that is not broadcast, the base layout first."""
+    shape = result(c).shape
+    places = [
+        (v.place.at(v.place.dim + ndim - v.ndim), v.val.numel()) for v in c.tensors() if v.place
+    ]
+    fitting = [(pl, n) for pl, n in places if pl.size == shape[pl.dim]]
+    if not fitting:
+        return None
+    return max(fitting, key=lambda x: (x[0].layout == s.axis.layout, x[1]))[0]
+
+
+def aligned(s: Sharder, v: Value, place: Place, ndim: int) -> Value:
+    dim = place.dim - (ndim - v.ndim)
+    if dim < 0 or v.shape[dim] != place.size:
+        return s.gather(v, "is broadcast along the axis")
+    return s.at(v, place.at(dim))

@@ -1,0 +1,64 @@
+"""Random ops: a dropout mask is a function of (seed, global index); the rest is drawn once for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mosaic import random
+from mosaic.collectives import broadcast
+from mosaic.layout import Layout, Place, Shard
+from mosaic.sharder import Call, Sharder, Value
+
+aten = torch.ops.aten
+
+
+def dropout(s: Sharder, c: Call) -> Value:
+    """The same elements are dropped for every p. Works on a whole tensor and on a part alike."""
+    x, p = c["input"], float(c["p"])
+    if not c["train"] or p == 0:
+        return s.call(c, aten.clone.default, x)
+    keep = s.function(c, keep_mask, (s.seed(c), x, s.site(c.like), indices(s, x), p), x.val, x.place)
+    return s.call(c, aten.mul.Tensor, x, keep)
+
+
+def indices(s: Sharder, x: Value) -> str:
+    """How every dim of x is cut, as strings that a graph can hold."""
+    rank, group = (s.writer.rank, s.writer.group) if s.writer else (0, "")
+    shards = [
+        Shard(x.place.at(0), rank, group)
+        if x.place and x.place.dim == dim
+        else Shard(Place(Layout.whole(size, 1), 0), 0, "")
+        for dim, size in enumerate(x.shape)
+    ]
+    return ";".join(shard.encode() for shard in shards)
+
+
+def keep_mask(seed: torch.Tensor, x: torch.Tensor, site: int, shards: str, p: float) -> torch.Tensor:
+    """0 where an element is dropped, 1 / (1 - p) where it is kept."""
+    vectors = [random.global_indices(Shard.decode(t), x.device) for t in shards.split(";") if t]
+    return random.uniform_keep(seed, site, vectors, p, x.dtype)
+
+
+def drawn_once(s: Sharder, c: Call) -> Any:
+    """rand, randn, bernoulli, multinomial ...: drawn whole, and rank 0's draw is everybody's."""
+    if any(v.place for v in c.tensors()):
+        whole = {k: s.gather(v, "is drawn from", c.like) if isinstance(v, Value) else v
+                 for k, v in c.bound.items()}  # fmt: skip
+        return drawn_once(s, Call(c.target, tuple(whole.values())[: len(whole)], {}, c.val, c.like))
+    drawn = s.emit(c, None, enter=False)
+    if not s.writer or s.axis.p == 1:
+        return drawn
+    return s.function(c, broadcast, (drawn, s.writer.group), c.val)
+
+
+def attention_whole(s: Sharder, c: Call) -> Value:
+    """A whole attention with dropout: every rank must drop the same elements."""
+    from mosaic.local.attention import attention, marked
+
+    layouts = [Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key")]
+    found = attention(s, c, "local", *layouts, None)
+    place = Place(layouts[0], c.val.ndim - 2)
+    out = marked(s, c, found, place, tuple(c[n] for n in ("query", "key", "value", "attn_mask")))
+    return Value(out.val, None, out.node)

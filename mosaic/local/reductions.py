@@ -1,0 +1,186 @@
+"""Reductions: a dim that is not reduced is free; over the axis, local parts meet in an all-reduce."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+
+from mosaic.layout import Place
+from mosaic.sharder import Call, Sharder, Value
+
+aten = torch.ops.aten
+
+
+def reduced_dims(c: Call, name: str = "dim") -> list[int]:
+    dims, ndim = c.bound.get(name), c["self"].ndim
+    if dims is None or dims == []:
+        return list(range(ndim))
+    return [d % ndim for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+def kept(place: Place, dims: list[int], keepdim: bool) -> Place:
+    """Where the axis is after other dims were reduced."""
+    return place if keepdim else place.at(place.dim - sum(d < place.dim for d in dims))
+
+
+def free(s: Sharder, c: Call, dims: list[int]) -> Any:
+    return s.emit(c, kept(c["self"].place, dims, bool(c.bound.get("keepdim"))))
+
+
+def along(s: Sharder, c: Call, name: str) -> Any:
+    x = c["self"]
+    dim = c.bound.get(name)
+    if dim is None or dim % x.ndim == x.place.dim:
+        return s.gather_for(c, "works along the axis")
+    gone = first(c.val).ndim < x.ndim
+    return s.emit(c, kept(x.place, [dim % x.ndim], not gone))
+
+
+def first(val: Any) -> torch.Tensor:
+    return val[0] if isinstance(val, (tuple, list)) else val
+
+
+def along_dims(s: Sharder, c: Call) -> Any:
+    dims = reduced_dims(c)
+    if c["self"].place.dim in dims:
+        return s.gather_for(c, "works along the axis")
+    return free(s, c, dims)
+
+
+def total(s: Sharder, c: Call) -> Value:
+    dims = reduced_dims(c)
+    if c["self"].place.dim not in dims:
+        return free(s, c, dims)
+    return s.sum_across(s.emit(c, None), c, "sum over the axis")
+
+
+def summed(s: Sharder, c: Call, x: Value, dims: list[int], keepdim: bool, dtype: Any = None) -> Value:
+    """A sum whose partial results are not rounded to half precision before they meet."""
+    wide = torch.float32 if x.val.dtype in (torch.float16, torch.bfloat16) else None
+    return s.call(c, aten.sum.dim_IntList, x, dims, keepdim, dtype=dtype or wide)
+
+
+def mean(s: Sharder, c: Call) -> Value:
+    x, dims = c["self"], reduced_dims(c)
+    if x.place.dim not in dims:
+        return free(s, c, dims)
+    keepdim = bool(c.bound.get("keepdim"))
+    out = summed(s, c, x, dims, keepdim, c["dtype"])
+    return cast(s, c, s.call(c, aten.div.Tensor, out, count(x, dims)))
+
+
+def count(x: Value, dims: list[int]) -> int:
+    return prod(x.shape[d] for d in dims)
+
+
+def cast(s: Sharder, c: Call, out: Value) -> Value:
+    if out.val.dtype == c.val.dtype:
+        return out
+    return s.call(c, aten._to_copy.default, out, dtype=c.val.dtype)
+
+
+def variance(s: Sharder, c: Call) -> Value:
+    """Two passes (the mean, then squares about it): sums of squares would cancel."""
+    x, dims, keepdim = c["self"], reduced_dims(c), bool(c.bound.get("keepdim"))
+    centre = s.call(c, aten.mean.dim, x, dims, True)
+    apart = s.call(c, aten.sub.Tensor, x, centre)
+    squares = summed(s, c, s.call(c, aten.mul.Tensor, apart, apart), dims, keepdim)
+    left = max(0, count(x, dims) - correction(c))
+    # Zero degrees of freedom give nan, as on one device.
+    over = left if left else float("nan")
+    return s.call(c, aten.div.Tensor, squares, over)
+
+
+def correction(c: Call) -> float:
+    if "correction" in c.bound:
+        return 1 if c["correction"] is None else c["correction"]
+    return int(c.bound.get("unbiased", True))
+
+
+def var(s: Sharder, c: Call) -> Value:
+    dims = reduced_dims(c)
+    return cast(s, c, variance(s, c)) if c["self"].place.dim in dims else free(s, c, dims)
+
+
+def std(s: Sharder, c: Call) -> Value:
+    dims = reduced_dims(c)
+    if c["self"].place.dim not in dims:
+        return free(s, c, dims)
+    return cast(s, c, s.call(c, aten.sqrt.default, variance(s, c)))
+
+
+def extreme(s: Sharder, c: Call) -> Value:
+    """amax and amin: gradients go to the winners in equal parts, as on one device."""
+    x, dims = c["self"], reduced_dims(c)
+    if x.place.dim not in dims:
+        return free(s, c, dims)
+    largest = "max" in c.name
+    best = extreme_value(s, c, x, dims, largest)
+    if not x.val.is_floating_point():
+        return reshaped(s, c, best)
+    wins = s.call(c, aten.eq.Tensor, x, best)
+    number = summed(s, c, s.call(c, aten._to_copy.default, wins, dtype=x.val.dtype), dims, True)
+    zero = s.call(c, aten.zeros_like.default, x)
+    share = summed(s, c, s.call(c, aten.where.self, wins, x, zero), dims, True)
+    mean = s.call(c, aten.div.Tensor, share, number)
+    # The value is the exact one; the mean over the winners carries its gradient.
+    same = s.call(c, aten.sub.Tensor, mean, s.call(c, aten.detach.default, mean))
+    return reshaped(s, c, s.call(c, aten.add.Tensor, best, same))
+
+
+def reshaped(s: Sharder, c: Call, x: Value) -> Value:
+    return cast(s, c, s.call(c, aten.reshape.default, x, list(c.val.shape)))
+
+
+def extreme_value(s: Sharder, c: Call, x: Value, dims: list[int], largest: bool) -> Value:
+    """The maximum (or minimum) over the axis on every rank, dims kept, without a gradient."""
+    x = s.call(c, aten.detach.default, x)
+    val = torch.amax(x.val, dims, keepdim=True)
+    part = s.function(c, local_extreme, (x, dims, largest), val)
+    op, word = ("max", "largest") if largest else ("min", "smallest")
+    return s.sum_across(part, c, f"{word} over the axis", op)
+
+
+def local_extreme(x: torch.Tensor, dims: list[int], largest: bool) -> torch.Tensor:
+    """amax or amin of a shard that may be empty: then the value that never wins."""
+    reduce = torch.amax if largest else torch.amin
+    if x.numel():
+        return reduce(x, dims, keepdim=True)
+    shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
+    if x.is_floating_point():
+        return x.new_full(shape, -float("inf") if largest else float("inf"))
+    limits = torch.iinfo(x.dtype)
+    return x.new_full(shape, limits.min if largest else limits.max)
+
+
+def any_(s: Sharder, c: Call) -> Value:
+    dims = reduced_dims(c)
+    if c["self"].place.dim not in dims:
+        return free(s, c, dims)
+    hits = s.call(c, aten.ne.Scalar, c["self"], 0)
+    number = s.call(c, aten.sum.dim_IntList, hits, dims, bool(c.bound.get("keepdim")))
+    return s.call(c, aten.gt.Scalar, number, 0)
+
+
+def all_(s: Sharder, c: Call) -> Value:
+    dims = reduced_dims(c)
+    if c["self"].place.dim not in dims:
+        return free(s, c, dims)
+    misses = s.call(c, aten.eq.Scalar, c["self"], 0)
+    number = s.call(c, aten.sum.dim_IntList, misses, dims, bool(c.bound.get("keepdim")))
+    return s.call(c, aten.eq.Scalar, number, 0)
+
+
+def logsumexp(s: Sharder, c: Call) -> Value:
+    dims = reduced_dims(c)
+    if c["self"].place.dim not in dims:
+        return free(s, c, dims)
+    top = extreme_value(s, c, c["self"], dims, largest=True)
+    return reshaped(s, c, s.call(c, aten.add.Tensor, log_total(s, c, c["self"], top, dims), top))
+
+
+def log_total(s: Sharder, c: Call, x: Value, top: Value, dims: list[int]) -> Value:
+    e = s.call(c, aten.exp.default, s.call(c, aten.sub.Tensor, x, top))
+    return s.call(c, aten.log.default, summed(s, c, e, dims, True))

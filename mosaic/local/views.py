@@ -1,0 +1,277 @@
+"""Views, joins and cuts: functions on intervals, without communication wherever it is possible."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+
+from mosaic.layout import Layout, Place
+from mosaic.sharder import Call, Sharder, Value
+
+aten = torch.ops.aten
+
+
+def viewed(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
+    """Where the axis sits after a reshape: the run of elements outside x axis x inside must survive.
+
+    ``(B, R, C)`` with R sharded -> ``(B*R, C)`` has outer = B; None if the axis is torn apart.
+    """
+    outside = prod(before[: place.dim]) * place.outer
+    n = place.layout.n
+    reach = 1
+    for dim, size in enumerate(after):
+        if size and outside % reach == 0 and (reach * size) % (outside * n or 1) == 0:
+            return replace(
+                place, dim=dim, outer=outside // reach, inner=reach * size // (outside * n)
+            )
+        reach *= size
+    return None
+
+
+def split_axis(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
+    """The axis itself is cut in two (n -> n1 x n2): still local if no interval tears a row of n2."""
+    if place.outer != 1:
+        return None
+    outside = prod(before[: place.dim])
+    place = place.refined()
+    reach = 1
+    for dim, size in enumerate(after):
+        if reach == outside and size > 1 and place.layout.n % size == 0:
+            coarse = place.layout.coarsen(place.layout.n // size)
+            return coarse and replace(place, dim=dim, layout=coarse, inner=1)
+        reach *= size
+    return None
+
+
+def view(s: Sharder, c: Call) -> Value:
+    x, size = c["self"], c.val.shape
+    place = viewed(x.place, x.shape, size) or split_axis(x.place, x.shape, size)
+    if place is None:
+        return s.gather_for(c, f"tears the axis apart: {list(x.shape)} -> {list(size)}")
+    reshape = Call(aten.reshape.default, (x, s.local(size, place)), {}, c.val, c.like)
+    return s.emit(reshape, place)
+
+
+def expand(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    place = x.place.at(x.place.dim + c.val.ndim - x.ndim)
+    if c.val.shape[place.dim] != x.shape[x.place.dim]:
+        return s.call(c, aten.expand.default, s.gather(x, "a length of 1 is expanded"), c["size"])
+    return s.emit(c, place, size=s.local(c.val.shape, place))
+
+
+def repeat(s: Sharder, c: Call) -> Value:
+    x, times = c["self"], c["repeats"]
+    dim = x.place.dim + c.val.ndim - x.ndim
+    return s.emit(c, replace(x.place, dim=dim, outer=x.place.outer * times[dim]))
+
+
+def repeat_interleave(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    if c["dim"] is None:
+        return s.gather_for(c, "flattens the axis")
+    here = c["dim"] % x.ndim == x.place.dim
+    return s.emit(c, replace(x.place, inner=x.place.inner * c["repeats"]) if here else x.place)
+
+
+def permute(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    dims = [d % x.ndim for d in c["dims"]]
+    return s.emit(c, x.place.at(dims.index(x.place.dim)))
+
+
+def transpose(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    a, b = (c.bound.get("dim0", 0) % x.ndim, c.bound.get("dim1", 1) % x.ndim)
+    return s.emit(c, x.place.at({a: b, b: a}.get(x.place.dim, x.place.dim)))
+
+
+def unsqueeze(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    return s.emit(c, x.place.at(x.place.dim + (c["dim"] % c.val.ndim <= x.place.dim)))
+
+
+def squeeze(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    named = c.bound.get("dim", list(range(x.ndim)))
+    dims = {d % x.ndim for d in ([named] if isinstance(named, int) else named)}
+    gone = [d for d in dims if x.shape[d] == 1]
+    if x.place.dim in gone:
+        return s.call(c, c.target, s.gather(x, "a length of 1 is dropped"), *_rest(c))
+    place = x.place.at(x.place.dim - sum(d < x.place.dim for d in gone))
+    # A local shard may have length 1 where the global tensor has not: name the dims.
+    return s.emit(Call(aten.squeeze.dims, (x, gone), {}, c.val, c.like), place)
+
+
+def _rest(c: Call) -> list[Any]:
+    return [v for k, v in c.bound.items() if k != "self"]
+
+
+def slice_(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
+    start, stop, step = slice(c["start"], c["end"], c["step"]).indices(n)
+    if dim != x.place.dim:
+        return s.emit(c, x.place)
+    return cut(s, c, x, start, stop, step)
+
+
+def cut(s: Sharder, c: Call, x: Value, start: int, stop: int, step: int = 1) -> Value:
+    """``x[start:stop:step]`` along the sharded dim: intersect and shift, nothing is sent."""
+    place = x.place.refined()
+    if (place.outer, place.inner) != (1, 1):
+        return s.gather_for(c, "cuts a dim in which the sharded axis is only a factor")
+    stop = max(start, stop)
+    if (start, stop, step) == (0, place.layout.n, 1):
+        return Value(c.val, place, x.node)
+    out = place.with_layout(place.layout.slice(start, stop, step))
+    runs = s.on_rank(lambda rank: place.layout.runs(rank, start, stop, step))
+    return Value(c.val, out, s.take(c, x, runs, place.dim))
+
+
+def narrow(s: Sharder, c: Call) -> Value:
+    start = c["start"]
+    return s.call(c, aten.slice.Tensor, c["self"], c["dim"], start, start + c["length"], 1)
+
+
+def split(s: Sharder, c: Call) -> tuple[Value, ...]:
+    x, dim = c["self"], c["dim"] % c["self"].ndim
+    if dim != x.place.dim:
+        return s.emit(c, x.place)
+    sizes = [v.shape[dim] for v in c.val]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(
+        s.call(c, aten.slice.Tensor, x, dim, a, a + n, 1)
+        for a, n in zip(starts, sizes, strict=True)
+    )
+
+
+def unbind(s: Sharder, c: Call) -> tuple[Value, ...]:
+    x, dim = c["self"], c["dim"] % c["self"].ndim
+    if dim != x.place.dim:
+        return s.emit(c, x.place.at(x.place.dim - (dim < x.place.dim)))
+    return tuple(s.call(c, aten.select.int, x, dim, i) for i in range(x.shape[dim]))
+
+
+def select(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
+    if dim != x.place.dim:
+        return s.emit(c, x.place.at(x.place.dim - (dim < x.place.dim)))
+    # The owner has one row and the others none: a sum over the rows is the row on its owner, zero
+    # elsewhere, and the all-reduce is a broadcast whose backward reaches the owner alone.
+    index = c["index"] % n
+    row = s.call(c, aten.slice.Tensor, x, dim, index, index + 1, 1)
+    if not row.val.is_floating_point():
+        return s.call(c, aten.select.int, s.gather(row, "one row is needed by all"), dim, 0)
+    return s.call(c, aten.sum.dim_IntList, row, [dim], False)
+
+
+def cat(s: Sharder, c: Call) -> Value:
+    tensors = [t for t in c["tensors"] if t.shape != (0,)]
+    dim = c["dim"] % c.val.ndim
+    place = next(t.place for t in tensors if t.place)
+    if place.dim != dim:
+        return s.emit(c, place, tensors=[s.at(t, place) for t in tensors])
+    pieces = [piece(s, t, dim, place) for t in tensors]
+    if any(p is None for p in pieces):
+        return s.gather_for(c, "joins along a dim in which the sharded axis is only a factor")
+    layout = Layout.concat([p.place.layout for p in pieces])
+    return s.emit(c, Place(layout, dim, mesh_axis=place.mesh_axis), tensors=pieces)
+
+
+def piece(s: Sharder, t: Value, dim: int, like: Place) -> Value | None:
+    """One operand of a cat along the axis; a whole one is first cut in p, for free."""
+    if t.place is None:
+        even = Layout.even(t.shape[dim], like.layout.p)
+        return s.at(t, Place(even, dim, mesh_axis=like.mesh_axis))
+    if t.place.dim != dim:
+        return piece(s, s.gather(t, "is joined along another dim"), dim, like)
+    place = t.place.refined()
+    return Value(t.val, place, t.node) if (place.outer, place.inner) == (1, 1) else None
+
+
+def stack(s: Sharder, c: Call) -> Value:
+    lifted = [s.call(c, aten.unsqueeze.default, t, c["dim"] % c.val.ndim) for t in c["tensors"]]
+    return s.call(c, aten.cat.default, lifted, c["dim"] % c.val.ndim)
+
+
+def pad(s: Sharder, c: Call) -> Value:
+    x, value = c["self"], c["value"] or 0
+    before, after = pads(c["pad"], x.ndim)[x.place.dim]
+    if (before, after) == (0, 0):
+        return s.emit(c, x.place)
+    if c.bound.get("mode", "constant") != "constant":
+        return s.gather_for(c, f"pads the axis by {c['mode']}")
+    dim = x.place.dim
+    inside = list(c["pad"])
+    inside[2 * (x.ndim - 1 - dim) : 2 * (x.ndim - dim)] = [0, 0]
+    if any(inside):
+        x = s.call(c, aten.constant_pad_nd.default, x, inside, value)
+    if min(before, after) < 0:
+        stop = x.shape[dim] + min(after, 0)
+        x = s.call(c, aten.slice.Tensor, x, dim, max(-before, 0), stop, 1)
+    ends = [
+        s.call(c, aten.new_full.default, x, [n if d == dim else k for d, k in enumerate(x.shape)], value)
+        for n in (max(before, 0), max(after, 0))
+    ]
+    parts = [t for t in (ends[0], x, ends[1]) if t.shape[dim]]
+    return s.call(c, aten.cat.default, parts, dim)
+
+
+def pads(flat: list[int], ndim: int) -> list[tuple[int, int]]:
+    """F.pad's flat list (last dim first) as (before, after) of every dim."""
+    pairs = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+    return [*[(0, 0)] * (ndim - len(pairs)), *reversed(pairs)]
+
+
+def roll(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    if not c["dims"]:
+        return s.gather_for(c, "rolls the flattened tensor")
+    for shift, d in zip(c["shifts"], c["dims"], strict=True):
+        dim, n = d % x.ndim, x.shape[d]
+        first = n - shift % n if n else 0
+        parts = [s.call(c, aten.slice.Tensor, x, dim, a, b, 1) for a, b in ((first, n), (0, first))]
+        x = s.call(c, aten.cat.default, [t for t in parts if t.shape[dim]] or parts[:1], dim)
+    return x
+
+
+def flip(s: Sharder, c: Call) -> Value:
+    x = c["self"]
+    if x.place.dim in {d % x.ndim for d in c["dims"]}:
+        return s.gather_for(c, "reverses the axis")
+    return s.emit(c, x.place)
+
+
+def slice_scatter(s: Sharder, c: Call) -> Value:
+    x, src = c["self"], c["src"]
+    dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
+    start, stop, step = slice(c["start"], c["end"], c["step"]).indices(n)
+    place = x.place or src.place
+    if place.dim != dim:
+        return s.emit(c, place, self=s.at(x, place), src=s.at(src, place))
+    if step != 1:
+        return s.gather_for(c, "writes every other element of the axis")
+    parts = [
+        s.call(c, aten.slice.Tensor, x, dim, 0, start, 1),
+        src,
+        s.call(c, aten.slice.Tensor, x, dim, stop, n, 1),
+    ]
+    return s.call(c, aten.cat.default, [t for t in parts if t.shape[dim]], dim)
+
+
+def select_scatter(s: Sharder, c: Call) -> Value:
+    x, src = c["self"], c["src"]
+    dim = c["dim"] % x.ndim
+    row = s.call(c, aten.unsqueeze.default, src, dim)
+    start = c["index"] % x.shape[dim]
+    if x.place is not None and x.place.dim == dim:
+        here = s.positions(c, x.place)
+        here = s.call(c, aten.view.default, here, [-1 if d == dim else 1 for d in range(x.ndim)])
+        mine = s.call(c, aten.eq.Scalar, here, start)
+        return s.call(c, aten.where.self, mine, row, x)
+    return s.call(c, aten.slice_scatter.default, x, row, dim, start, start + 1, 1)

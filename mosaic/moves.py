@@ -1,0 +1,182 @@
+"""Programs that move a sharded axis: plain aten and functional collectives, nothing differentiable.
+
+An op's eager implementation runs its program, and the lowering traces the same one into the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mosaic.errors import ShardingError
+from mosaic.layout import Interval, Layout, Place, Run, Shard, exchange
+
+#: What carries a dtype that NCCL or gloo cannot move or reduce; every value fits.
+CARRIERS = {torch.bool: torch.uint8, torch.int16: torch.int32}
+
+
+def wait(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor.default(x)
+
+
+def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
+    """The sum (or max, min) over the ranks. The sum of bools is whether any is true."""
+    if not group:
+        return x
+    carried = x.to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
+    reduce_op = "max" if (x.dtype, op) == (torch.bool, "sum") else op
+    return wait(torch.ops._c10d_functional.all_reduce.default(carried, reduce_op, group)).to(x.dtype)
+
+
+def broadcast(x: Tensor, group: str) -> Tensor:
+    """Rank 0's values on every rank; they have no gradient."""
+    if not group:
+        return x
+    carried = x.detach().to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
+    return wait(torch.ops._c10d_functional.broadcast.default(carried, 0, group)).to(x.dtype)
+
+
+def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
+    """Start (do not wait for) an exchange along dim 0; one split per peer."""
+    return torch.ops._c10d_functional.all_to_all_single.default(x, list(receive), list(send), group)
+
+
+# --- pieces of an axis ----------------------------------------------------------------------
+
+
+def take_runs(x: Tensor, runs: Sequence[Run], dim: int) -> Tensor:
+    """Join stretches of ``x`` along ``dim``; no copy where they are one stretch."""
+    parts = [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
+    if not parts:
+        return x.narrow(dim, 0, 0)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _unfolded(x: Tensor, place: Place, count: int) -> Tensor:
+    """Dim ``place.dim`` of size outer x count x inner as three dims."""
+    shape = [*x.shape[: place.dim], place.outer, count, place.inner, *x.shape[place.dim + 1 :]]
+    return x.reshape(shape)
+
+
+def _folded(x: Tensor, place: Place) -> Tensor:
+    """Undo ``_unfolded``."""
+    start, size = place.dim, math.prod(x.shape[place.dim : place.dim + 3])
+    return x.reshape([*x.shape[:start], size, *x.shape[start + 3 :]])
+
+
+def _axis_first(x: Tensor, place: Place, count: int) -> Tensor:
+    """(count, everything else): collectives work along dim 0."""
+    return _unfolded(x, place, count).movedim(place.dim + 1, 0).contiguous()
+
+
+def _axis_back(x: Tensor, place: Place) -> Tensor:
+    return _folded(x.movedim(0, place.dim + 1), place)
+
+
+def local_slice(x: Tensor, shard: Shard) -> Tensor:
+    """My intervals of a whole tensor; nothing is communicated."""
+    place = shard.place
+    runs = [Run(*interval) for interval in place.layout.ranks[shard.rank]]
+    if place.outer == place.inner == 1:
+        return take_runs(x, runs, place.dim)
+    return _folded(take_runs(_unfolded(x, place, place.layout.n), runs, place.dim + 1), place)
+
+
+def spread(x: Tensor, shard: Shard) -> Tensor:
+    """The transpose of ``local_slice``: my intervals added into a whole of zeros."""
+    place, n, dim = shard.place, shard.place.layout.n, shard.place.dim + 1
+    local = _unfolded(x, place, place.layout.lengths[shard.rank])
+    whole = local.new_zeros([n if d == dim else size for d, size in enumerate(local.shape)])
+    offset, behind = 0, local.dim() - 1 - dim
+    for start, stop in place.layout.ranks[shard.rank]:
+        piece = local.narrow(dim, offset, stop - start)
+        whole = whole + torch.constant_pad_nd(piece, [0, 0] * behind + [start, n - stop])
+        offset += stop - start
+    return _folded(whole, place)
+
+
+def _partition(shard: Shard) -> Layout:
+    if not shard.place.layout.is_partition:
+        raise ShardingError("only a partition of an axis can be moved", layout=shard.place.layout)
+    return shard.place.layout
+
+
+# --- programs: aten and functional collectives only -------------------------------------------
+
+
+def gather_view(x: Tensor, shard: Shard) -> Tensor:
+    """Sharded -> whole; the result may be a transposed view."""
+    layout, place = _partition(shard), shard.place
+    if layout.ranks == ((Interval(0, layout.n),),):
+        return x
+    longest = max(layout.lengths)
+    rows = _padded(_axis_first(x, place, layout.lengths[shard.rank]), longest)
+    if layout.p > 1:
+        carried = rows.to(CARRIERS.get(x.dtype, x.dtype))
+        op = torch.ops._c10d_functional.all_gather_into_tensor.default
+        rows = wait(op(carried, layout.p, shard.group)).to(x.dtype)
+    runs = [Run(r * longest + a, r * longest + b) for r, (a, b, _) in layout.gather_order()]
+    return _axis_back(take_runs(rows, _joined(runs), 0), place)
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    out: list[Run] = []
+    for run in runs:
+        if out and out[-1].stop == run.start:
+            out[-1] = Run(out[-1].start, run.stop)
+        else:
+            out.append(run)
+    return out
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """Zeros behind dim 0, up to ``length``."""
+    if rows.shape[0] == length:
+        return rows
+    return torch.cat([rows, rows.new_zeros([length - rows.shape[0], *rows.shape[1:]])])
+
+
+def gather_program(x: Tensor, shard: Shard) -> Tensor:
+    """Sharded -> whole, by one padded all-gather."""
+    return gather_view(x, shard).contiguous()
+
+
+def reshard_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
+    """One partition to another, by one all-to-all with static splits (none where nothing moves)."""
+    old, new, rank = _partition(source), _partition(target), source.rank
+    if old == new:
+        return x.contiguous()
+    steps = [exchange(old, new, r) for r in range(old.p)]
+    mine = steps[rank]
+    sent = take_runs(_axis_first(x, source.place, old.lengths[rank]), mine.take, 0)
+    if any(step.send[peer] for r, step in enumerate(steps) for peer in range(old.p) if peer != r):
+        carried = sent.to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
+        sent = wait(all_to_all(carried, mine.receive, mine.send, source.group)).to(x.dtype)
+    return _axis_back(take_runs(sent, mine.place, 0), target.place).contiguous()
+
+
+def reduce_scatter_program(x: Tensor, shard: Shard) -> Tensor:
+    """Partial sums of a whole axis -> my intervals of the sum: the transpose of ``gather``."""
+    layout, place = _partition(shard), shard.place
+    if layout.p == 1:
+        return local_slice(x, shard)
+    longest = max(layout.lengths)
+    rows = _axis_first(x, place, layout.n)
+    parts = [_padded(take_runs(rows, [Run(*i) for i in held], 0), longest) for held in layout.ranks]
+    op = torch.ops._c10d_functional.reduce_scatter_tensor.default
+    summed = wait(op(torch.cat(parts), "sum", layout.p, shard.group))
+    return _axis_back(summed.narrow(0, 0, layout.lengths[shard.rank]), place)
+
+
+def fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """An op's results may share memory neither with its inputs nor with each other: copy those."""
+    taken = {x.untyped_storage().data_ptr() for x in inputs if x is not None}
+    out = []
+    for x in outputs:
+        x = x.clone() if x.untyped_storage().data_ptr() in taken else x
+        taken.add(x.untyped_storage().data_ptr())
+        out.append(x)
+    return tuple(out)

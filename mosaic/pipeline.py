@@ -1,0 +1,63 @@
+"""Runs passes in order: each is counted, timed and checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from mosaic.errors import MosaicError
+from mosaic.rewrite import is_tensor
+
+Pass = Callable[[fx.Graph, Any], int]
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did to one graph."""
+
+    name: str
+    graph: str  # "global", "forward" or "backward"
+    rewrites: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name:<18} {self.graph:<9} {self.rewrites:>5} rewrites {self.seconds * 1e3:>8.1f} ms"
+
+
+def run_passes(passes: Sequence[Pass], graph: fx.Graph, context: Any, kind: str) -> list[PassReport]:
+    """Run ``passes`` on ``graph``; an error says in which of them it happened."""
+    reports = []
+    for number, step in enumerate(passes, 1):
+        start = time.perf_counter()
+        try:
+            rewrites = step(graph, context)
+            verify(graph, step.__name__)
+        except MosaicError:
+            raise
+        except Exception as error:
+            error.add_note(f"in pass {number} of {len(passes)}, {step.__name__}, of the {kind} graph")
+            raise
+        reports.append(PassReport(step.__name__, kind, rewrites, time.perf_counter() - start))
+    return reports
+
+
+def verify(graph: fx.Graph, after: str) -> None:
+    """Every tensor node has a value, and every wait follows its collective."""
+    graph.lint()
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if "val" not in node.meta:
+            raise AssertionError(f"after {after}: {node.name} has no value")
+        if is_collective(node) and is_tensor(node.meta["val"]) and not node.users:
+            raise AssertionError(f"after {after}: nobody waits for {node.name}")
+
+
+def is_collective(node: fx.Node) -> bool:
+    """A functional collective that something has to wait for."""
+    name = str(node.target)
+    return name.startswith("_c10d_functional.") and "wait_tensor" not in name

@@ -1,0 +1,98 @@
+"""How passes make nodes: the only place that calls ``graph.call_function``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from mosaic.modes import modes_of
+from mosaic.torch_private import (
+    FakeTensor,
+    decompositions_for_inductor,
+    fake_mode_of,
+    make_fx,
+    no_tracing_context,
+    pytree,
+    rename,
+)
+
+#: What a new node takes over from the node that it is made for: its source line, and the marks of
+#: the ``torch.utils.checkpoint`` region it lies in.
+INHERITED = ("stack_trace", "recompute", "ac_graph_id", "modes")
+
+
+def insert(
+    graph: fx.Graph,
+    like: fx.Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    val: Any = None,
+    meta: dict[str, Any] | None = None,
+) -> fx.Node:
+    """Add ``target(*args)`` at the graph's insertion point, with a fake value and ``like``'s source line."""
+    node = graph.create_node("call_function", target, args, kwargs or {}, name=name)
+    node.meta.update({key: like.meta[key] for key in INHERITED if key in like.meta})
+    node.meta.update(meta or {})
+    if val is not None:
+        node.meta["val"] = val
+        return node
+    values_args, values_kwargs = map_arg((args, kwargs or {}), lambda n: n.meta["val"])
+    mode = fake_mode_of(values_args, values_kwargs) or fake_mode_of(like.meta.get("val"))
+    with mode or nullcontext(), modes_of(like.meta.get("modes")):
+        node.meta["val"] = target(*values_args, **values_kwargs)
+    return node
+
+
+def splice(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Trace ``fn(*args)`` at the fake values of the nodes in ``args``, and write it before ``node``.
+
+    Gives what ``fn`` gives, with nodes for tensors. ``fn`` may make no tensor constants.
+    """
+    flat, tree = pytree.tree_flatten(args)
+    inputs = [x for x in flat if isinstance(x, fx.Node)]
+
+    def traced(*tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        filled = [next(given) if isinstance(x, fx.Node) else x for x in flat]
+        return fn(*pytree.tree_unflatten(filled, tree))
+
+    values = [x.meta["val"] for x in inputs]
+    with no_tracing_context(), fake_mode_of(values) or nullcontext(), torch.no_grad():
+        program = make_fx(traced, decomposition_table=decompositions_for_inductor())(*values)
+    program.graph.eliminate_dead_code()
+    copies: dict[fx.Node, Any] = {}
+    unused = iter(inputs)
+    with graph.inserting_before(node):
+        for step in program.graph.nodes:
+            if step.op == "placeholder":
+                copies[step] = next(unused)
+            elif step.op == "output":
+                return map_arg(step.args[0], copies.__getitem__)
+            else:
+                step_args, step_kwargs = map_arg((step.args, step.kwargs), copies.__getitem__)
+                copies[step] = insert(
+                    graph, node, step.target, step_args, step_kwargs, val=step.meta["val"]
+                )
+    raise AssertionError("a traced graph has an output")
+
+
+def is_tensor(value: object) -> bool:
+    """Whether ``value`` is a (fake) tensor: what a tensor node has as its ``meta["val"]``."""
+    return isinstance(value, (torch.Tensor, FakeTensor))
+
+
+def rename_all(graph: fx.Graph) -> None:
+    """Names without the numbers that replaced nodes left behind: ``y_1`` is ``y`` again if y is gone."""
+    for node in graph.nodes:
+        base = re.sub(r"_\d+$", "", node.name)
+        if node.op == "call_function" and base != node.name:
+            rename(node, base)

@@ -1,0 +1,302 @@
+"""THE TABLE: for every op, what is legal when an axis of its operands is cut into shards.
+
+Strings say it where they say it all, in einops-like notation: an axis on both sides of ``->`` is
+free; one that vanishes makes partial sums, which one all-reduce joins; ``whole`` may not be cut.
+
+    ``...`` leading dims   i o c  features   m k n  of a matmul   v e  vocabulary, embedding
+
+Ops whose local form is another program name a function in ``mosaic/local/``. Every pointwise op of
+ATen shares one rule. An op without a row is decomposed if torch knows how, else gathered, loudly.
+``python -m mosaic`` prints the table; tests/ranks/test_rules.py proves every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic.layout import Place
+from mosaic.local import attention, functions, indexing, losses, normalization, randomness, reductions, views
+from mosaic.local.decomposed import decomposable, decomposed
+from mosaic.local.pointwise import pointwise
+from mosaic.sharder import Call, Sharder, Value, candidates
+
+LocalForm = Callable[[Sharder, Call], Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: names for the dims of each tensor operand and of the result."""
+
+    operands: tuple[tuple[str, ...], ...]
+    result: tuple[str, ...]
+    whole: frozenset[str]
+    bias: str = ""  # an operand that is added once, after the partial sums have met
+
+    def __str__(self) -> str:
+        text = ", ".join(" ".join(o) for o in self.operands) + " -> " + " ".join(self.result)
+        summed = {n for o in self.operands for n in o} - set(self.result) - self.whole
+        notes = [f"whole={{{' '.join(sorted(self.whole))}}}"] if self.whole else []
+        notes += [f"sum={{{' '.join(sorted(summed))}}}"] if summed else []
+        return "  ".join([text, *notes])
+
+    def __call__(self, s: Sharder, c: Call) -> Value:
+        names = [a.name for a in c.target._schema.arguments if isinstance(c[a.name], Value)]
+        lead = max((n for n in names if c[n].place), key=lambda n: c[n].val.numel())
+        place = c[lead].place
+        dims = dict(zip(names, self.operands, strict=False))
+        axis = named_dims(dims[lead], c[lead].ndim)[place.dim]
+        if axis in self.whole:
+            return s.gather_for(c, f"needs its {axis!r} whole")
+        changed = {}
+        for name in names:
+            found = named_dims(dims[name], c[name].ndim)
+            at = found.index(axis) if axis in found else None
+            if at is None or c[name].shape[at] != place.size:
+                changed[name] = s.gather(c[name], f"{c.name} is sharded along another dim", c.like)
+            else:
+                changed[name] = s.at(c[name], place.at(at))
+        result = named_dims(self.result, c.val.ndim)
+        if axis in result:
+            return s.emit(c, place.at(result.index(axis)), **changed)
+        return self.summed(s, c, axis, changed)
+
+    def summed(self, s: Sharder, c: Call, axis: str, changed: dict[str, Value]) -> Value:
+        bias = changed.get(self.bias)
+        if bias is not None:
+            changed = {**changed, self.bias: None}
+        partial_sum = s.emit(c, None, enter=True, **changed)
+        out = s.sum_across(partial_sum, c, f"{c.name} sums over {axis!r}")
+        return out if bias is None else s.call(c, torch.ops.aten.add.Tensor, out, bias)
+
+
+def named_dims(names: tuple[str, ...], ndim: int) -> list[str]:
+    """``... i`` for three dims is ``...2 ...1 i``: leading dims are counted from the right."""
+    rest = ndim - (len(names) - ("..." in names))
+    leading = [f"...{rest - i}" for i in range(rest)]
+    return [d for n in names for d in (leading if n == "..." else [n])]
+
+
+def rule(text: str, whole: str = "", bias: str = "") -> Rule:
+    """
+    >>> print(rule("... i, o i, o -> ... o", bias="bias"))
+    ... i, o i, o -> ... o  sum={i}
+    """
+    left, arrow, right = text.partition("->")
+    if not arrow:
+        raise ValueError(f"sharding rule {text!r}: no '->'")
+    operands = tuple(tuple(o.split()) for o in left.split(","))
+    unknown = set(right.split()) - {n for o in operands for n in o} - {"c"}
+    if unknown:
+        raise ValueError(f"sharding rule {text!r}: {unknown} is in no operand")
+    return Rule(operands, tuple(right.split()), frozenset(whole.split()), bias)
+
+
+def matmul(s: Sharder, c: Call) -> Value:
+    x, y = (1 if c[n].ndim == 1 else 2 for n in ("self", "other"))
+    return MATMUL[x, y](s, c)
+
+
+MATMUL = {
+    (1, 1): rule("k, k ->"),
+    (2, 1): rule("... m k, k -> ... m"),
+    (1, 2): rule("k, ... k n -> ... n"),
+    (2, 2): rule("... m k, ... k n -> ... m n"),
+}
+
+
+def along(dim: str) -> LocalForm:
+    """Works along one dim (``argmax``, ``cumsum``, ``sort``): every other dim is free."""
+    return partial(reductions.along, name=dim)
+
+
+TABLE: dict[str, LocalForm] = {
+    # contractions
+    "linear": rule("... i, o i, o -> ... o", bias="bias"),
+    "matmul": matmul,
+    "mm": rule("m k, k n -> m n"),
+    "bmm": rule("b m k, b k n -> b m n"),
+    "mv": rule("m k, k -> m"),
+    "dot": rule("k, k ->"),
+    # normalisation and probabilities
+    "layer_norm": normalization.layer_norm,
+    "rms_norm": normalization.layer_norm,
+    "_native_batch_norm_legit_functional": normalization.batch_norm,
+    "softmax.int": normalization.softmax,
+    "log_softmax.int": normalization.log_softmax,
+    "_softmax": normalization.softmax,
+    "_log_softmax": normalization.log_softmax,
+    # attention
+    "scaled_dot_product_attention": attention.scaled_dot_product_attention,
+    # lookups
+    "embedding": rule("v e, ... -> ... e"),
+    "one_hot": rule("... -> ... c"),
+    "index.Tensor": indexing.index,
+    "index_select": indexing.index_select,
+    "gather": indexing.gather,
+    "tril": indexing.triangle,
+    "triu": indexing.triangle,
+    # views
+    "view": views.view,
+    "reshape": views.view,
+    "_unsafe_view": views.view,
+    "unflatten.int": views.view,
+    "flatten.using_ints": views.view,
+    "expand": views.expand,
+    "repeat": views.repeat,
+    "repeat_interleave.self_int": views.repeat_interleave,
+    "permute": views.permute,
+    "transpose.int": views.transpose,
+    "t": views.transpose,
+    "unsqueeze": views.unsqueeze,
+    "squeeze": views.squeeze,
+    "squeeze.dim": views.squeeze,
+    "squeeze.dims": views.squeeze,
+    "select.int": views.select,
+    "slice.Tensor": views.slice_,
+    "narrow": views.narrow,
+    "split.Tensor": views.split,
+    "split_with_sizes": views.split,
+    "chunk": views.split,
+    "unbind.int": views.unbind,
+    "cat": views.cat,
+    "stack": views.stack,
+    "constant_pad_nd": views.pad,
+    "pad": views.pad,
+    "roll": views.roll,
+    "flip": views.flip,
+    "slice_scatter": views.slice_scatter,
+    "select_scatter": views.select_scatter,
+    # reductions
+    "sum": reductions.total,
+    "sum.dim_IntList": reductions.total,
+    "mean": reductions.mean,
+    "mean.dim": reductions.mean,
+    "var.correction": reductions.var,
+    "var.dim": reductions.var,
+    "var": reductions.var,
+    "std.correction": reductions.std,
+    "std.dim": reductions.std,
+    "std": reductions.std,
+    "amax": reductions.extreme,
+    "amin": reductions.extreme,
+    "max": reductions.extreme,
+    "min": reductions.extreme,
+    "any": reductions.any_,
+    "any.dim": reductions.any_,
+    "any.dims": reductions.any_,
+    "all": reductions.all_,
+    "all.dim": reductions.all_,
+    "all.dims": reductions.all_,
+    "logsumexp": reductions.logsumexp,
+    "linalg_vector_norm": reductions.along_dims,
+    "norm.ScalarOpt_dim": reductions.along_dims,
+    "prod.dim_int": along("dim"),
+    "max.dim": along("dim"),
+    "min.dim": along("dim"),
+    "argmax": along("dim"),
+    "argmin": along("dim"),
+    "cumsum": along("dim"),
+    "cumprod": along("dim"),
+    "logcumsumexp": along("dim"),
+    "sort": along("dim"),
+    "sort.stable": along("dim"),
+    "argsort": along("dim"),
+    "topk": along("dim"),
+    "median.dim": along("dim"),
+    "glu": along("dim"),
+    # losses
+    "cross_entropy_loss": losses.cross_entropy,
+    # convolutions: batches are free
+    "conv1d": normalization.convolution,
+    "conv2d": normalization.convolution,
+    "conv3d": normalization.convolution,
+    "convolution": normalization.convolution,
+    # randomness
+    "dropout": randomness.dropout,
+    # the user's own
+    "autograd_function": functions.autograd_function,
+}
+
+POINTWISE = frozenset(
+    "_to_copy alias clone contiguous copy detach detach_copy empty_like fill.Scalar fill.Tensor full_like "
+    "lift_fresh lift_fresh_copy masked_fill.Scalar masked_fill.Tensor ones_like to.device to.dtype "
+    "to.dtype_layout to.other to.prim_Device type_as where.self where.ScalarOther where.ScalarSelf "
+    "where.Scalar zeros_like".split()
+)
+CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
+DRAWS_BY_INDEX = frozenset({"dropout"})
+
+
+def key(target: Any) -> str:
+    """``aten.mean.dim`` -> ``mean.dim``, ``aten.view.default`` -> ``view``."""
+    schema = target._schema
+    name = schema.name.split("::")[1]
+    return f"{name}.{schema.overload_name}" if schema.overload_name else name
+
+
+def rule_for(target: Any) -> LocalForm:
+    """The rule of an op: its row, the pointwise rule, its decomposition, or a gather."""
+    name = key(target)
+    if name in TABLE:
+        return TABLE[name]
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return randomness.drawn_once
+    if name in POINTWISE or torch.Tag.pointwise in target.tags:
+        return pointwise
+    return decomposed if decomposable(target) else unknown
+
+
+def unknown(s: Sharder, c: Call) -> Any:
+    return s.gather_for(c, "has no rule")
+
+
+def written_whole(node: fx.Node) -> LocalForm | None:
+    """Ops that even whole must not be written as they are: every rank would draw its own numbers."""
+    if not hasattr(node.target, "_schema"):
+        return None
+    name = key(node.target)
+    if name in DRAWS_BY_INDEX:
+        return TABLE[name]
+    if name == "scaled_dot_product_attention":
+        return randomness.attention_whole if dropout_of(node) else None
+    return randomness.drawn_once if torch.Tag.nondeterministic_seeded in node.target.tags else None
+
+
+def dropout_of(node: fx.Node) -> float:
+    return node.kwargs.get("dropout_p") or (node.args[4] if len(node.args) > 4 else 0.0)
+
+
+def pull(s: Sharder, node: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
+    """Where an operand of ``node`` must be cut so that its result is at ``place``; {}: nothing to cut.
+
+    There are no backward rules: candidates go through the forward rule, and one that fits is right.
+    None: this op cannot be computed in parts; its whole result is sliced.
+    """
+    operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    if not operands:
+        return {} if key(node.target) in CREATED else None
+    if key(node.target) == "slice.Tensor":
+        return pull_slice(node, place)
+    for operand in operands:
+        for candidate in candidates(operand.meta["val"].shape, place):
+            if s.probe(node, {operand: candidate}) == place:
+                return {operand: candidate}
+    return None
+
+
+def pull_slice(node: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
+    x, dim, start, stop, step = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]]
+    shape = x.meta["val"].shape
+    if dim % len(shape) != place.dim:
+        return {x: place}
+    first, _, step = slice(start, stop, step).indices(shape[dim])
+    place = place.refined()
+    if step != 1 or (place.outer, place.inner) != (1, 1):
+        return None
+    return {x: place.with_layout(place.layout.embed(first, shape[dim]))}

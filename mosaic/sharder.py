@@ -1,0 +1,493 @@
+"""Runs a global program on shards: values with places, and what rules may ask for.
+
+One engine does two jobs. Without a rank it *plans*: it follows places from op to op and writes
+nothing. With a rank it *writes* this rank's local program. Rules (``rules.py``) cannot tell the two
+apart, so what is planned is what is written, and every decision is a function of global facts.
+
+A value that is whole stays a recipe (its node in the global graph) until somebody needs it: whole,
+then it is written whole; at a place, then the slice is pushed up through the rules to its leaves and
+only this rank's part is ever computed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic import collectives
+from mosaic.errors import UnsupportedError
+from mosaic.layout import Layout, Place, Shard
+from mosaic.modes import modes_of
+from mosaic.source import where
+from mosaic.torch_private import fake_mode_of, pytree
+from mosaic.writer import Writer
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """A tensor of the global program: ``val`` at global size, and where the sharded axis sits in it.
+
+    ``place`` None means whole. ``node`` is its node in the local program; a whole value whose node is
+    None is a recipe, ``origin`` its node in the global graph.
+    """
+
+    val: torch.Tensor
+    place: Place | None = None
+    node: fx.Node | None = None
+    origin: fx.Node | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.val.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.val.ndim
+
+
+class Call:
+    """One op with its arguments by name. Tensor arguments are ``Value``s."""
+
+    def __init__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any, like: fx.Node):
+        self.target = target
+        self.val = val
+        self.like = like
+        names = [a.name for a in target._schema.arguments]
+        defaults = {a.name: a.default_value for a in target._schema.arguments}
+        self.bound: dict[str, Any] = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bound[name]
+
+    @property
+    def name(self) -> str:
+        return str(self.target).removesuffix(".default")
+
+    def tensors(self) -> list[Value]:
+        return [v for v in pytree.tree_leaves(self.bound) if isinstance(v, Value)]
+
+    def split(self, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the op, defaults left out."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        schema = self.target._schema.arguments
+        last = max(
+            (i for i, a in enumerate(schema) if not a.kwarg_only and bound[a.name] is not a.default_value),
+            default=-1,
+        )
+        for i, argument in enumerate(schema):
+            value = bound[argument.name]
+            if not argument.kwarg_only and i <= last:
+                args.append(value)
+            elif argument.kwarg_only and value is not argument.default_value:
+                kwargs[argument.name] = value
+        return tuple(args), kwargs
+
+
+class NotLocal(Exception):
+    """A probe met a collective: the op is not local under these places."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The sharded axis of one graph: its name, mesh axis, base layout, and where it begins."""
+
+    name: str
+    mesh_axis: str
+    layout: Layout
+    method: str
+    seeds: tuple[tuple[str, int], ...] = ()  # (node, dim)
+
+    @property
+    def p(self) -> int:
+        return self.layout.p
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One line of the plan: what is communicated, how much leaves each rank, and why."""
+
+    op: str
+    axis: str
+    bytes: int
+    why: str
+    source: str
+
+
+@dataclass
+class Sharder:
+    """See the module's docstring. ``writer`` is None when planning."""
+
+    axis: Axis
+    writer: Writer | None = None
+    probing: bool = False
+    on_gather: str = "warn"
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+    collectives: list[Collective] = field(default_factory=list)
+    attentions: list[Any] = field(default_factory=list)
+    gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
+    _hoisted: dict[tuple[fx.Node, Place], Value] = field(default_factory=dict)
+    _entered: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    _written: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    _seed: fx.Node | None = None
+
+    # --- the program -----------------------------------------------------------------------
+
+    def run(self, nodes: Iterable[fx.Node]) -> None:
+        """Follow every node of the global graph, in order; ``env`` then holds their values."""
+        seeds = dict(self.axis.seeds)
+        for node in nodes:
+            if node.op == "output":
+                continue
+            self.env[node] = self.value_of(node)
+            if node.name in seeds:
+                place = Place(self.axis.layout, seeds[node.name], mesh_axis=self.axis.mesh_axis)
+                self.env[node] = self.at(self.env[node], place)
+
+    def value_of(self, node: fx.Node) -> Any:
+        if node.op != "call_function":
+            return recipe(node)
+        if node.target is operator.getitem:
+            several, index = self.env[node.args[0]], node.args[1]
+            return several[index] if isinstance(several, tuple) else recipe(node)
+        if all(is_whole(self.env[n]) for n in node.all_input_nodes):
+            return recipe(node)
+        args, kwargs = self.values((node.args, node.kwargs))
+        return self.apply(Call(node.target, args, kwargs, node.meta["val"], node))
+
+    def values(self, arguments: Any) -> Any:
+        return pytree.tree_map(
+            lambda a: self.env[a] if isinstance(a, fx.Node) else a, arguments
+        )
+
+    def apply(self, call: Call) -> Any:
+        from mosaic.rules import rule_for
+
+        return rule_for(call.target)(self, call)
+
+    def call(self, like: Call, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run another op in the place of ``like``, by its own rule: what composite rules are made of."""
+        new = Call(target, args, kwargs, None, like.like)
+        new.val = self.global_value(new)
+        if all(v.place is None for v in new.tensors()):
+            return self.emit(new, None, enter=False)
+        return self.apply(new)
+
+    def global_value(self, call: Call) -> Any:
+        args, kwargs = call.split(call.bound)
+        args, kwargs = pytree.tree_map(lambda v: v.val if isinstance(v, Value) else v, (args, kwargs))
+        mode = fake_mode_of(args, kwargs) or fake_mode_of(call.like.meta.get("val"))
+        with mode, modes_of(call.like.meta.get("modes")):
+            return call.target(*args, **kwargs)
+
+    # --- what rules ask for ----------------------------------------------------------------
+
+    def emit(self, call: Call, place: Any, /, *, enter: bool = True, **changed: Any) -> Any:
+        """Write ``call`` as it is, with some arguments changed. ``place``: where the axis is in the
+        result (one, or a tuple for several results). Whole operands of sharded work are entered."""
+        bound = {**call.bound, **changed}
+        node = None
+        if self.writer:
+            args, kwargs = call.split(bound)
+            args, kwargs = pytree.tree_map(
+                lambda v: self.operand(v, enter, call.like) if isinstance(v, Value) else v, (args, kwargs)
+            )
+            node = self.writer.op(call.like, call.target, args, kwargs)
+        if isinstance(call.val, (tuple, list)):
+            places = place if isinstance(place, tuple) else (place,) * len(call.val)
+            nodes = [self.writer.item(node, i) if self.writer else None for i in range(len(call.val))]
+            return tuple(
+                Value(v, pl, n) for v, pl, n in zip(call.val, places, nodes, strict=True)
+            )
+        return Value(call.val, place, node)
+
+    def function(
+        self, call: Call, target: Any, args: tuple[Any, ...], val: Any, place: Place | None = None
+    ) -> Value:
+        """A helper of ours on local tensors; ``val`` is what it gives at global size."""
+        if not self.writer:
+            return Value(val, place)
+        nodes = pytree.tree_map(lambda v: self.node(v) if isinstance(v, Value) else v, args)
+        return Value(val, place, self.writer.function(call.like, target, nodes))
+
+    def take(self, call: Call, x: Value, runs: Any, dim: int) -> fx.Node | None:
+        """These stretches of the local tensor, joined."""
+        if not self.writer:
+            return None
+        return self.writer.take(call.like, self.node(x), runs, dim)
+
+    def on_rank(self, decide: Callable[[int], Any]) -> Any:
+        return decide(self.writer.rank) if self.writer else None
+
+    def local(self, shape: Iterable[int], place: Place) -> list[int]:
+        """A shape at this rank's size (at global size when planning)."""
+        return place.local_shape(list(shape), self.writer.rank) if self.writer else list(shape)
+
+    def positions(self, call: Call, place: Place) -> Value:
+        """The global indices 0..size-1 of a dim, at its place (as a vector)."""
+        size, device = place.size, result_device(call)
+        new = Call(torch.ops.aten.arange.default, (size,), {"device": device}, None, call.like)
+        new.val = self.global_value(new)
+        return self.at(self.emit(new, None, enter=False), place.at(0))
+
+    def operand(self, value: Value, enter: bool, like: fx.Node) -> fx.Node:
+        if value.place is not None or not enter:
+            return self.node(value)
+        return self.entered(value, like)
+
+    def entered(self, value: Value, like: fx.Node) -> fx.Node:
+        """A whole value about to be used by sharded work: its gradient is summed across, once."""
+        node = self.node(value)
+        if not needs_gradient(value) or self.axis.p == 1:
+            return node
+        if node not in self._entered:
+            assert self.writer
+            entered = self.writer.function(
+                node, collectives.enter, (node, self.writer.group), name=f"{node.name}_entered"
+            )
+            self._entered[node] = entered
+        return self._entered[node]
+
+    def node(self, value: Value) -> fx.Node:
+        """The local node of a value; a recipe is written whole now."""
+        if value.node is None:
+            assert value.origin is not None
+            value.node = self.written(value.origin)
+        return value.node
+
+    def written(self, origin: fx.Node) -> fx.Node:
+        """Write a recipe whole, and whatever it needs that is not written yet, in graph order."""
+        assert self.writer
+        for node in self.unwritten(origin):
+            self._written[node] = self.write(node)
+        return self._written[origin]
+
+    def unwritten(self, origin: fx.Node) -> list[fx.Node]:
+        todo, found = [origin], set()
+        while todo:
+            node = todo.pop()
+            value = self.env.get(node)
+            if isinstance(value, Value) and value.node is not None and value.place is None:
+                self._written[node] = value.node
+            if node not in found and node not in self._written:
+                found.add(node)
+                todo += node.all_input_nodes
+        return sorted(found)
+
+    def write(self, node: fx.Node) -> fx.Node:
+        from mosaic.rules import written_whole
+
+        if node.op != "call_function":
+            return node
+        special = written_whole(node)
+        if special:
+            args, kwargs = self.values((node.args, node.kwargs))
+            return self.node(special(self, Call(node.target, args, kwargs, node.meta["val"], node)))
+        args, kwargs = pytree.tree_map(
+            lambda a: self._written[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
+        )
+        return self.writer.op(node, node.target, args, kwargs)
+
+    def sum_across(self, value: Value, call: Call, why: str, op: str = "sum") -> Value:
+        """Partial results, one on each rank, become whole."""
+        self.record("all_reduce", value.val, why, call.like)
+        if not self.writer or self.axis.p == 1:
+            return Value(value.val, None, value.node)
+        node = self.writer.function(
+            call.like, collectives.sum_across, (value.node, self.writer.group, op), name=f"{op}_across"
+        )
+        return Value(value.val, None, node)
+
+    def at(self, value: Value, place: Place) -> Value:
+        """The value at a place: as it is, hoisted, resharded, or (last) gathered and sliced."""
+        if value.place is None:
+            return self.hoist(value, place)
+        have, want = value.place.refined(), place.refined()
+        if have == want:
+            return Value(value.val, place, value.node)
+        if (have.dim, have.outer, have.inner, have.layout.n) != (
+            want.dim, want.outer, want.inner, want.layout.n,
+        ):  # fmt: skip
+            return self.slice(self.gather(value, "the axis is needed in another dim"), place)
+        return self.reshard(value, have, want)
+
+    def reshard(self, value: Value, have: Place, want: Place) -> Value:
+        like = value.node or value.origin
+        self.record("all_to_all", value.val, "two layouts of one axis meet", like)
+        if not self.writer:
+            return Value(value.val, want)
+        specs = tuple(Shard(pl, self.writer.rank, self.writer.group).encode() for pl in (have, want))
+        node = self.writer.function(like, torch.ops.mosaic.reshard.default, (value.node, *specs))
+        return Value(value.val, want, node)
+
+    def gather(self, value: Value, why: str, like: fx.Node | None = None) -> Value:
+        """The whole value on every rank."""
+        if value.place is None:
+            return value
+        like = like or value.node
+        self.record("all_gather", value.val, why, like)
+        if not self.writer or self.axis.p == 1:
+            return Value(value.val, None, value.node)
+        spec = Shard(value.place, self.writer.rank, self.writer.group).encode()
+        node = self.writer.function(like, torch.ops.mosaic.gather.default, (value.node, spec))
+        return Value(value.val, None, node)
+
+    def gather_for(self, call: Call, reason: str) -> Any:
+        """No exact local form: run the op whole on every rank, and say so (or refuse)."""
+        if self.probing:
+            raise NotLocal
+        self.gathered.append((f"{call.name} {reason}", call.like))
+        if self.on_gather == "error":
+            raise UnsupportedError(
+                f"{call.name} cannot run on a part of axis {self.axis.name!r}: {reason}",
+                where=where(call.like),
+                sizes=", ".join(f"{list(v.shape)}" for v in call.tensors()),
+                fix='allow it with on_gather="warn" (every rank then computes it whole), '
+                "or keep this op out of the sharded part",
+            )
+        whole = pytree.tree_map(
+            lambda v: self.gather(v, f"{call.name} {reason}", call.like) if isinstance(v, Value) else v,
+            call.bound,
+        )
+        return self.emit(call, None, enter=False, **whole)
+
+    # --- slices are hoisted ----------------------------------------------------------------
+
+    def hoist(self, value: Value, place: Place) -> Value:
+        """A whole value at a place: recomputed there from its leaves, or sliced where that stops."""
+        origin = value.origin
+        if not self.writer:
+            return Value(value.val, place)
+        if self.axis.p == 1:
+            return Value(value.val, place, self.node(value))
+        if origin is None:
+            return self.slice(value, place)
+        if (origin, place) not in self._hoisted:
+            self._hoisted[origin, place] = self.recomputed(origin, place) or self.slice(value, place)
+        return self._hoisted[origin, place]
+
+    def recomputed(self, origin: fx.Node, place: Place) -> Value | None:
+        from mosaic.rules import pull
+
+        if origin.op != "call_function" or not hasattr(origin.target, "_schema"):
+            return None
+        places = pull(self, origin, place)
+        if places is None:
+            return None
+        operands = {n: self.hoist(self.env[n], at) for n, at in places.items()}
+        args, kwargs = pytree.tree_map(
+            lambda a: (operands.get(a) or self.env[a]) if isinstance(a, fx.Node) else a,
+            (origin.args, origin.kwargs),
+        )
+        call = Call(origin.target, args, kwargs, origin.meta["val"], origin)
+        return self.at(self.apply(call) if operands else self.created(call, place), place)
+
+    def created(self, call: Call, place: Place) -> Value:
+        """zeros, ones, full: made at the local size."""
+        assert self.writer
+        size = place.local_shape(call.val.shape, self.writer.rank)
+        return self.emit(call, place, size=size)
+
+    def slice(self, value: Value, place: Place) -> Value:
+        """My intervals of a whole value."""
+        if not self.writer or self.axis.p == 1:
+            return Value(value.val, place, value.node)
+        node = self.node(value)
+        if needs_gradient(value):
+            self.record("slice", value.val, "gradient of a whole value that is used in parts", node)
+        spec = Shard(place, self.writer.rank, self.writer.group).encode()
+        return Value(value.val, place, self.writer.function(node, collectives.slice_to, (node, spec)))
+
+    def probe(self, node: fx.Node, places: dict[fx.Node, Place]) -> Any:
+        """The place of ``node``'s result when its operands have these places; None if not local."""
+        probe = Sharder(self.axis, probing=True)
+        probe.env = {n: recipe(n) for n in node.all_input_nodes}
+        for n, place in places.items():
+            probe.env[n] = Value(n.meta["val"], place)
+        try:
+            value = probe.value_of(node)
+        except NotLocal:
+            return None
+        return value.place if isinstance(value, Value) else None
+
+    # --- the plan --------------------------------------------------------------------------
+
+    def record(self, op: str, val: Any, why: str, like: fx.Node | None) -> None:
+        if self.probing:
+            raise NotLocal
+        if self.axis.p == 1:
+            return
+        p, size = self.axis.p, prod(val.shape) * val.element_size()
+        factor = {"all_reduce": 2 * (p - 1) / p, "slice": (p - 1) / p}.get(op, (p - 1) / p)
+        source = where(like) if like is not None else ""
+        self.collectives.append(Collective(op, self.axis.name, int(size * factor), why, source))
+
+    def dropout_seed(self, call: Call) -> fx.Node:
+        """One int64 seed for the whole graph, drawn once per call, the same on every rank."""
+        assert self.writer
+        if self._seed is None:
+            self._seed = self.writer.seed(call.like, str(result_device(call)))
+        return self._seed
+
+    def seed(self, call: Call) -> Value | None:
+        if not self.writer:
+            return None
+        node = self.dropout_seed(call)
+        return Value(node.meta["val"], None, node)
+
+    def site(self, like: fx.Node) -> int:
+        """Which random op of the program: its number in the global graph."""
+        return like.meta.get("site", 0)
+
+
+def recipe(node: fx.Node) -> Any:
+    val = node.meta.get("val")
+    if isinstance(val, (tuple, list)):
+        return Many(node, tuple(val))
+    return Value(val, None, None, node) if isinstance(val, torch.Tensor) else val
+
+
+@dataclass(frozen=True)
+class Many:
+    """Several whole results that nobody has asked for yet; ``getitem`` on it is a recipe again."""
+
+    origin: fx.Node
+    vals: tuple[torch.Tensor, ...]
+
+
+def is_whole(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(is_whole(v) for v in value)
+    return not isinstance(value, Value) or value.place is None
+
+
+def candidates(shape: Iterable[int], place: Place) -> list[Place]:
+    """Every way in which ``place``'s axis could sit in a tensor of this shape."""
+    found = []
+    for dim, size in enumerate(shape):
+        if place.layout.n and size and size % place.layout.n == 0:
+            rest = size // place.layout.n
+            found += [
+                Place(place.layout, dim, outer, rest // outer, place.mesh_axis)
+                for outer in range(1, rest + 1)
+                if rest % outer == 0
+            ]
+    return found
+
+
+def needs_gradient(value: Value) -> bool:
+    """Whether a gradient flows into this value; a value that is no recipe is assumed to have one."""
+    if value.origin is None:
+        return value.val.is_floating_point()
+    return bool(value.origin.meta.get("needs_gradient"))
+
+
+def result_device(call: Call) -> torch.device:
+    leaves = [v for v in pytree.tree_leaves(call.val) if isinstance(v, torch.Tensor)]
+    return leaves[0].device

@@ -1,0 +1,156 @@
+"""Every private torch name that Mosaic uses, in one place (seen in torch 2.11 and 2.13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from itertools import count
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._dynamo.source import AttrSource, GlobalSource, LocalSource
+from torch._decomp import decomposition_table
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._C import _set_grad_enabled as set_grad_enabled
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.distributed.distributed_c10d import _get_default_store as default_store
+from torch.utils.checkpoint import CheckpointPolicy
+
+from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
+
+__all__ = [
+    "AttrSource",
+    "FakeTensor",
+    "FakeTensorMode",
+    "GlobalSource",
+    "LocalSource",
+    "TracingContext",
+    "aot_export_module",
+    "autograd_function_apply",
+    "compile_by_eager",
+    "compile_by_inductor",
+    "decompose_op",
+    "decompositions_for_inductor",
+    "default_store",
+    "enter_autocast",
+    "exit_autocast",
+    "fake_mode_of",
+    "has_decomposition",
+    "make_fx",
+    "no_tracing_context",
+    "placeholder_source",
+    "preserve_node_meta",
+    "pytree",
+    "recompute_marks",
+    "rename",
+    "set_grad_enabled",
+    "tag_activation_checkpoint",
+]
+
+
+def fake_mode_of(*values: Any) -> FakeTensorMode | None:
+    """The fake mode of the first fake tensor among ``values``."""
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, FakeTensor):
+            return leaf.fake_mode
+    return None
+
+
+def no_tracing_context() -> AbstractContextManager[Any]:
+    """Trace by ourselves inside a Dynamo backend: its tracing context has another fake mode."""
+    return tracing(None)
+
+
+def placeholder_source(node: fx.Node) -> tuple[str, bool]:
+    """(Dynamo's name of an input, whether it is a parameter or buffer). Only inside the backend call."""
+    grapharg = node.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    if source is None:
+        return str(node.target), False
+    name = source.name() if callable(source.name) else source.name
+    is_state = isinstance(grapharg.example, torch.nn.Parameter) or "._buffers[" in name
+    return name, is_state
+
+
+_regions = count()
+
+
+def recompute_marks() -> dict[str, Any]:
+    """What ``torch.utils.checkpoint`` puts on the nodes of one region, for AOTAutograd's partitioner."""
+    return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_regions)}
+
+
+def has_decomposition(op: Any) -> bool:
+    """Whether torch can say an op in terms of others."""
+    return op in decomposition_table or op._can_decompose()
+
+
+def decompose_op(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if op in decomposition_table:
+        return decomposition_table[op](*args, **kwargs)
+    return op.decompose(*args, **kwargs)
+
+
+def decompositions_for_inductor() -> dict[Any, Any]:
+    """What Inductor expects to be decomposed already in a graph that is handed to it."""
+    from torch._inductor.decomposition import select_decomp_table  # slow to import
+
+    return select_decomp_table()
+
+
+def rename(node: fx.Node, name: str) -> None:
+    """Give a node this name, or this name with a number if it is taken."""
+    node._rename(name)
+
+
+Lower = Callable[[fx.Graph, str], None]
+
+
+def compile_by_inductor(module: fx.GraphModule, inputs: Sequence[Any], lower: Lower) -> Callable[..., Any]:
+    """AOTAutograd, our lowering of both graphs, Inductor.
+
+    AOTAutograd's cache does not see our lowering (another rank's code came out of it) and is off;
+    Inductor's own cache is keyed on the lowered graph, rank and all. Reordering for peak memory goes
+    by local sizes, which differ between ranks, so it is off too.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def inner(graph: fx.GraphModule, examples: Sequence[Any], **kwargs: Any) -> Any:
+        lower(graph.graph, "backward" if kwargs.get("is_backward") else "forward")
+        graph.recompile()
+        return compile_fx_inner(graph, examples, **kwargs)
+
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(
+            module, inputs, inner_compile=inner, config_patches={"reorder_for_peak_memory": False}
+        )
+
+
+def compile_by_eager(module: fx.GraphModule, inputs: Sequence[Any], lower: Lower) -> Callable[..., Any]:
+    """AOTAutograd and our lowering of both graphs, run node by node: for tests and for reading."""
+
+    def compiler(kind: str) -> Callable[..., Any]:
+        def compile_graph(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
+            lower(graph.graph, kind)
+            graph.recompile()
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    with functorch_config.patch(enable_autograd_cache=False):
+        return aot_autograd(
+            fw_compiler=compiler("forward"),
+            bw_compiler=compiler("backward"),
+            partition_fn=min_cut_rematerialization_partition,
+        )(module, inputs)

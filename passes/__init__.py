@@ -1,0 +1,34 @@
+"""The order of the passes. A pass is ``name(graph, context) -> int``: how many rewrites it made."""
+
+if __name__ != "mosaic.passes":
+    raise ImportError("import mosaic.passes: the folder passes/ is shipped under that name")
+
+from mosaic.passes.analyze_masks import analyze_masks
+from mosaic.passes.assign_layouts import assign_layouts
+from mosaic.passes.choose_method import choose_method
+from mosaic.passes.infer_axes import infer_axes
+from mosaic.passes.normalize import normalize
+from mosaic.passes.partition import partition
+from mosaic.passes.propagate import propagate
+from mosaic.passes.raise_attention import raise_attention
+from mosaic.passes.rewrite_attention import rewrite_attention
+
+#: On the global graph, before AOTAutograd.
+PIPELINE = (
+    normalize,
+    raise_attention,  # from here on every attention is one node
+    infer_axes,  # which axis, and where it begins
+    propagate,  # where it is in every tensor
+    analyze_masks,
+    choose_method,
+    assign_layouts,  # who holds which indices; propagate's places then follow
+    partition,  # the only pass that sees the rank
+    rewrite_attention,
+)
+
+#: On the forward and on the backward graph, after AOTAutograd's partitioner.
+LOWERING = (
+
+
+
+)

@@ -1,0 +1,249 @@
+"""Find the axis to cut, and the nodes in which it begins.
+
+With names the axis is a dim of a named input. Without, each attention's query dim is followed back
+through the program to where it begins, and the longest such axis is taken. Nothing is rewritten but
+``context.axis``: its length, its method and its seeds (node, dim).
+
+There are no backward rules. To step back over an op, candidate places of each operand go through the
+op's own forward rule, and one that gives the place at hand is a carrier of the axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from mosaic.context import Context
+from mosaic.errors import ShardingError
+from mosaic.layout import Layout, Place
+from mosaic.rules import key
+from mosaic.sharder import Axis, Sharder, candidates
+from mosaic.source import line
+from mosaic.spec import path_parts
+
+aten = torch.ops.aten
+DEFAULT_METHOD = "ring"
+
+
+def infer_axes(graph: fx.Graph, context: Context) -> int:
+    attentions = graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    )
+    named = named_axis(graph, context)
+    if named is not None:
+        context.axis = named
+    elif context.spec.sharded and context.is_first_graph:
+        raise unbound(graph, context)
+    elif attentions:
+        context.axis = longest_axis(attentions, context)
+    else:
+        context.notes.append("no attention in this graph: it stays whole")
+    return len(context.axis.seeds) if context.axis else 0
+
+
+# --- by name ------------------------------------------------------------------------------------
+
+
+def named_axis(graph: fx.Graph, context: Context) -> Axis | None:
+    spec, world = context.spec, context.world
+    for name, method in spec.sharded.items():
+        found = named_dims(graph, context, name)
+        if not found:
+            return None
+        n = max(size for _, _, size in found)
+        seeds = tuple((node.name, dim) for node, dim, size in found if size == n)
+        layout = Layout.even(n, world.size)
+        return Axis(str(name), world.mesh_axis, layout, chosen(method), seeds)
+    return None
+
+
+def chosen(method: str) -> str:
+    return DEFAULT_METHOD if method == "auto" else method
+
+
+def named_dims(
+    graph: fx.Graph, context: Context, name: str | int
+) -> list[tuple[fx.Node, int, int]]:
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    tensors = [
+        (node, i)
+        for node, i in zip(placeholders, context.inputs, strict=True)
+        if not i.is_state and isinstance(node.meta.get("val"), torch.Tensor)
+    ]
+    if isinstance(name, int):
+        return dim_of_only_input(tensors, name)
+    found = []
+    for path, dims in (context.spec.inputs or {}).items():
+        if name in dims.split():
+            node = next((n for n, i in tensors if binds(path, i.source)), None)
+            if node is not None:
+                found.append(sized(node, path, dims, dims.split().index(name)))
+    return found
+
+
+def dim_of_only_input(tensors: list, dim: int) -> list[tuple[fx.Node, int, int]]:
+    if len(tensors) != 1:
+        raise ShardingError(
+            f"axes={{{dim}: ...}} needs a single tensor argument",
+            arguments=", ".join(i.name for _, i in tensors),
+            fix="name its dims instead: inputs={'x': 'batch rows columns'}, axes={'rows': 'ring'}",
+        )
+    node = tensors[0][0]
+    ndim = node.meta["val"].ndim
+    if not -ndim <= dim < ndim:
+        raise ShardingError(
+            f"there is no dim {dim} in {tensors[0][1].name}", sizes=list(node.meta["val"].shape)
+        )
+    return [(node, dim % ndim, node.meta["val"].shape[dim])]
+
+
+def sized(node: fx.Node, path: str, dims: str, dim: int) -> tuple[fx.Node, int, int]:
+    shape = list(node.meta["val"].shape)
+    if len(dims.split()) != len(shape):
+        raise ShardingError(
+            f"{path} has {len(shape)} dims, and {len(dims.split())} names were given",
+            names=dims,
+            sizes=shape,
+        )
+    return node, dim, shape[dim]
+
+
+def binds(path: str, source: str) -> bool:
+    """Whether Dynamo's ``L['kwargs']['ids']`` is the user's ``ids``."""
+    have, want = source_parts(source), path_parts(path)
+    return have == want or have[1:] == want
+
+
+def source_parts(source: str) -> tuple[str, ...]:
+    """``L['batch']['ids'][0]`` -> ``("batch", "ids", "0")``."""
+    return path_parts("L" + source.removeprefix("L").removeprefix("G"))[1:]
+
+
+def unbound(graph: fx.Graph, context: Context) -> ShardingError:
+    names = ", ".join(context.spec.inputs or {})
+    have = ", ".join(i.name for i in context.inputs if not i.is_state)
+    return ShardingError(
+        f"no argument of the compiled function is called {names}",
+        arguments=have or "none",
+        fix="use these names (or paths such as batch['ids']) as keys of inputs",
+    )
+
+
+# --- by following attentions back ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begin:
+    node: fx.Node
+    place: Place
+
+
+def longest_axis(attentions: list[fx.Node], context: Context) -> Axis | None:
+    """The longest attended axis; of one length the first in the program."""
+    best: list[Begin] = []
+    for node in attentions:
+        found = begins(node)
+        if found and (not best or found[0].place.layout.n > best[0].place.layout.n):
+            best = found
+    if not best:
+        context.notes.append("no attended axis depends on an input: the graph stays whole")
+        return None
+    n, world = best[0].place.layout.n, context.world
+    seeds = tuple((b.node.name, b.place.dim) for b in best)
+    name = axis_name(best[0], context)
+    return Axis(name, world.mesh_axis, Layout.even(n, world.size), DEFAULT_METHOD, seeds)
+
+
+def axis_name(begin: Begin, context: Context) -> str:
+    """``x.1`` for dim 1 of argument x, else the place in the program."""
+    if begin.node.op != "placeholder":
+        return f"dim {begin.place.dim} of {begin.node.name}"
+    placeholders = [n for n in begin.node.graph.nodes if n.op == "placeholder"]
+    given = context.inputs[placeholders.index(begin.node)]
+    return f"{given.name}.{begin.place.dim}"
+
+
+def begins(attention: fx.Node) -> list[Begin]:
+    """Where the axis that ``attention`` attends over begins: the longest beginnings that hold data."""
+    query = attention.args[0]
+    shape = query.meta["val"].shape
+    todo = [(query, Place(Layout.even(shape[-2], 2), len(shape) - 2))]
+    seen: set[tuple[fx.Node, Place]] = set()
+    found: list[Begin] = []
+    while todo:
+        node, place = todo.pop()
+        if (node, place) in seen:
+            continue
+        seen.add((node, place))
+        before = carriers(node, place)
+        todo += before
+        if not before and holds_data(node) and (place.outer, place.inner) == (1, 1):
+            found.append(Begin(node, place))
+    longest = max((b.place.layout.n for b in found), default=0)
+    return [b for b in found if b.place.layout.n == longest]
+
+
+def holds_data(node: fx.Node) -> bool:
+    """Whether the node depends on an input that is no parameter."""
+    todo, seen = [node], set()
+    while todo:
+        n = todo.pop()
+        if n.op == "placeholder" and not n.meta.get("is_state"):
+            return True
+        if n not in seen:
+            seen.add(n)
+            todo += n.all_input_nodes
+    return False
+
+
+def carriers(node: fx.Node, place: Place) -> list[tuple[fx.Node, Place]]:
+    """The operands that carry the axis, with its place in each."""
+    if node.op != "call_function":
+        return []
+    operands = [n for n in node.all_input_nodes if holds_data(n)]
+    if not hasattr(node.target, "_schema"):  # getitem of a split
+        return split_carrier(node, place)
+    name = key(node.target)
+    if name in ("slice.Tensor", "cat") and along_axis(node, place):
+        operands = [n for n in operands if whole_length(n, place.dim) >= place.layout.n or name == "cat"]
+        longest = max((whole_length(n, place.dim) for n in operands), default=0)
+        same = [n for n in operands if whole_length(n, place.dim) == longest]
+        return [(n, replace(place, layout=Layout.even(longest, 2))) for n in same]
+    return [
+        (operand, candidate)
+        for operand in operands
+        if isinstance(operand.meta.get("val"), torch.Tensor)
+        for candidate in candidates(operand.meta["val"].shape, place)
+        if same_place(probe(node, operand, candidate), place)
+    ]
+
+
+def split_carrier(node: fx.Node, place: Place) -> list[tuple[fx.Node, Place]]:
+    source = node.args[0].all_input_nodes[0]
+    shape = source.meta["val"].shape
+    if len(shape) != node.meta["val"].ndim or shape[place.dim] != place.size:
+        return []
+    return [(source, place)]
+
+
+def along_axis(node: fx.Node, place: Place) -> bool:
+    position = node.args[1] if len(node.args) > 1 else 0
+    return position % node.meta["val"].ndim == place.dim and (place.outer, place.inner) == (1, 1)
+
+
+def whole_length(node: fx.Node, dim: int) -> int:
+    return node.meta["val"].shape[dim]
+
+
+def probe(node: fx.Node, operand: fx.Node, candidate: Place) -> Place | None:
+    axis = Axis("", candidate.mesh_axis, candidate.layout, DEFAULT_METHOD)
+    return Sharder(axis).probe(node, {operand: candidate})
+
+
+def same_place(found: Place | None, place: Place) -> bool:
+    return found is not None and (found.refined() == place.refined())
+
+
+__all__ = ["infer_axes", "line"]

@@ -1,0 +1,33 @@
+"""``mosaic::attention`` and its backward become explicit: collectives, kernels and merges."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic.attention.op import backward_program, forward_program
+from mosaic.rewrite import splice
+
+
+def lower_attention(graph: fx.Graph, context: Any) -> int:
+    """Write out what each attention's method does.
+
+    Only after AOTAutograd's partitioner, which would save every visiting chunk for backward.
+    """
+    programs = {
+        torch.ops.mosaic.attention.default: forward_program,
+        torch.ops.mosaic.attention_backward.default: backward_program,
+    }
+    found = [node for node in graph.nodes if node.target in programs]
+    for node in found:
+        results = splice(graph, node, programs[node.target], node.args)
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                raise AssertionError(f"{node} is used as a tuple by {user}")
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    return len(found)

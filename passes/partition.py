@@ -1,0 +1,77 @@
+"""Write this rank's local program. The only pass that makes collectives, and the only one that sees
+the rank: it runs the rules that ``propagate`` ran, this time with a writer.
+
+    x: f64[2, 37, 5]                  x: f64[2, 37, 5]
+    h = linear(x, w, b)          ->   x_rows = slice_to(x, 37=0:10|10:20|20:30|30:37 dim=1)
+    m = mean(h, [1])                  h = linear(x_rows, enter(w), enter(b))
+                                      m = div(sum_across(sum(h, [1])), 37)
+
+Sizes are computed from places. A whole value stays a recipe until it is needed, and then only the
+part that is needed is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic.context import Context
+from mosaic.modes import Modes
+from mosaic.rewrite import rename_all
+from mosaic.sharder import Sharder, Value
+from mosaic.torch_private import pytree
+from mosaic.writer import Writer
+
+aten = torch.ops.aten
+
+
+def partition(graph: fx.Graph, context: Context) -> int:
+    if context.axis is None:
+        return 0
+    old = list(graph.nodes)
+    output = graph.output_node()
+    world = context.world
+    writer = Writer(graph, world.rank, world.group, Modes.current())
+    sharder = Sharder(context.axis, writer, on_gather=context.spec.on_gather)
+    with graph.inserting_before(output):
+        sharder.run(old)
+        results = [result(sharder, r, context) for r in output.args[0]]
+        write_back(sharder, results, context)
+        writer.switch(Modes.current())
+    output.args = (tuple(results[len(context.mutated) :]),)
+    erase(graph, old)
+    rename_all(graph)
+    context.collectives, context.gathered = sharder.collectives, sharder.gathered
+    return len(sharder.collectives)
+
+
+def result(sharder: Sharder, node: Any, context: Context) -> Any:
+    """Outputs are whole on every rank, unless the spec leaves them cut."""
+    if not isinstance(node, fx.Node):
+        return node
+    value = sharder.env[node]
+    if not isinstance(value, Value):
+        return node
+    if value.place is not None and context.spec.outputs == "shards":
+        return sharder.node(value)
+    return sharder.node(sharder.gather(value, "an output is whole", node))
+
+
+def write_back(sharder: Sharder, results: list[Any], context: Context) -> None:
+    """In-place updates of inputs (BatchNorm's buffers): AOTAutograd keeps a copy_ to an input alive."""
+    placeholders = [n for n in sharder.writer.graph.nodes if n.op == "placeholder"]
+    for index, new in zip(context.mutated, results, strict=False):
+        target = placeholders[index]
+        sharder.writer.op(new, aten.copy_.default, (target, new), {})
+
+
+def erase(graph: fx.Graph, old: list[fx.Node]) -> None:
+    for node in reversed(old):
+        if node.op == "call_function":
+            graph.erase_node(node)
+
+
+def leaves(tree: Any) -> list[Any]:
+    return pytree.tree_leaves(tree)

@@ -1,0 +1,45 @@
+"""Follow the axis through the program: ``meta["place"]`` of every node, and who attends over it.
+
+The rules run without a rank and write nothing; layouts are still provisional (even), since the
+choice between even and zigzag needs to know the attentions first.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from mosaic.context import Context
+from mosaic.errors import ShardingError
+from mosaic.sharder import Sharder, Value
+
+
+def propagate(graph: fx.Graph, context: Context) -> int:
+    if context.axis is None:
+        return 0
+    planner = Sharder(context.axis)
+    planner.run(list(graph.nodes))
+    places = 0
+    for node, value in planner.env.items():
+        node.meta["place"] = places_of(value)
+        places += node.meta["place"] is not None
+    context.attentions = [(found, call.like) for found, call in planner.attentions]
+    if context.spec.sharded and not any(a.is_distributed for a, _ in context.attentions):
+        raise nothing_attends(context)
+    return places
+
+
+def places_of(value: object) -> object:
+    if isinstance(value, tuple):
+        found = tuple(places_of(v) for v in value)
+        return found if any(found) else None
+    return value.place if isinstance(value, Value) else None
+
+
+def nothing_attends(context: Context) -> ShardingError:
+    axis = context.axis
+    others = sorted({str(a.query.n) for a, _ in context.attentions}) or ["none"]
+    return ShardingError(
+        f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
+        sizes=f"{axis.name} = {axis.layout.n}; attentions found along it: {', '.join(others)}",
+        fix="name the axis that attention runs over, or leave the spec out to have it found",
+    )

@@ -1,0 +1,98 @@
+"""Attention nodes that carry a decision become one opaque op with everything it needs in a string.
+
+    y = sdpa(q, k, v, mask)     ->   y, lse = mosaic.attention(q, k, v, mask, seed, plan)
+
+The op is opaque to AOTAutograd and has its own backward; ``lower_attention`` opens it afterwards.
+Queries come as ``(batch, heads, seq, head_dim)``: other ranks are folded into it and back.
+"""
+
+from __future__ import annotations
+
+import operator
+from math import prod
+
+import torch
+from torch import fx
+
+from mosaic.attention.plan import AttentionPlan
+from mosaic.context import Context
+from mosaic.layout import Place, Shard
+from mosaic.local.attention import Attention
+from mosaic.rewrite import insert
+
+aten = torch.ops.aten
+
+
+def rewrite_attention(graph: fx.Graph, context: Context) -> int:
+    nodes = [n for n in graph.nodes if "attention" in n.meta]
+    for node in nodes:
+        with graph.inserting_before(node):
+            out = rewritten(graph, node, context)
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+    return len(nodes)
+
+
+def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
+    q, k, v, mask = node.args
+    plan = plan_of(node.meta["attention"], context)
+    operands = [four_dims(graph, node, x) for x in (q, k, v)]
+    mask = mask_of(graph, node, mask, q)
+    both = insert(
+        graph,
+        node,
+        torch.ops.mosaic.attention.default,
+        (*operands, mask, node.meta["seed"], plan.encode()),
+        name="attention",
+    )
+    both.meta.pop("recompute", None)
+    out = insert(graph, node, operator.getitem, (both, 0))
+    shape = list(node.meta["val"].shape)
+    if list(out.meta["val"].shape) == shape:
+        return out
+    return insert(graph, node, aten.reshape.default, (out, shape))
+
+
+def plan_of(found: Attention, context: Context) -> AttentionPlan:
+    world = context.world
+    cut = [encoded(place, world.rank, world.group) for place in (found.batch, found.heads)]
+    return AttentionPlan(
+        method=found.method,
+        rank=world.rank,
+        group=world.group,
+        query=found.query,
+        key=found.key,
+        causal=found.causal,
+        scale=found.scale,
+        dropout=found.dropout,
+        site=found.site,
+        batch=cut[0],
+        heads=cut[1],
+    )
+
+
+def encoded(place: Place | None, rank: int, group: str) -> str:
+    return Shard(place.at(0), rank, group).encode() if place else ""
+
+
+def four_dims(graph: fx.Graph, node: fx.Node, x: fx.Node) -> fx.Node:
+    shape = list(x.meta["val"].shape)
+    if len(shape) == 4:
+        return x
+    folded = [prod(shape[:-2]), 1, *shape[-2:]] if len(shape) < 4 else [prod(shape[:-3]), *shape[-3:]]
+    return insert(graph, node, aten.reshape.default, (x, folded))
+
+
+def mask_of(graph: fx.Graph, node: fx.Node, mask: fx.Node | None, q: fx.Node) -> fx.Node | None:
+    """A mask that broadcasts to the folded queries."""
+    if mask is None:
+        return None
+    ndim, shape = q.meta["val"].ndim, list(mask.meta["val"].shape)
+    shape = [1] * (ndim - len(shape)) + shape
+    if ndim == 3:
+        return insert(graph, node, aten.reshape.default, (mask, [shape[0], 1, *shape[1:]]))
+    if ndim > 4 and prod(shape[:-3]) > 1:
+        full = [*q.meta["val"].shape[:-3], *shape[-3:]]
+        mask = insert(graph, node, aten.expand.default, (mask, full))
+        return four_dims(graph, node, mask)
+    return insert(graph, node, aten.reshape.default, (mask, shape[-4:] if ndim > 4 else shape))

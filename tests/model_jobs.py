@@ -1,0 +1,36 @@
+"""What one rank does in the tests of whole models: build, compile, run, return loss and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import mosaic
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    return {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def loss_of(out: Any) -> torch.Tensor:
+    """A model gives a loss, (logits, loss), an output with .loss, or a tensor to square."""
+    if hasattr(out, "loss") and out.loss is not None:
+        return out.loss
+    if isinstance(out, tuple):
+        return out[-1]
+    return out if out.ndim == 0 else out.square().mean()
+
+
+def run_model(build: Callable[[], tuple[Any, tuple, dict]], options: dict | None, p: int = 1) -> dict:
+    """Loss and gradients of a model; with ``options`` through Mosaic on p ranks, else plain."""
+    torch.manual_seed(0)
+    model, args, kwargs = build()
+    called = model
+    if options is not None:
+        mosaic.init(sp_size=p)
+        called = torch.compile(model, backend="mosaic", options=options)
+    loss = loss_of(called(*args, **kwargs))
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
