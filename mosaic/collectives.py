@@ -126,11 +126,13 @@ class _Slice(torch.autograd.Function):
         return all_reduce(spread(grad, shard), shard.group), None
 
 
+@torch.compiler.allow_in_graph
 def enter(x: Tensor, group: str) -> Tensor:
     """A whole tensor goes into sharded work: the identity; its gradient is summed over the ranks."""
     return _Enter.apply(x, group) if group else x
 
 
+@torch.compiler.allow_in_graph
 def sum_across(x: Tensor, group: str, op: str = "sum") -> Tensor:
     """A partial result becomes whole. ``max`` and ``min`` have no gradient here: their caller
     sends it to one winner."""
@@ -139,6 +141,7 @@ def sum_across(x: Tensor, group: str, op: str = "sum") -> Tensor:
     return _SumAcross.apply(x, group) if op == "sum" else all_reduce(x.detach(), group, op)
 
 
+@torch.compiler.allow_in_graph
 def slice_to(x: Tensor, spec: str) -> Tensor:
     """My intervals of a whole tensor. They may overlap the other ranks', or leave indices out."""
     return _Slice.apply(x, spec)

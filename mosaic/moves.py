@@ -28,7 +28,9 @@ def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
         return x
     carried = x.to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
     reduce_op = "max" if (x.dtype, op) == (torch.bool, "sum") else op
-    return wait(torch.ops._c10d_functional.all_reduce.default(carried, reduce_op, group)).to(x.dtype)
+    return wait(torch.ops._c10d_functional.all_reduce.default(carried, reduce_op, group)).to(
+        x.dtype
+    )
 
 
 def broadcast(x: Tensor, group: str) -> Tensor:

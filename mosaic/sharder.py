@@ -24,7 +24,7 @@ from mosaic import collectives
 from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.modes import modes_of
-from mosaic.source import where
+from mosaic.source import innermost, line, where
 from mosaic.torch_private import fake_mode_of, pytree
 from mosaic.writer import Writer
 
@@ -136,6 +136,7 @@ class Sharder:
     _entered: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _written: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _seed: fx.Node | None = None
+    current: fx.Node | None = None  # the global node at hand
 
     # --- the program -----------------------------------------------------------------------
 
@@ -145,10 +146,21 @@ class Sharder:
         for node in nodes:
             if node.op == "output":
                 continue
-            self.env[node] = self.value_of(node)
+            self.current = node
+            self.env[node] = self.keeping_origin(node, self.value_of(node))
             if node.name in seeds:
                 place = Place(self.axis.layout, seeds[node.name], mesh_axis=self.axis.mesh_axis)
-                self.env[node] = self.at(self.env[node], place)
+                seeded = self.at(self.env[node], place)
+                self.env[node] = self.keeping_origin(node, seeded)
+
+    def keeping_origin(self, node: fx.Node, value: Any) -> Any:
+        """Integers (ids, labels, positions) that come from integers keep their recipe beside the
+        shard: another part of them is then cut for free, where a reshard would have to send it."""
+        if isinstance(value, Value) and value.place and not value.val.is_floating_point():
+            operands = [self.env[n] for n in node.all_input_nodes]
+            if all(isinstance(v, Value) and v.origin is not None for v in operands):
+                value.origin = node
+        return value
 
     def value_of(self, node: fx.Node) -> Any:
         if node.op != "call_function":
@@ -311,6 +323,8 @@ class Sharder:
         have, want = value.place.refined(), place.refined()
         if have == want:
             return Value(value.val, place, value.node)
+        if value.origin is not None:
+            return self.hoist(recipe(value.origin), place)
         if (have.dim, have.outer, have.inner, have.layout.n) != (
             want.dim, want.outer, want.inner, want.layout.n,
         ):  # fmt: skip
@@ -330,6 +344,8 @@ class Sharder:
         """The whole value on every rank."""
         if value.place is None:
             return value
+        if value.origin is not None:
+            return recipe(value.origin)
         like = like or value.node
         self.record("all_gather", value.val, why, like)
         if not self.writer or self.axis.p == 1:
@@ -380,13 +396,17 @@ class Sharder:
         places = pull(self, origin, place)
         if places is None:
             return None
-        operands = {n: self.hoist(self.env[n], at) for n, at in places.items()}
+        operands = {n: self.hoist(self.whole_form(n), at) for n, at in places.items()}
         args, kwargs = pytree.tree_map(
-            lambda a: (operands.get(a) or self.env[a]) if isinstance(a, fx.Node) else a,
+            lambda a: (operands.get(a) or self.whole_form(a)) if isinstance(a, fx.Node) else a,
             (origin.args, origin.kwargs),
         )
         call = Call(origin.target, args, kwargs, origin.meta["val"], origin)
         return self.at(self.apply(call) if operands else self.created(call, place), place)
+
+    def whole_form(self, node: fx.Node) -> Any:
+        value = self.env[node]
+        return recipe(node) if isinstance(value, Value) and value.origin is not None else value
 
     def created(self, call: Call, place: Place) -> Value:
         """zeros, ones, full: made at the local size."""
@@ -414,7 +434,7 @@ class Sharder:
             value = probe.value_of(node)
         except NotLocal:
             return None
-        return value.place if isinstance(value, Value) else None
+        return places_of(value)
 
     # --- the plan --------------------------------------------------------------------------
 
@@ -425,7 +445,8 @@ class Sharder:
             return
         p, size = self.axis.p, prod(val.shape) * val.element_size()
         factor = {"all_reduce": 2 * (p - 1) / p, "slice": (p - 1) / p}.get(op, (p - 1) / p)
-        source = where(like) if like is not None else ""
+        traced = like if like is not None and innermost(like) else self.current
+        source = line(traced) if traced is not None else ""
         self.collectives.append(Collective(op, self.axis.name, int(size * factor), why, source))
 
     def dropout_seed(self, call: Call) -> fx.Node:
@@ -465,6 +486,14 @@ def is_whole(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(is_whole(v) for v in value)
     return not isinstance(value, Value) or value.place is None
+
+
+def places_of(value: Any) -> Any:
+    """The place of a value; for several results a tuple of places."""
+    if isinstance(value, tuple):
+        found = tuple(places_of(v) for v in value)
+        return found if any(found) else None
+    return value.place if isinstance(value, Value) else None
 
 
 def candidates(shape: Iterable[int], place: Place) -> list[Place]:

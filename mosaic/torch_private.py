@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
-from torch._dynamo.source import AttrSource, GlobalSource, LocalSource
 from torch._decomp import decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import TracingContext, tracing
+from torch._guards import tracing
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -25,17 +24,16 @@ from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.distributed.distributed_c10d import _get_default_store as default_store
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch._dynamo import reset as reset_dynamo
 from torch.utils.checkpoint import CheckpointPolicy
 
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
 
 __all__ = [
-    "AttrSource",
+    "FakeStore",
     "FakeTensor",
     "FakeTensorMode",
-    "GlobalSource",
-    "LocalSource",
-    "TracingContext",
     "aot_export_module",
     "autograd_function_apply",
     "compile_by_eager",
@@ -54,6 +52,7 @@ __all__ = [
     "pytree",
     "recompute_marks",
     "rename",
+    "reset_dynamo",
     "set_grad_enabled",
     "tag_activation_checkpoint",
 ]

@@ -7,7 +7,10 @@ from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.assign_layouts import assign_layouts
 from mosaic.passes.choose_method import choose_method
 from mosaic.passes.infer_axes import infer_axes
+from mosaic.passes.lower_attention import lower_attention
+from mosaic.passes.lower_collectives import lower_collectives
 from mosaic.passes.normalize import normalize
+from mosaic.passes.overlap import overlap
 from mosaic.passes.partition import partition
 from mosaic.passes.propagate import propagate
 from mosaic.passes.raise_attention import raise_attention
@@ -28,7 +31,7 @@ PIPELINE = (
 
 #: On the forward and on the backward graph, after AOTAutograd's partitioner.
 LOWERING = (
-
-
-
+    lower_collectives,
+    lower_attention,
+    overlap,  # after every collective is explicit
 )

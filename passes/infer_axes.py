@@ -10,6 +10,7 @@ op's own forward rule, and one that gives the place at hand is a carrier of the 
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,6 @@ from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place
 from mosaic.rules import key
 from mosaic.sharder import Axis, Sharder, candidates
-from mosaic.source import line
 from mosaic.spec import path_parts
 
 aten = torch.ops.aten
@@ -202,9 +202,10 @@ def carriers(node: fx.Node, place: Place) -> list[tuple[fx.Node, Place]]:
     """The operands that carry the axis, with its place in each."""
     if node.op != "call_function":
         return []
+    index = None
+    if node.target is operator.getitem:  # one of several results
+        node, index = node.args
     operands = [n for n in node.all_input_nodes if holds_data(n)]
-    if not hasattr(node.target, "_schema"):  # getitem of a split
-        return split_carrier(node, place)
     name = key(node.target)
     if name in ("slice.Tensor", "cat") and along_axis(node, place):
         operands = [n for n in operands if whole_length(n, place.dim) >= place.layout.n or name == "cat"]
@@ -216,16 +217,8 @@ def carriers(node: fx.Node, place: Place) -> list[tuple[fx.Node, Place]]:
         for operand in operands
         if isinstance(operand.meta.get("val"), torch.Tensor)
         for candidate in candidates(operand.meta["val"].shape, place)
-        if same_place(probe(node, operand, candidate), place)
+        if same_place(probe(node, operand, candidate, index), place)
     ]
-
-
-def split_carrier(node: fx.Node, place: Place) -> list[tuple[fx.Node, Place]]:
-    source = node.args[0].all_input_nodes[0]
-    shape = source.meta["val"].shape
-    if len(shape) != node.meta["val"].ndim or shape[place.dim] != place.size:
-        return []
-    return [(source, place)]
 
 
 def along_axis(node: fx.Node, place: Place) -> bool:
@@ -237,13 +230,12 @@ def whole_length(node: fx.Node, dim: int) -> int:
     return node.meta["val"].shape[dim]
 
 
-def probe(node: fx.Node, operand: fx.Node, candidate: Place) -> Place | None:
+def probe(node: fx.Node, operand: fx.Node, candidate: Place, index: int | None) -> Place | None:
     axis = Axis("", candidate.mesh_axis, candidate.layout, DEFAULT_METHOD)
-    return Sharder(axis).probe(node, {operand: candidate})
+    found = Sharder(axis).probe(node, {operand: candidate})
+    return found[index] if isinstance(found, tuple) and index is not None else found
 
 
 def same_place(found: Place | None, place: Place) -> bool:
     return found is not None and (found.refined() == place.refined())
 
-
-__all__ = ["infer_axes", "line"]

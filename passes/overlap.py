@@ -83,7 +83,12 @@ def _buckets(starts: list[fx.Node]) -> list[list[fx.Node]]:
     """Runs of two or more neighbouring all-reduces that fit into one."""
     buckets: list[list[fx.Node]] = []
     for before, start in pairwise([None, *starts]):
-        if before is not None and buckets and buckets[-1][-1] is before and _fits(buckets[-1], start):
+        if (
+            before is not None
+            and buckets
+            and buckets[-1][-1] is before
+            and _fits(buckets[-1], start)
+        ):
             buckets[-1].append(start)
         elif _is_leaf(start):
             buckets.append([start])

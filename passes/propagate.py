@@ -10,7 +10,7 @@ from torch import fx
 
 from mosaic.context import Context
 from mosaic.errors import ShardingError
-from mosaic.sharder import Sharder, Value
+from mosaic.sharder import Sharder, places_of
 
 
 def propagate(graph: fx.Graph, context: Context) -> int:
@@ -26,13 +26,6 @@ def propagate(graph: fx.Graph, context: Context) -> int:
     if context.spec.sharded and not any(a.is_distributed for a, _ in context.attentions):
         raise nothing_attends(context)
     return places
-
-
-def places_of(value: object) -> object:
-    if isinstance(value, tuple):
-        found = tuple(places_of(v) for v in value)
-        return found if any(found) else None
-    return value.place if isinstance(value, Value) else None
 
 
 def nothing_attends(context: Context) -> ShardingError:

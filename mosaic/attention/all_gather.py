@@ -34,7 +34,16 @@ def forward(q, k, v, mask: Tensor | None, seed: Tensor | None, plan: AttentionPl
 
 
 def backward(
-    dout, q, k, v, mask: Tensor | None, seed: Tensor | None, out, lse, plan: AttentionPlan, need_dmask: bool
+    dout,
+    q,
+    k,
+    v,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out,
+    lse,
+    plan: AttentionPlan,
+    need_dmask: bool,
 ) -> Gradients:
     """dq, dk, dv of this rank, and the gradient of its mask rows."""
     here = visit(plan, (Interval(0, plan.key.n),), q, mask, seed)

@@ -37,7 +37,9 @@ class Visit:
         return {"causal": piece.causal, "scale": self.scale, "mask": mask, "keep": keep}
 
 
-def visit(plan: AttentionPlan, keys: Intervals, q: Tensor, mask: Tensor | None, seed: Tensor | None) -> Visit:
+def visit(
+    plan: AttentionPlan, keys: Intervals, q: Tensor, mask: Tensor | None, seed: Tensor | None
+) -> Visit:
     """What ``plan``'s rank sees of the keys at global intervals ``keys``.
 
     ``mask`` (batch|1, heads|1, seq|1, all keys|1) has this rank's rows and every key's column.
@@ -48,7 +50,9 @@ def visit(plan: AttentionPlan, keys: Intervals, q: Tensor, mask: Tensor | None, 
     return Visit(pieces(plan.query.ranks[plan.rank], keys, plan.causal), plan.scale, mask, keep)
 
 
-def _keep(plan: AttentionPlan, keys: Intervals, q: Tensor, seed: Tensor) -> Callable[[Piece], Tensor]:
+def _keep(
+    plan: AttentionPlan, keys: Intervals, q: Tensor, seed: Tensor
+) -> Callable[[Piece], Tensor]:
     shards = [
         plan.shard_of("batch", q.shape[0]),
         plan.shard_of("heads", q.shape[1]),
@@ -58,7 +62,12 @@ def _keep(plan: AttentionPlan, keys: Intervals, q: Tensor, seed: Tensor) -> Call
     batch, heads, rows, columns = (global_indices(shard, q.device) for shard in shards)
 
     def keep(piece: Piece) -> Tensor:
-        cut = [batch, heads, rows[piece.q_start : piece.q_stop], columns[piece.k_start : piece.k_stop]]
+        cut = [
+            batch,
+            heads,
+            rows[piece.q_start : piece.q_stop],
+            columns[piece.k_start : piece.k_stop],
+        ]
         return uniform_keep(seed, plan.site, cut, plan.dropout, accumulator(q.dtype))
 
     return keep
@@ -100,7 +109,14 @@ def _without_needless(found: list[Rows]) -> list[Rows]:
 
 
 def attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, visit: Visit, need_dmask: bool
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    visit: Visit,
+    need_dmask: bool,
 ) -> Gradients:
     """This visit's dq, dk, dv, and the gradient of ``visit.mask``; in float32 or float64."""
     dtype = accumulator(q.dtype)
@@ -112,7 +128,9 @@ def attend_backward(
         rows = [_queries(x, piece) for x in (dout, q)]
         known = [_queries(x, piece) for x in (out, lse)]
         options = {**visit.options(piece), "need_dmask": need_dmask}
-        dq, dk, dv, tile = kernels.backward(*rows, _keys(k, piece), _keys(v, piece), *known, **options)
+        dq, dk, dv, tile = kernels.backward(
+            *rows, _keys(k, piece), _keys(v, piece), *known, **options
+        )
         dq_rows.append((piece.q_start, piece.q_stop, (dq,)))
         dkv_rows.append((piece.k_start, piece.k_stop, (dk, dv)))
         dmask = dmask + _spread_tile(tile, dmask, piece) if need_dmask else None
@@ -122,7 +140,9 @@ def attend_backward(
 
 
 def _added(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(_total([x.to(accumulator(x.dtype)) for x in same]) for same in zip(*parts, strict=True))
+    return tuple(
+        _total([x.to(accumulator(x.dtype)) for x in same]) for same in zip(*parts, strict=True)
+    )
 
 
 def _total(tensors: list[Tensor]) -> Tensor:

@@ -32,7 +32,9 @@ class Kernel(NamedTuple):
     backward: Callable[..., Gradients]
 
 
-def forward(q, k, v, *, causal: bool, mask: Tensor | None, scale: float, keep: Tensor | None) -> Partial:
+def forward(
+    q, k, v, *, causal: bool, mask: Tensor | None, scale: float, keep: Tensor | None
+) -> Partial:
     """out and lse of one block."""
     kernel = _choose(q, k, v, mask, keep)
     return kernel.forward(q, k, v, causal=causal, mask=mask, scale=scale, keep=keep)
@@ -43,7 +45,13 @@ def backward(
     need_dmask: bool = False,
 ) -> Gradients:  # fmt: skip
     """This block's part of dq, dk, dv (and of the mask's gradient, in the mask's shape)."""
-    options = {"causal": causal, "mask": mask, "scale": scale, "keep": keep, "need_dmask": need_dmask}
+    options = {
+        "causal": causal,
+        "mask": mask,
+        "scale": scale,
+        "keep": keep,
+        "need_dmask": need_dmask,
+    }
     return _choose(q, k, v, mask, keep).backward(dout, q, k, v, out, lse, **options)
 
 
@@ -127,7 +135,8 @@ def _cpu_forward(q, k, v, *, causal, scale, **_) -> Partial:
 
 def _cpu_backward(dout, q, k, v, out, lse, *, causal, scale, **_) -> Gradients:
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    return (*op(dout.to(q.dtype), q, k, v, out.to(q.dtype), lse, 0.0, causal, scale=scale), None)
+    dout, out, lse = dout.to(q.dtype), out.to(q.dtype), lse.contiguous()
+    return (*op(dout, q, k, v, out, lse, 0.0, causal, scale=scale), None)
 
 
 # --- flash attention on CUDA ------------------------------------------------------------------
@@ -147,9 +156,14 @@ def _cuda_forward(q, k, v, *, causal, scale, **_) -> Partial:
 
 def _cuda_backward(dout, q, k, v, out, lse, *, causal, scale, **_) -> Gradients:
     op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
-    dout, q8, k8, v8, out = (_multiple_of_8(x) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype)))
-    state = torch.zeros([], dtype=torch.int64, device=q.device)  # the generator's; there is no dropout
+    dout, q8, k8, v8, out = (
+        _multiple_of_8(x) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))
+    )
+    state = torch.zeros(
+        [], dtype=torch.int64, device=q.device
+    )  # the generator's; there is no dropout
     lengths = (None, None, q.shape[2], k.shape[2])
+    lse = lse.contiguous()  # it is read without its strides: wrong gradients, silently
     grads = op(dout, q8, k8, v8, out, lse, *lengths, 0.0, causal, state, state, scale=scale)
     return (*(grad[..., : x.shape[-1]] for grad, x in zip(grads, (q, k, v), strict=True)), None)
 

@@ -20,7 +20,16 @@ def forward(q, k, v, mask: Tensor | None, seed: Tensor | None, plan: AttentionPl
 
 
 def backward(
-    dout, q, k, v, mask: Tensor | None, seed: Tensor | None, out, lse, plan: AttentionPlan, need_dmask: bool
+    dout,
+    q,
+    k,
+    v,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out,
+    lse,
+    plan: AttentionPlan,
+    need_dmask: bool,
 ) -> Gradients:
     """dq, and this rank's queries' share of dk and dv."""
     here = visit(plan, plan.key.ranks[plan.rank], q, mask, seed)

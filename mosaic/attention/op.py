@@ -20,7 +20,9 @@ from mosaic.moves import fresh
 decode = lru_cache(maxsize=None)(AttentionPlan.decode)
 
 
-def forward_program(q, k, v, mask: Tensor | None, seed: Tensor | None, plan: str) -> tuple[Tensor, Tensor]:
+def forward_program(
+    q, k, v, mask: Tensor | None, seed: Tensor | None, plan: str
+) -> tuple[Tensor, Tensor]:
     """``attention`` in aten ops and functional collectives: what the op runs and lowering traces."""
     chosen = decode(plan)
     out, lse = METHODS[chosen.method].forward(q, k, v, mask, seed, chosen)

@@ -52,7 +52,16 @@ def forward(q, k, v, mask: Tensor | None, seed: Tensor | None, plan: AttentionPl
 
 
 def backward(
-    dout, q, k, v, mask: Tensor | None, seed: Tensor | None, out, lse, plan: AttentionPlan, need_dmask: bool
+    dout,
+    q,
+    k,
+    v,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    out,
+    lse,
+    plan: AttentionPlan,
+    need_dmask: bool,
 ) -> Gradients:
     """dq, dk, dv of this rank, and the gradient of its mask rows."""
     kv, dq, dkv, dmasks = _pack(k, v), None, None, {}
@@ -61,7 +70,9 @@ def backward(
         coming = kv if last else _shift(kv, k, v, owner, plan)
         here = visit(plan, plan.key.ranks[owner], q, mask, seed)
         chunk = _unpack(kv, k, v, plan.key.lengths[owner])
-        dq_part, dk, dv, dmasks[owner] = attend_backward(dout, q, *chunk, out, lse, here, need_dmask)
+        dq_part, dk, dv, dmasks[owner] = attend_backward(
+            dout, q, *chunk, out, lse, here, need_dmask
+        )
         dq = dq_part if dq is None else dq + dq_part
         part = _pack(dk, dv)
         dkv = part if dkv is None else wait(dkv) + part

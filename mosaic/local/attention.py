@@ -79,10 +79,11 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
     if mask is not None:
         cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
         mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
-    if not c["dropout_p"]:
-        return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, "local", whole[0], whole[1], place)
+    if not found.dropout:
+        s.attentions.append((found, c))
+        return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
     return marked(s, c, found, place, (q, k, v, mask))
 
 

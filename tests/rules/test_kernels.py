@@ -12,7 +12,15 @@ from mosaic.attention.merge import merge
 F64 = torch.float64
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | None, scale: float, keep: Tensor | None):
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
+):
     """out and lse, with ``seen`` (s, t) boolean; rows that see nothing give 0."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.mT * scale + (0 if bias is None else bias)
@@ -47,7 +55,9 @@ def test_block(mask_name: str, causal: bool, e: int, kv_heads: int, dropout: boo
     q, k, v, dout = tensors(s, t, 4, kv_heads, e)
     mask = masks(s, t)[mask_name]
     keep = (torch.rand(2, 4, s, t) > 0.3).to(F64) / 0.7 if dropout else None
-    seen = torch.ones(s, t, dtype=torch.bool).tril() if causal else torch.ones(s, t, dtype=torch.bool)
+    seen = (
+        torch.ones(s, t, dtype=torch.bool).tril() if causal else torch.ones(s, t, dtype=torch.bool)
+    )
     bias = mask if mask_name == "float" else None
     if bias is not None:
         seen = seen & (bias > float("-inf"))
@@ -55,7 +65,9 @@ def test_block(mask_name: str, causal: bool, e: int, kv_heads: int, dropout: boo
     elif mask is not None:
         seen = seen & mask
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    want, want_lse = plain(*inputs, seen, None if bias is None else bias.clamp(min=-1e300), 0.3, keep)
+    want, want_lse = plain(
+        *inputs, seen, None if bias is None else bias.clamp(min=-1e300), 0.3, keep
+    )
     grads = torch.autograd.grad(want, [*inputs, *([] if bias is None else [bias])], dout)
 
     options = {"causal": causal, "mask": mask, "scale": 0.3, "keep": keep}
@@ -74,7 +86,9 @@ def test_empty_block(s: int, t: int) -> None:
     out, lse = kernels.forward(q, k, v, **options)
     assert out.shape == q.shape and not out.any() and (lse == float("-inf")).all()
     grads = kernels.backward(dout, q, k, v, out, lse, **options)[:3]
-    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape] and not any(g.any() for g in grads)
+    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape] and not any(
+        g.any() for g in grads
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,7 +108,8 @@ def test_merge_of_parts_is_the_whole_and_empty_parts_weigh_nothing() -> None:
     mask[:, :, 2] = False
     cuts = [(0, 4), (4, 4), (4, 7), (7, 9)]
     parts = [
-        kernels.forward(q, k[:, :, a:b], v[:, :, a:b], mask=mask[..., a:b], **options) for a, b in cuts
+        kernels.forward(q, k[:, :, a:b], v[:, :, a:b], mask=mask[..., a:b], **options)
+        for a, b in cuts
     ]
     whole = kernels.forward(q, k, v, mask=mask, **options)
     torch.testing.assert_close(merge(parts), whole)

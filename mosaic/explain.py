@@ -1,0 +1,98 @@
+"""What Mosaic would do with a model, without ranks: the happy twin of an error message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mosaic import backend, mesh
+from mosaic.plan import Plan
+from mosaic.spec import ShardingSpec
+from mosaic.torch_private import FakeStore, pytree, reset_dynamo
+
+
+def explain(
+    fn: Callable[..., Any],
+    *args: Any,
+    spec: ShardingSpec | None = None,
+    sp_size: int | None = None,
+    rank: int = 0,
+    **kwargs: Any,
+) -> Plan:
+    """The plan for ``fn(*args, **kwargs)`` on ``sp_size`` ranks; nothing is computed or sent.
+
+    Needs no ranks: without a process group a fake one is made for the time of the call. The plan has
+    every attention with its source line, axis, method, mask and bytes; every other collective with
+    its reason; every pass with its rewrites and time; and the graphs themselves (``plan.graphs``).
+
+    Raises what compiling would raise: MosaicError and its subclasses.
+    """
+    found: list[Plan] = []
+    with ranks(sp_size, rank), listening(found):
+        compiled = torch.compile(
+            fn, backend=_planning, options={"spec": spec or ShardingSpec()}, dynamic=False
+        )
+        reset_dynamo()
+        compiled(*args, **kwargs)
+        reset_dynamo()
+    return merged(found)
+
+
+def merged(found: list[Plan]) -> Plan:
+    """The plan with the most attentions speaks for the program; the others are notes to it."""
+    best = max(found, key=lambda p: len(p.attentions))
+    if len(found) > 1:
+        best.notes.append(f"{len(found)} graphs: the program breaks, and outputs are whole in between")
+    return best
+
+
+def _planning(module: Any, example_inputs: Any, *, options: dict[str, Any]) -> Callable[..., Any]:
+    """Compile as ``mosaic`` does, and give zeros for results: no kernel and no collective runs."""
+    backend.mosaic(module, example_inputs, options={**options, "inner": "eager"})
+    outputs = [n.meta.get("example_value") for n in module.graph.output_node().args[0]]
+
+    def run(*args: Any) -> Any:
+        return pytree.tree_map(_zeros, outputs)
+
+    return run
+
+
+def _zeros(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    out = torch.zeros([int(s) for s in value.shape], dtype=value.dtype, device=value.device)
+    return out.requires_grad_(value.requires_grad)
+
+
+@contextmanager
+def listening(found: list[Plan]) -> Iterator[None]:
+    backend.LISTENERS.append(found.append)
+    try:
+        yield
+    finally:
+        backend.LISTENERS.remove(found.append)
+
+
+@contextmanager
+def ranks(sp_size: int | None, rank: int) -> Iterator[None]:
+    """The ranks of ``mosaic.init`` if there are any; else a fake world for the time of the call."""
+    if mesh.current_context() is not None and sp_size is None:
+        yield
+        return
+    if dist.is_initialized() or mesh.current_context() is not None:
+        mesh.get_context().size()  # says what to do if there is no context yet
+        yield
+        return
+    size = sp_size or 1
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    context = mesh.init(sp_size=size)
+    try:
+        yield
+    finally:
+        context.shutdown()
+        if dist.is_initialized():
+            dist.destroy_process_group()
