@@ -128,7 +128,7 @@ class _Slice(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph
 def enter(x: Tensor, group: str) -> Tensor:
-    """A whole tensor goes into sharded work: the identity; its gradient is summed over the ranks."""
+    """A whole tensor goes into sharded work: the identity; the ranks' gradients are summed."""
     return _Enter.apply(x, group) if group else x
 
 

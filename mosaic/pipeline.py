@@ -13,6 +13,10 @@ from mosaic.errors import MosaicError
 from mosaic.rewrite import is_tensor
 
 Pass = Callable[[fx.Graph, Any], int]
+Observer = Callable[[str, str, fx.Graph, Any], None]
+
+#: Called with (pass, kind, graph, context) after each pass, and with "" for the pass before the first.
+OBSERVERS: list[Observer] = []
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class PassReport:
 def run_passes(passes: Sequence[Pass], graph: fx.Graph, context: Any, kind: str) -> list[PassReport]:
     """Run ``passes`` on ``graph``; an error says in which of them it happened."""
     reports = []
+    observe("", kind, graph, context)
     for number, step in enumerate(passes, 1):
         start = time.perf_counter()
         try:
@@ -42,7 +47,13 @@ def run_passes(passes: Sequence[Pass], graph: fx.Graph, context: Any, kind: str)
             error.add_note(f"in pass {number} of {len(passes)}, {step.__name__}, of the {kind} graph")
             raise
         reports.append(PassReport(step.__name__, kind, rewrites, time.perf_counter() - start))
+        observe(step.__name__, kind, graph, context)
     return reports
+
+
+def observe(after: str, kind: str, graph: fx.Graph, context: Any) -> None:
+    for observer in OBSERVERS:
+        observer(after, kind, graph, context)
 
 
 def verify(graph: fx.Graph, after: str) -> None:

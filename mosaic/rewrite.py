@@ -39,7 +39,7 @@ def insert(
     meta: dict[str, Any] | None = None,
 ) -> fx.Node:
     """Add ``target(*args)`` at the graph's insertion point, with a fake value and ``like``'s source line."""
-    node = graph.create_node("call_function", target, args, kwargs or {}, name=name)
+    node = graph.create_node("call_function", target, args, kwargs or {}, name=name or name_of(target))
     node.meta.update({key: like.meta[key] for key in INHERITED if key in like.meta})
     node.meta.update(meta or {})
     if val is not None:
@@ -83,6 +83,11 @@ def splice(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], args: tuple[A
                     graph, node, step.target, step_args, step_kwargs, val=step.meta["val"]
                 )
     raise AssertionError("a traced graph has an output")
+
+
+def name_of(target: Callable[..., Any]) -> str | None:
+    """``reshape`` for ``aten.reshape.default``."""
+    return target._schema.name.split("::")[1] if hasattr(target, "_schema") else None
 
 
 def is_tensor(value: object) -> bool:

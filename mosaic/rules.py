@@ -223,7 +223,9 @@ TABLE: dict[str, LocalForm] = {
     "autograd_function": functions.autograd_function,
 }
 
+#: Pointwise ops that torch does not tag so.
 POINTWISE = frozenset(
+    "__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor "
     "_to_copy alias clone contiguous copy detach detach_copy empty_like fill.Scalar fill.Tensor full_like "
     "lift_fresh lift_fresh_copy masked_fill.Scalar masked_fill.Tensor ones_like to.device to.dtype "
     "to.dtype_layout to.other to.prim_Device type_as where.self where.ScalarOther where.ScalarSelf "

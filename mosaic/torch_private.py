@@ -113,6 +113,8 @@ def rename(node: fx.Node, name: str) -> None:
     node._rename(name)
 
 
+#: The cache does not see our lowering; and both graphs are compiled at once, on all ranks alike.
+AOT_CONFIG = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
 Lower = Callable[[fx.Graph, str], None]
 
 
@@ -130,7 +132,7 @@ def compile_by_inductor(module: fx.GraphModule, inputs: Sequence[Any], lower: Lo
         graph.recompile()
         return compile_fx_inner(graph, examples, **kwargs)
 
-    with functorch_config.patch(enable_autograd_cache=False):
+    with functorch_config.patch(AOT_CONFIG):
         return compile_fx(
             module, inputs, inner_compile=inner, config_patches={"reorder_for_peak_memory": False}
         )
@@ -147,7 +149,7 @@ def compile_by_eager(module: fx.GraphModule, inputs: Sequence[Any], lower: Lower
 
         return compile_graph
 
-    with functorch_config.patch(enable_autograd_cache=False):
+    with functorch_config.patch(AOT_CONFIG):
         return aot_autograd(
             fw_compiler=compiler("forward"),
             bw_compiler=compiler("backward"),

@@ -115,7 +115,7 @@ def _is_leaf(start: fx.Node) -> bool:
 
 
 def _coalesce(graph: fx.Graph, bucket: list[fx.Node]) -> int:
-    """One collective, where the last of the bucket stands; the waits then move late by themselves."""
+    """One collective, where the last of the bucket stands; ``_wait_late`` moves the waits."""
     last = bucket[-1]
     waits = [next(iter(start.users)) for start in bucket]
     with graph.inserting_before(last):

@@ -47,10 +47,7 @@ def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
     )
     both.meta.pop("recompute", None)
     out = insert(graph, node, operator.getitem, (both, 0))
-    shape = list(node.meta["val"].shape)
-    if list(out.meta["val"].shape) == shape:
-        return out
-    return insert(graph, node, aten.reshape.default, (out, shape))
+    return reshaped(graph, node, out, list(node.meta["val"].shape))
 
 
 def plan_of(found: Attention, context: Context) -> AttentionPlan:
@@ -77,10 +74,8 @@ def encoded(place: Place | None, rank: int, group: str) -> str:
 
 def four_dims(graph: fx.Graph, node: fx.Node, x: fx.Node) -> fx.Node:
     shape = list(x.meta["val"].shape)
-    if len(shape) == 4:
-        return x
-    folded = [prod(shape[:-2]), 1, *shape[-2:]] if len(shape) < 4 else [prod(shape[:-3]), *shape[-3:]]
-    return insert(graph, node, aten.reshape.default, (x, folded))
+    lead = [prod(shape[:-2]), 1] if len(shape) < 4 else [prod(shape[:-3]), shape[-3]]
+    return reshaped(graph, node, x, [*lead, *shape[-2:]])
 
 
 def mask_of(graph: fx.Graph, node: fx.Node, mask: fx.Node | None, q: fx.Node) -> fx.Node | None:
@@ -90,9 +85,15 @@ def mask_of(graph: fx.Graph, node: fx.Node, mask: fx.Node | None, q: fx.Node) ->
     ndim, shape = q.meta["val"].ndim, list(mask.meta["val"].shape)
     shape = [1] * (ndim - len(shape)) + shape
     if ndim == 3:
-        return insert(graph, node, aten.reshape.default, (mask, [shape[0], 1, *shape[1:]]))
+        return reshaped(graph, node, mask, [shape[0], 1, *shape[1:]])
     if ndim > 4 and prod(shape[:-3]) > 1:
         full = [*q.meta["val"].shape[:-3], *shape[-3:]]
         mask = insert(graph, node, aten.expand.default, (mask, full))
         return four_dims(graph, node, mask)
-    return insert(graph, node, aten.reshape.default, (mask, shape[-4:] if ndim > 4 else shape))
+    return reshaped(graph, node, mask, shape[-4:])
+
+
+def reshaped(graph: fx.Graph, node: fx.Node, x: fx.Node, shape: list[int]) -> fx.Node:
+    if list(x.meta["val"].shape) == shape:
+        return x
+    return insert(graph, node, aten.reshape.default, (x, shape))

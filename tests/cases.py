@@ -45,9 +45,53 @@ def model_image_size(model: nn.Module) -> int:
     return getattr(model, "image", 32)
 
 
+def hf_llama(batch: int = 3, n: int = 37, checkpointing: bool = False) -> Built:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=29, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        attn_implementation="sdpa", use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    return model, (), {"input_ids": (ids := tokens(29, batch, n)), "labels": ids.clone(),
+                       "attention_mask": padding(batch, n)}  # fmt: skip
+
+
+def hf_bert(batch: int = 3, n: int = 37) -> Built:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=29, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, attn_implementation="sdpa",
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = BertForMaskedLM(config)
+    ids = tokens(29, batch, n)
+    return model, (), {"input_ids": ids, "labels": ids.clone(), "attention_mask": padding(batch, n)}
+
+
+def tokens(vocab: int, batch: int, n: int) -> torch.Tensor:
+    return torch.randint(0, vocab, (batch, n))
+
+
+def padding(batch: int, n: int) -> torch.Tensor:
+    """The last tokens of the first text are padding."""
+    mask = torch.ones(batch, n, dtype=torch.long)
+    mask[0, n - 6 :] = 0
+    return mask
+
+
 Spec = mosaic.ShardingSpec
 ROWS = Spec(inputs={"x": "batch rows columns"}, axes={"rows": "ring"})
+TOKENS = Spec(inputs={"input_ids": "batch tokens"}, axes={"tokens": "ring"})
 CASES = {
+    "hf_llama": (hf_llama, TOKENS),
+    "hf_llama_checkpointing": (partial(hf_llama, checkpointing=True), TOKENS),
+    "hf_bert": (hf_bert, TOKENS),
     "gpt": (gpt, None),
     "gpt_gather": (gpt, Spec(inputs={"ids": "batch tokens"}, axes={"tokens": "all_gather"})),
     "llama": (llama, None),

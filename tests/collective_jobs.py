@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -61,16 +62,16 @@ def adjoint_pairs() -> dict[str, float]:
         for i, shard in enumerate(found):
             spec, mine, dmine = shard.encode(), part(whole, shard), part(dwhole, shard)
             name = f"{shard.place}"
-            gathered = pair(
-                lambda x, s=spec: torch.ops.mosaic.gather(x, s), mine, whole, dwhole, dmine
+            gather, slice_to = (
+                partial(torch.ops.mosaic.gather, spec=spec),
+                partial(c.slice_to, spec=spec),
             )
-            sliced = pair(lambda x, s=spec: c.slice_to(x, s), whole, mine, dmine, dwhole)
+            gathered = pair(gather, mine, whole, dwhole, dmine)
+            sliced = pair(slice_to, whole, mine, dmine, dwhole)
             errors |= {f"gather {i} {name}": gathered, f"slice {i} {name}": sliced}
             for j, other in enumerate(found):
-                moved = pair(
-                    lambda x, s=spec, t=other.encode(): torch.ops.mosaic.reshard(x, s, t),
-                    mine, part(whole, other), part(dwhole, other), dmine,
-                )  # fmt: skip
+                move = partial(torch.ops.mosaic.reshard, source=spec, target=other.encode())
+                moved = pair(move, mine, part(whole, other), part(dwhole, other), dmine)
                 errors[f"reshard {i} {j} {name}"] = moved
     return errors
 
@@ -111,7 +112,7 @@ def overlapping_slices() -> dict[str, float]:
         want = count.repeat_interleave(inner).repeat(outer).expand(2, -1)
         mine = part(x, shard)
         dout = torch.full_like(mine, rank + 1)
-        got = pair(lambda x, s=shard.encode(): c.slice_to(x, s), x, mine, dout, want)
+        got = pair(partial(c.slice_to, spec=shard.encode()), x, mine, dout, want)
         errors[f"halo {outer} {inner}"] = got
     return errors
 

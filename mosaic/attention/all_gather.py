@@ -13,8 +13,8 @@ from mosaic.attention.attend import attend, attend_backward, visit
 from mosaic.attention.kernels import Gradients
 from mosaic.attention.merge import Partial
 from mosaic.attention.plan import AttentionPlan
-from mosaic.moves import gather_view, reduce_scatter_program
 from mosaic.layout import Interval, Place, Shard
+from mosaic.moves import gather_view, reduce_scatter_program
 
 
 def _shard(plan: AttentionPlan) -> Shard:

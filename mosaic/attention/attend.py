@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from mosaic.attention.blocks import Piece, pieces
 from mosaic.attention.kernels import Gradients
 from mosaic.attention.merge import Partial, accumulator, merge, nothing
 from mosaic.attention.plan import AttentionPlan
-from mosaic.moves import take_runs
 from mosaic.layout import Intervals, Layout, Place, Run, Shard
+from mosaic.moves import take_runs
 from mosaic.random import global_indices, uniform_keep
 
 #: Rows [start, stop) along dim 2, and the tensors that belong to them.
@@ -89,7 +90,7 @@ def _keys(x: Tensor, piece: Piece) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visit: Visit, before: Partial | None = None) -> Partial:
-    """out and lse of all local rows, merged with what they saw ``before``; in float32 or float64."""
+    """out and lse of all local rows, merged with what they saw ``before``; at least float32."""
     found: list[Rows] = [(0, q.shape[2], before or nothing(q, v))]
     for piece in visit.pieces:
         k_piece, v_piece = _keys(k, piece), _keys(v, piece)
@@ -163,7 +164,7 @@ def _by_rows(found: list[Rows], combine: Callable) -> tuple[Tensor, ...]:
     """Combine what is known of each stretch of rows, and join the stretches along dim 2."""
     cuts = sorted({cut for start, stop, _ in found for cut in (start, stop)})
     stretches = []
-    for a, b in zip(cuts, cuts[1:], strict=False) if len(cuts) > 1 else [(0, 0)]:
+    for a, b in list(pairwise(cuts)) or [(0, 0)]:
         here = [(start, x) for start, stop, x in found if start <= a and b <= stop]
         stretches.append(
             combine([tuple(t.narrow(2, a - start, b - a) for t in x) for start, x in here])

@@ -41,9 +41,19 @@ def forward(
 
 
 def backward(
-    dout, q, k, v, out, lse, *, causal: bool, mask: Tensor | None, scale: float, keep: Tensor | None,
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
     need_dmask: bool = False,
-) -> Gradients:  # fmt: skip
+) -> Gradients:
     """This block's part of dq, dk, dv (and of the mask's gradient, in the mask's shape)."""
     options = {
         "causal": causal,
@@ -66,7 +76,7 @@ def _choose(q, k, v, mask, keep) -> Kernel:
 
 
 def _grouped(q: Tensor, k: Tensor) -> Tensor:
-    """(batch, heads, s, x) -> (batch, kv_heads, group * s, x): a group's queries share their keys."""
+    """(batch, heads, s, x) -> (batch, kv_heads, group * s, x): a group shares its keys."""
     batch, _, s, x = q.shape
     return q.reshape(batch, k.shape[1], q.shape[1] // k.shape[1] * s, x)
 

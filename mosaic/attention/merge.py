@@ -1,4 +1,4 @@
-"""Joining partial attentions over disjoint keys by their log-sum-exp (research/attention.md 4.1)."""
+"""Joining partial attentions over disjoint keys by their log-sum-exp."""
 
 from __future__ import annotations
 

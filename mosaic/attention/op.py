@@ -23,7 +23,7 @@ decode = lru_cache(maxsize=None)(AttentionPlan.decode)
 def forward_program(
     q, k, v, mask: Tensor | None, seed: Tensor | None, plan: str
 ) -> tuple[Tensor, Tensor]:
-    """``attention`` in aten ops and functional collectives: what the op runs and lowering traces."""
+    """``attention`` in aten ops and collectives: what the op runs and the lowering traces."""
     chosen = decode(plan)
     out, lse = METHODS[chosen.method].forward(q, k, v, mask, seed, chosen)
     return out.to(q.dtype).contiguous(), lse.contiguous()
@@ -45,7 +45,8 @@ def backward_program(
 @torch.library.custom_op(
     "mosaic::attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, str plan) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, str plan) "
+    "-> (Tensor, Tensor)",
 )
 def attention(q, k, v, mask, seed, plan):
     """Attention of this rank's queries over all ranks' keys.

@@ -14,8 +14,8 @@ from mosaic.attention.attend import attend, attend_backward, visit
 from mosaic.attention.kernels import Gradients
 from mosaic.attention.merge import Partial
 from mosaic.attention.plan import AttentionPlan
-from mosaic.moves import all_to_all, take_runs, wait
 from mosaic.layout import Run
+from mosaic.moves import all_to_all, take_runs, wait
 
 
 def _pack(k: Tensor, v: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def backward(
 
 
 def _mask_gradient(dmasks: dict[int, Tensor], mask: Tensor, plan: AttentionPlan) -> Tensor:
-    """The chunks' columns side by side in global order; added up where one column serves all keys."""
+    """The chunks' columns side by side in global order; their sum where one column serves all."""
     chunks = [dmasks[owner] for owner in range(plan.p)]
     if mask.shape[3] == 1:
         return torch.stack(chunks).sum(0)
