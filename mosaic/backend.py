@@ -24,6 +24,7 @@ from mosaic.passes import LOWERING, PIPELINE
 from mosaic.pipeline import run_passes
 from mosaic.plan import Plan, plan_of
 from mosaic.spec import ShardingSpec
+from mosaic.tensors import mark
 from mosaic.torch_private import compile_by_eager, compile_by_inductor
 
 log = logging.getLogger("mosaic")
@@ -136,16 +137,20 @@ def plan_digest(context: Context, options: Options, plan: Plan) -> str:
 def checked(
     compiled: Callable[..., Any], context: Context, spec: ShardingSpec, group: Any
 ) -> Callable[..., Any]:
-    """Compare whole inputs across ranks on the first run (or on every run, or never)."""
-    if spec.check_inputs is False or context.world.size == 1 or dist.get_backend(group) == "fake":
-        return compiled
-    ran = False
+    """Compare whole inputs across ranks on the first run (or on every run, or never), and mark
+    outputs that stay cut with their layout."""
+    alone = context.world.size == 1 or dist.get_backend(group) == "fake"
+    pending = bool(spec.check_inputs) and not alone
 
     def run(*args: Any) -> Any:
-        nonlocal ran
-        if not ran or spec.check_inputs == "always":
+        nonlocal pending
+        if pending:
             agreement.check_data(group, context.inputs, args)
-            ran = True
-        return compiled(*args)
+            pending = spec.check_inputs == "always"
+        outputs = compiled(*args)
+        for out, shard in zip(outputs, context.output_shards, strict=False):
+            if shard:
+                mark(out, shard)
+        return outputs
 
     return run

@@ -145,3 +145,38 @@ def sum_across(x: Tensor, group: str, op: str = "sum") -> Tensor:
 def slice_to(x: Tensor, spec: str) -> Tensor:
     """My intervals of a whole tensor. They may overlap the other ranks', or leave indices out."""
     return _Slice.apply(x, spec)
+
+
+# --- gradients that stay shares (an outer reducer sums them) ------------------------------------
+
+
+class _SliceShare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, spec: str) -> Tensor:
+        ctx.spec = spec
+        return local_slice(x, _decode(spec))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return spread(grad, _decode(ctx.spec)), None
+
+
+class _DivideGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, p: int) -> Tensor:
+        ctx.p = p
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad / ctx.p, None
+
+
+def slice_share(x: Tensor, spec: str) -> Tensor:
+    """``slice_to`` whose gradient is zero outside my intervals instead of gathered."""
+    return _SliceShare.apply(x, spec)
+
+
+def divide_gradient(x: Tensor, p: int) -> Tensor:
+    """A whole tensor in whole work: every rank has the whole gradient, and its share is a p-th."""
+    return _DivideGradient.apply(x, p)

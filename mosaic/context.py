@@ -9,7 +9,7 @@ from torch import fx
 from mosaic.capture import Input
 from mosaic.local.attention import Attention
 from mosaic.modes import Modes
-from mosaic.sharder import Axis, Collective
+from mosaic.values import Axis, Collective
 from mosaic.spec import ShardingSpec
 
 
@@ -38,4 +38,5 @@ class Context:
     attentions: list[tuple[Attention, fx.Node]] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
+    output_shards: list[str] = field(default_factory=list)  # how each output is cut, "" if whole
     notes: list[str] = field(default_factory=list)

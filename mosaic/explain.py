@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import fx
 
-from mosaic import backend, mesh
+from mosaic import backend, mesh, pipeline
+from mosaic.context import Context
 from mosaic.plan import Plan
+from mosaic.show import listing
 from mosaic.spec import ShardingSpec
 from mosaic.torch_private import FakeStore, pytree, reset_dynamo
 
@@ -27,7 +30,8 @@ def explain(
 
     Needs no ranks: without a process group a fake one is made for the time of the call. The plan has
     every attention with its source line, axis, method, mask and bytes; every other collective with
-    its reason; every pass with its rewrites and time; and the graphs themselves (``plan.graphs``).
+    its reason; every pass with its rewrites, time and what it changed (``plan.diffs``); and the
+    graphs themselves (``plan.graphs``).
 
     Raises what compiling would raise: MosaicError and its subclasses.
     """
@@ -70,11 +74,28 @@ def _zeros(value: Any) -> Any:
 
 @contextmanager
 def listening(found: list[Plan]) -> Iterator[None]:
-    backend.LISTENERS.append(found.append)
+    """Collect the plans that are made meanwhile, each with the listings around its passes."""
+    last: dict[str, str] = {}
+    steps: dict[str, tuple[str, str]] = {}
+
+    def observe(after: str, kind: str, graph: fx.Graph, context: Context) -> None:
+        text = listing(graph, context, brief=kind != "global")
+        if after:
+            steps[f"{after} backward" if kind == "backward" else after] = (last[kind], text)
+        last[kind] = text
+
+    def listen(plan: Plan) -> None:
+        plan.steps.update(steps)
+        steps.clear()
+        found.append(plan)
+
+    backend.LISTENERS.append(listen)
+    pipeline.OBSERVERS.append(observe)
     try:
         yield
     finally:
-        backend.LISTENERS.remove(found.append)
+        pipeline.OBSERVERS.remove(observe)
+        backend.LISTENERS.remove(listen)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from torch import fx
 from mosaic.context import Context
 from mosaic.local.attention import Attention
 from mosaic.pipeline import PassReport
-from mosaic.sharder import Collective
+from mosaic.values import Collective
+from mosaic.show import diff
 from mosaic.source import code, line
 
 
@@ -46,6 +47,12 @@ class Plan:
     gathered: list[str]
     notes: list[str]
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
+    steps: dict[str, tuple[str, str]] = field(default_factory=dict)  # pass: listings around it
+
+    @property
+    def diffs(self) -> dict[str, str]:
+        """What each pass changed, if ``explain`` watched it; ``"overlap backward"`` in the backward."""
+        return {step: diff(before, after) for step, (before, after) in self.steps.items()}
 
     @property
     def seconds(self) -> float:

@@ -24,7 +24,8 @@ from mosaic.layout import Place
 from mosaic.local import attention, functions, indexing, losses, normalization, randomness, reductions, views
 from mosaic.local.decomposed import decomposable, decomposed
 from mosaic.local.pointwise import pointwise
-from mosaic.sharder import Call, Sharder, Value, candidates
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value, candidates
 
 LocalForm = Callable[[Sharder, Call], Any]
 
@@ -232,7 +233,7 @@ POINTWISE = frozenset(
     "where.Scalar zeros_like".split()
 )
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
-DRAWS_BY_INDEX = frozenset({"dropout"})
+NEVER_AS_IS = frozenset({"dropout", "autograd_function"})
 
 
 def key(target: Any) -> str:
@@ -259,11 +260,11 @@ def unknown(s: Sharder, c: Call) -> Any:
 
 
 def written_whole(node: fx.Node) -> LocalForm | None:
-    """Ops that even whole must not be written as they are: every rank would draw its own numbers."""
+    """Ops that even whole are not written as they are: every rank would draw its own numbers."""
     if not hasattr(node.target, "_schema"):
         return None
     name = key(node.target)
-    if name in DRAWS_BY_INDEX:
+    if name in NEVER_AS_IS:
         return TABLE[name]
     if name == "scaled_dot_product_attention":
         return randomness.attention_whole if dropout_of(node) else None

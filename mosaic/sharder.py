@@ -22,102 +22,17 @@ from torch import fx
 
 from mosaic import collectives
 from mosaic.errors import UnsupportedError
-from mosaic.layout import Layout, Place, Shard
+from mosaic.layout import Place, Shard
 from mosaic.modes import modes_of
 from mosaic.source import innermost, line, where
 from mosaic.torch_private import fake_mode_of, pytree
+from mosaic.values import Axis, Call, Collective, Value, is_whole, needs_gradient, places_of
+from mosaic.values import recipe, result_device
 from mosaic.writer import Writer
-
-
-@dataclass(eq=False, slots=True)
-class Value:
-    """A tensor of the global program: ``val`` at global size, and where the sharded axis sits in it.
-
-    ``place`` None means whole. ``node`` is its node in the local program; a whole value whose node is
-    None is a recipe, ``origin`` its node in the global graph.
-    """
-
-    val: torch.Tensor
-    place: Place | None = None
-    node: fx.Node | None = None
-    origin: fx.Node | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.val.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.val.ndim
-
-
-class Call:
-    """One op with its arguments by name. Tensor arguments are ``Value``s."""
-
-    def __init__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any, like: fx.Node):
-        self.target = target
-        self.val = val
-        self.like = like
-        names = [a.name for a in target._schema.arguments]
-        defaults = {a.name: a.default_value for a in target._schema.arguments}
-        self.bound: dict[str, Any] = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.bound[name]
-
-    @property
-    def name(self) -> str:
-        return str(self.target).removesuffix(".default")
-
-    def tensors(self) -> list[Value]:
-        return [v for v in pytree.tree_leaves(self.bound) if isinstance(v, Value)]
-
-    def split(self, bound: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of the op, defaults left out."""
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        schema = self.target._schema.arguments
-        last = max(
-            (i for i, a in enumerate(schema) if not a.kwarg_only and bound[a.name] is not a.default_value),
-            default=-1,
-        )
-        for i, argument in enumerate(schema):
-            value = bound[argument.name]
-            if not argument.kwarg_only and i <= last:
-                args.append(value)
-            elif argument.kwarg_only and value is not argument.default_value:
-                kwargs[argument.name] = value
-        return tuple(args), kwargs
 
 
 class NotLocal(Exception):
     """A probe met a collective: the op is not local under these places."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The sharded axis of one graph: its name, mesh axis, base layout, and where it begins."""
-
-    name: str
-    mesh_axis: str
-    layout: Layout
-    method: str
-    seeds: tuple[tuple[str, int], ...] = ()  # (node, dim)
-
-    @property
-    def p(self) -> int:
-        return self.layout.p
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One line of the plan: what is communicated, how much leaves each rank, and why."""
-
-    op: str
-    axis: str
-    bytes: int
-    why: str
-    source: str
 
 
 @dataclass
@@ -128,6 +43,7 @@ class Sharder:
     writer: Writer | None = None
     probing: bool = False
     on_gather: str = "warn"
+    gradients: str = "whole"
     env: dict[fx.Node, Any] = field(default_factory=dict)
     collectives: list[Collective] = field(default_factory=list)
     attentions: list[Any] = field(default_factory=list)
@@ -255,6 +171,8 @@ class Sharder:
 
     def entered(self, value: Value, like: fx.Node) -> fx.Node:
         """A whole value about to be used by sharded work: its gradient is summed across, once."""
+        if self.gives_shares(value):
+            return value.origin
         node = self.node(value)
         if not needs_gradient(value) or self.axis.p == 1:
             return node
@@ -265,6 +183,11 @@ class Sharder:
             )
             self._entered[node] = entered
         return self._entered[node]
+
+    def gives_shares(self, value: Value) -> bool:
+        """A parameter (or input) whose gradient stays this rank's share, for an outer reducer."""
+        leaf = value.origin is not None and value.origin.op == "placeholder"
+        return self.gradients == "shares" and leaf and self.axis.p > 1 and needs_gradient(value)
 
     def node(self, value: Value) -> fx.Node:
         """The local node of a value; a recipe is written whole now."""
@@ -295,6 +218,9 @@ class Sharder:
     def write(self, node: fx.Node) -> fx.Node:
         from mosaic.rules import written_whole
 
+        if self.gives_shares(recipe(node)):  # whole work gives the whole gradient on every rank
+            divided = (node, self.axis.p)
+            return self.writer.function(node, collectives.divide_gradient, divided)
         if node.op != "call_function":
             return node
         special = written_whole(node)
@@ -356,6 +282,9 @@ class Sharder:
 
     def gather_for(self, call: Call, reason: str) -> Any:
         """No exact local form: run the op whole on every rank, and say so (or refuse)."""
+        return self.emit(self.with_whole_operands(call, reason), None, enter=False)
+
+    def with_whole_operands(self, call: Call, reason: str) -> Call:
         if self.probing:
             raise NotLocal
         self.gathered.append((f"{call.name} {reason}", call.like))
@@ -371,7 +300,7 @@ class Sharder:
             lambda v: self.gather(v, f"{call.name} {reason}", call.like) if isinstance(v, Value) else v,
             call.bound,
         )
-        return self.emit(call, None, enter=False, **whole)
+        return call.replaced(whole)
 
     # --- slices are hoisted ----------------------------------------------------------------
 
@@ -418,10 +347,13 @@ class Sharder:
         """My intervals of a whole value."""
         if not self.writer or self.axis.p == 1:
             return Value(value.val, place, value.node)
+        spec = Shard(place, self.writer.rank, self.writer.group).encode()
+        if self.gives_shares(value):
+            share = self.writer.function(value.origin, collectives.slice_share, (value.origin, spec))
+            return Value(value.val, place, share)
         node = self.node(value)
         if needs_gradient(value):
             self.record("slice", value.val, "gradient of a whole value that is used in parts", node)
-        spec = Shard(place, self.writer.rank, self.writer.group).encode()
         return Value(value.val, place, self.writer.function(node, collectives.slice_to, (node, spec)))
 
     def probe(self, node: fx.Node, places: dict[fx.Node, Place]) -> Any:
@@ -465,58 +397,3 @@ class Sharder:
     def site(self, like: fx.Node) -> int:
         """Which random op of the program: its number in the global graph."""
         return like.meta.get("site", 0)
-
-
-def recipe(node: fx.Node) -> Any:
-    val = node.meta.get("val")
-    if isinstance(val, (tuple, list)):
-        return Many(node, tuple(val))
-    return Value(val, None, None, node) if isinstance(val, torch.Tensor) else val
-
-
-@dataclass(frozen=True)
-class Many:
-    """Several whole results that nobody has asked for yet; ``getitem`` on it is a recipe again."""
-
-    origin: fx.Node
-    vals: tuple[torch.Tensor, ...]
-
-
-def is_whole(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(is_whole(v) for v in value)
-    return not isinstance(value, Value) or value.place is None
-
-
-def places_of(value: Any) -> Any:
-    """The place of a value; for several results a tuple of places."""
-    if isinstance(value, tuple):
-        found = tuple(places_of(v) for v in value)
-        return found if any(found) else None
-    return value.place if isinstance(value, Value) else None
-
-
-def candidates(shape: Iterable[int], place: Place) -> list[Place]:
-    """Every way in which ``place``'s axis could sit in a tensor of this shape."""
-    found = []
-    for dim, size in enumerate(shape):
-        if place.layout.n and size and size % place.layout.n == 0:
-            rest = size // place.layout.n
-            found += [
-                Place(place.layout, dim, outer, rest // outer, place.mesh_axis)
-                for outer in range(1, rest + 1)
-                if rest % outer == 0
-            ]
-    return found
-
-
-def needs_gradient(value: Value) -> bool:
-    """Whether a gradient flows into this value; a value that is no recipe is assumed to have one."""
-    if value.origin is None:
-        return value.val.is_floating_point()
-    return bool(value.origin.meta.get("needs_gradient"))
-
-
-def result_device(call: Call) -> torch.device:
-    leaves = [v for v in pytree.tree_leaves(call.val) if isinstance(v, torch.Tensor)]
-    return leaves[0].device

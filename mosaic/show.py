@@ -1,11 +1,11 @@
-"""Prints graphs, for goldens, errors and docs: ASCII, deterministic, no alignment.
+"""Prints graphs, for goldens, errors and docs: ASCII, deterministic, nothing aligned.
 
     # y = F.scaled_dot_product_attention(q, k, v)
-    y: f64[2, 1, 11/sp, 4] = scaled_dot_product_attention(q, k, v)
+    y: f64[2, 1, 11/sp, 4] = sdpa(q, k, v)
 
 One line per node, under the user's line of code. ``11/sp`` is a dim whose 11 indices are cut over
-the mesh axis sp, ``2*11/sp`` one that holds them twice. Places stand on the global graph only; on a
-rank's own graph the sizes are that rank's.
+the mesh axis sp, ``2*11/sp`` one that holds them twice. Places are known on the global graph only;
+on a rank's own graph sizes are that rank's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import difflib
 import json
 import operator
 import re
-from dataclasses import dataclass, field
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,50 +28,47 @@ from mosaic.modes import set_modes
 from mosaic.source import code
 from mosaic.spec import path_parts
 
+NAMESPACES = ("aten", "_c10d_functional", "prims")  # not worth writing
+LONG = {
+    "_scaled_dot_product_flash_attention_for_cpu": "flash",
+    "scaled_dot_product_attention": "sdpa",
+    "all_to_all_single": "all_to_all",
+    "all_gather_into_tensor": "all_gather",
+    "wait_tensor": "wait",
+}
 SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c", "bool": "b8"}
-NAMESPACES = ("aten", "_c10d_functional", "prims", "builtin")
-SAID_BY_THE_VALUE = ("dtype", "layout", "device", "pin_memory")
+SAID_BY_THE_VALUE = ("dtype", "layout", "device", "pin_memory", "memory_format")
+RESHAPED = ("view", "_unsafe_view", "reshape", "expand")  # their sizes stand in front of them
+VIEWS = (*RESHAPED, *"alias clone detach permute squeeze t transpose unsqueeze".split())
 FOREVER = 2**63 - 1
+UNBROKEN: dict[str, Any] = {"subsequent_indent": "    ", "break_long_words": False}
 
 
-def listing(graph: fx.Graph, context: Context | None = None, *, fold_waits: bool = False) -> str:
-    """One line per node. ``context`` gives names to parameters and process groups.
+def listing(
+    graph: fx.Graph, context: Context | None = None, *, fold_waits: bool = False, brief: bool = False
+) -> str:
+    """One line per node; ``context`` gives names to parameters and process groups.
 
-    ``fold_waits``: a collective and the wait for it are one line, where it starts.
+    ``fold_waits``: a collective and the wait for it are one line, where it starts. ``brief``: views
+    have no line but the name of what they look at (an index counts in the view's dims), and
+    elementwise ops in a row share one line.
     """
-    printer = Printer(labels(graph, context, fold_waits), groups(context))
-    hidden = left_out(graph, context, fold_waits)
+    shown = Listing(graph, context, fold_waits, brief)
     lines, last = [], ""
-    for node in graph.nodes:
-        if node in hidden:
-            continue
-        said = code(node) if node.op == "call_function" else ""
+    for nodes in shown.groups():
+        said = code(nodes[0]) if nodes[0].op == "call_function" else ""
         if said and said != last:
             lines.append(f"# {said}")
             last = said
-        lines.append(printer.line(node))
+        lines.append(shown.line(nodes[0]) if len(nodes) == 1 else shown.fused(nodes))
     return "\n".join(lines).encode("ascii", "backslashreplace").decode()
 
 
 def diff(before: str, after: str) -> str:
-    """What changed from one listing to another, with a line of context; ``...`` stands for the rest."""
+    """What changed between two listings, with a line of context; ``...`` stands for what did not."""
     found = difflib.unified_diff(before.splitlines(), after.splitlines(), n=1, lineterm="")
     lines = ["..." if line.startswith("@@") else line for line in list(found)[2:]]
     return "\n".join(lines[1:])
-
-
-# --- names ------------------------------------------------------------------------------------
-
-
-def labels(graph: fx.Graph, context: Context | None, fold_waits: bool) -> dict[fx.Node, str]:
-    """What each node is called: inputs as the user calls them, the others by their node's name."""
-    inputs = inputs_of(graph, context)
-    out: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        folded = fold_waits and is_wait(node)
-        own = path_of(inputs[node]) if node in inputs else node.name
-        out[node] = out[node.args[0]] if folded else own
-    return out
 
 
 def inputs_of(graph: fx.Graph, context: Context | None) -> dict[fx.Node, Input]:
@@ -83,46 +81,87 @@ def inputs_of(graph: fx.Graph, context: Context | None) -> dict[fx.Node, Input]:
     return found
 
 
-def path_of(given: Input) -> str:
-    """``blocks.0.norm1.weight`` for Dynamo's source of a parameter."""
-    skipped = ("L", "G", "self", "_modules", "_parameters", "_buffers")
-    return ".".join(part for part in path_parts(given.source) if part not in skipped)
+class Listing:
+    """What each node of a graph is called, and which nodes have no line of their own."""
 
+    def __init__(self, graph: fx.Graph, context: Context | None, fold_waits: bool, brief: bool):
+        self.mesh_axes = {context.world.group: context.world.mesh_axis} if context else {}
+        self.brief = brief
+        self.hidden: set[fx.Node] = set()
+        self.labels: dict[fx.Node, str] = {}
+        self.graph = graph
+        inputs = inputs_of(graph, context)
+        for node in graph.nodes:
+            own = path_of(inputs[node]) if node in inputs else shortened(node.name)
+            folded = self.folded(node, fold_waits)
+            self.labels[node] = own if folded is None else folded
+            # Parameters are named where they are used, and modes are switched everywhere.
+            is_parameter = node in inputs and inputs[node].is_state
+            if folded is not None or is_parameter or node.target is set_modes:
+                self.hidden.add(node)
 
-def groups(context: Context | None) -> dict[str, str]:
-    """Group names are counters; a mesh axis says more."""
-    return {context.world.group: context.world.mesh_axis} if context else {}
+    def folded(self, node: fx.Node, fold_waits: bool) -> str | None:
+        """What a node is called that has no line: as what it waits for or looks at."""
+        if fold_waits and node.target is torch.ops._c10d_functional.wait_tensor.default:
+            return self.labels[node.args[0]]
+        if not self.brief or node.op != "call_function":
+            return None
+        name = op_name(node.target)
+        if name == "full":
+            return self.text(node.args[1])
+        if name in VIEWS or (name == "slice" and same_shape(node, node.args[0])):
+            return self.labels[node.args[0]]
+        return self.call(node) if name in ("getitem", "slice", "select") else None
 
+    def groups(self) -> Iterator[list[fx.Node]]:
+        """Nodes that share a line."""
+        run: list[fx.Node] = []
+        for node in self.graph.nodes:
+            if node in self.hidden:
+                continue
+            if run and not (is_elementwise(node) and code(node) == code(run[0])):
+                yield run
+                run = []
+            run.append(node)
+            if not (self.brief and is_elementwise(node)):
+                yield run
+                run = []
+        if run:
+            yield run
 
-# --- which nodes ------------------------------------------------------------------------------
-
-
-def left_out(graph: fx.Graph, context: Context | None, fold_waits: bool) -> set[fx.Node]:
-    """Parameters are named where they are used; modes are switched everywhere."""
-    state = {node for node, given in inputs_of(graph, context).items() if given.is_state}
-    waits = {node for node in graph.nodes if fold_waits and is_wait(node)}
-    return state | waits | set(graph.find_nodes(op="call_function", target=set_modes))
-
-
-def is_wait(node: fx.Node) -> bool:
-    return node.target is torch.ops._c10d_functional.wait_tensor.default
-
-
-# --- one line ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Printer:
-    labels: dict[fx.Node, str]
-    groups: dict[str, str] = field(default_factory=dict)
+    # --- one line ---------------------------------------------------------------------------
 
     def line(self, node: fx.Node) -> str:
         if node.op == "output":
-            return f"return {self.text(node.args[0])}"
-        head = f"{self.labels[node]}: {typed(node.meta.get('val'), node.meta.get('place'))}"
+            return textwrap.fill(f"return {self.text(node.args[0])}", 96, **UNBROKEN)
+        head = self.head(node)
         if node.op != "call_function":
             return head
-        return f"{head} = {self.call(node)}{noted(node)}"
+        return f"{head} = {self.call(node)}{decisions(node)}"
+
+    def head(self, node: fx.Node) -> str:
+        return f"{self.labels[node]}: {typed(node.meta.get('val'), node.meta.get('place'))}"
+
+    def fused(self, run: list[fx.Node]) -> str:
+        """``c: f64[3], d: f64[3] = fused[sub exp add](a, b)``."""
+        inside = set(run)
+        results = [n for n in run if not self.readers(n) <= inside or not self.readers(n)]
+        read = [self.labels[whole(n)] for node in run for n in node.all_input_nodes]
+        own = {self.labels[n] for n in run}
+        arguments = [x for x in dict.fromkeys(read) if x not in own and not is_number(x)]
+        ops = [op_name(n.target) for n in run]
+        words = " ".join(ops) if len(ops) < 5 else f"{' '.join(ops[:2])} .. {len(ops)} ops"
+        heads = ", ".join(self.head(n) for n in results)
+        return f"{heads} = fused[{words}]({', '.join(arguments)})"
+
+    def readers(self, node: fx.Node) -> set[fx.Node]:
+        """Who reads a node, also through what has no line."""
+        found: set[fx.Node] = set()
+        for user in node.users:
+            found |= self.readers(user) if user in self.hidden else {user}
+        return found
+
+    # --- one call ---------------------------------------------------------------------------
 
     def call(self, node: fx.Node) -> str:
         name, args = op_name(node.target), node.args
@@ -132,12 +171,12 @@ class Printer:
             return f"{self.text(args[0])}[{indexed(name, *args)}]"
         if name == "all_to_all_single":
             return self.exchange(*args)
-        kwargs = {k: v for k, v in node.kwargs.items() if k not in SAID_BY_THE_VALUE}
-        shown = [self.text(a) for a in args] + [f"{k}={self.text(v)}" for k, v in kwargs.items()]
-        return f"{name}({', '.join(shown)})"
+        given = [("", args[0])] if name in RESHAPED else arguments(node)
+        words = [f"{key}={self.text(v)}" if key else self.text(v) for key, v in given]
+        return f"{shortened(name)}({', '.join(words)})"
 
     def exchange(self, x: fx.Node, receive: list[int], send: list[int], group: str) -> str:
-        """An all-to-all in which everybody has one peer to send to is a shift."""
+        """An all-to-all in which nobody has two peers is a shift."""
         to, source = ([peer for peer, n in enumerate(splits) if n] for splits in (send, receive))
         if len(to) <= 1 and len(source) <= 1:
             ends = [f"{w}={p[0]}" for w, p in (("to", to), ("from", source)) if p]
@@ -150,20 +189,62 @@ class Printer:
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(self.text(v) for v in value)}]"
         if isinstance(value, str):
-            return self.groups.get(value) or decoded(value)
+            return self.mesh_axes.get(value) or decoded(value)
         if isinstance(value, float):
             return f"{value:.4g}"
-        if isinstance(value, torch.dtype):
-            return short(value)
-        return str(value).removeprefix("torch.")
+        return short(value) if isinstance(value, torch.dtype) else str(value)
+
+
+# --- words --------------------------------------------------------------------------------------
 
 
 def op_name(target: Any) -> str:
-    """``torch.ops.aten.add.Tensor`` -> ``add``; ``torch.ops.mosaic.gather.default`` -> ``mosaic.gather``."""
+    """``add`` for ``torch.ops.aten.add.Tensor``, ``mosaic.gather`` for an op of ours."""
     if not hasattr(target, "namespace"):
         return getattr(target, "__name__", str(target))
-    namespace, name = target.name().split(".")[0].split("::")
-    return name if namespace in NAMESPACES else f"{namespace}.{name}"
+    name = target._schema.name.removeprefix(f"{target.namespace}::")
+    return name if target.namespace in NAMESPACES else f"{target.namespace}.{name}"
+
+
+def arguments(node: fx.Node) -> list[tuple[str, Any]]:
+    """(keyword or "", value) without the defaults; by keyword behind one that is left out."""
+    schema = node.target._schema.arguments if hasattr(node.target, "_schema") else ()
+    given: list[tuple[str, Any]] = []
+    for index, value in enumerate(node.args):
+        if index >= len(schema) or value != schema[index].default_value:
+            given.append((schema[index].name if len(given) < index else "", value))
+    return given + [(k, v) for k, v in node.kwargs.items() if k not in SAID_BY_THE_VALUE]
+
+
+def shortened(name: str) -> str:
+    for long, short_name in LONG.items():
+        name = name.replace(long, short_name)
+    return name
+
+
+def path_of(given: Input) -> str:
+    """``blocks.0.norm1.weight`` for Dynamo's source of a parameter."""
+    skipped = ("L", "G", "self", "_modules", "_parameters", "_buffers")
+    return ".".join(part for part in path_parts(given.source) if part not in skipped)
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def whole(node: fx.Node) -> fx.Node:
+    """The tuple that ``node`` is an item of."""
+    while op_name(node.target) in VIEWS:
+        node = node.args[0]
+    return node.args[0] if node.target is operator.getitem else node
+
+
+def is_number(label: str) -> bool:
+    return re.fullmatch(r"-?[\d.]+|-?inf", label) is not None
+
+
+def same_shape(a: fx.Node, b: Any) -> bool:
+    return a.meta["val"].shape == b.meta["val"].shape
 
 
 def indexed(
@@ -183,7 +264,7 @@ def typed(val: Any, place: Any = None) -> str:
         places = place if isinstance(place, tuple) else (place,) * len(val)
         return f"({', '.join(typed(v, p) for v, p in zip(val, places, strict=True))})"
     if not isinstance(val, torch.Tensor):
-        return type(val).__name__ if val is not None else "None"
+        return type(val).__name__
     sizes = [str(int(s)) for s in val.shape]
     behind = ""
     if isinstance(place, Place):
@@ -206,7 +287,7 @@ def short(dtype: torch.dtype) -> str:
     return SHORT.get(word, word) + bits
 
 
-def noted(node: fx.Node) -> str:
+def decisions(node: fx.Node) -> str:
     """What passes decided about an attention."""
     found = [node.meta[key] for key in ("method", "mask") if node.meta.get(key)]
     if "attention" in node.meta:
@@ -225,6 +306,7 @@ def decoded(text: str) -> str:
 
 
 def attention_plan(plan: dict[str, Any]) -> str:
+    """``plan(ring causal q,k=37=0:10|10:20|20:30|30:37 scale=0.5)``."""
     same = plan["query"] == plan["key"]
     layouts = [f"q,k={plan['query']}"] if same else [f"q={plan['query']}", f"k={plan['key']}"]
     words = [plan["method"], *(["causal"] if plan["causal"] else []), *layouts]

@@ -20,7 +20,8 @@ from mosaic.context import Context
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place
 from mosaic.rules import key
-from mosaic.sharder import Axis, Sharder, candidates
+from mosaic.sharder import Sharder
+from mosaic.values import Axis, candidates
 from mosaic.spec import path_parts
 
 aten = torch.ops.aten

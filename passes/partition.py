@@ -18,10 +18,11 @@ import torch
 from torch import fx
 
 from mosaic.context import Context
+from mosaic.layout import Shard
 from mosaic.modes import Modes
 from mosaic.rewrite import rename_all
-from mosaic.sharder import Sharder, Value
-from mosaic.torch_private import pytree
+from mosaic.sharder import Sharder
+from mosaic.values import Value
 from mosaic.writer import Writer
 
 aten = torch.ops.aten
@@ -34,10 +35,12 @@ def partition(graph: fx.Graph, context: Context) -> int:
     output = graph.output_node()
     world = context.world
     writer = Writer(graph, world.rank, world.group, Modes.current())
-    sharder = Sharder(context.axis, writer, on_gather=context.spec.on_gather)
+    spec = context.spec
+    sharder = Sharder(context.axis, writer, on_gather=spec.on_gather, gradients=spec.gradients)
     with graph.inserting_before(output):
         sharder.run(old)
         results = [result(sharder, r, context) for r in output.args[0]]
+        del context.output_shards[: len(context.mutated)]
         write_back(sharder, results, context)
         writer.switch(Modes.current())
     output.args = (tuple(results[len(context.mutated) :]),)
@@ -49,13 +52,16 @@ def partition(graph: fx.Graph, context: Context) -> int:
 
 def result(sharder: Sharder, node: Any, context: Context) -> Any:
     """Outputs are whole on every rank, unless the spec leaves them cut."""
-    if not isinstance(node, fx.Node):
-        return node
-    value = sharder.env[node]
+    value = sharder.env[node] if isinstance(node, fx.Node) else None
     if not isinstance(value, Value):
+        context.output_shards.append("")
         return node
     if value.place is not None and context.spec.outputs == "shards":
-        return sharder.node(value)
+        kept = sharder.node(value)
+        shard = Shard(value.place, context.world.rank, context.world.group)
+        context.output_shards.append(shard.encode())
+        return kept
+    context.output_shards.append("")
     return sharder.node(sharder.gather(value, "an output is whole", node))
 
 
@@ -71,7 +77,3 @@ def erase(graph: fx.Graph, old: list[fx.Node]) -> None:
     for node in reversed(old):
         if node.op == "call_function":
             graph.erase_node(node)
-
-
-def leaves(tree: Any) -> list[Any]:
-    return pytree.tree_leaves(tree)

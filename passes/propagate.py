@@ -10,7 +10,8 @@ from torch import fx
 
 from mosaic.context import Context
 from mosaic.errors import ShardingError
-from mosaic.sharder import Sharder, places_of
+from mosaic.sharder import Sharder
+from mosaic.values import places_of
 
 
 def propagate(graph: fx.Graph, context: Context) -> int:

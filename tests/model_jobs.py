@@ -24,7 +24,7 @@ def loss_of(out: Any) -> torch.Tensor:
 
 
 def run_model(build: Callable[[], tuple[Any, tuple, dict]], options: dict | None, p: int = 1) -> dict:
-    """Loss and gradients of a model; with ``options`` through Mosaic on p ranks, else plain."""
+    """Loss, gradients and buffers of a model; with ``options`` through Mosaic on p ranks, else plain."""
     torch.manual_seed(0)
     model, args, kwargs = build()
     called = model
@@ -33,4 +33,9 @@ def run_model(build: Callable[[], tuple[Any, tuple, dict]], options: dict | None
         called = torch.compile(model, backend="mosaic", options=options)
     loss = loss_of(called(*args, **kwargs))
     loss.backward()
-    return {"loss": loss.detach(), "gradients": gradients(model)}
+    inputs = {f"input {i}": a.grad for i, a in enumerate(args) if getattr(a, "requires_grad", False)}
+    return {
+        "loss": loss.detach(),
+        "gradients": {**gradients(model), **inputs},
+        "buffers": {n: b.clone() for n, b in model.named_buffers()},
+    }

@@ -10,7 +10,8 @@ import torch
 
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
-from mosaic.sharder import Call, Sharder, Value
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value
 
 aten = torch.ops.aten
 

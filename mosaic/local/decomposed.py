@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from mosaic.modes import modes_of
-from mosaic.sharder import Call, Sharder, Value, recipe
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value, recipe
 from mosaic.torch_private import decompose_op, fake_mode_of, has_decomposition, make_fx, pytree
 
 

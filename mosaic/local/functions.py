@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mosaic.capture import AUTOGRAD_FUNCTIONS
-from mosaic.sharder import Call, Sharder, Value
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value
 
 
 def call_autograd_function(number: int, *tensors: Any) -> Any:
@@ -17,7 +18,7 @@ def call_autograd_function(number: int, *tensors: Any) -> Any:
 def autograd_function(s: Sharder, c: Call) -> tuple[Value, ...]:
     """What it computes is not known to be local: it runs whole on every rank."""
     if any(v.place for v in c["tensors"]):
-        return s.gather_for(c, "is a user's autograd.Function, whose backward Mosaic cannot see")
+        c = s.with_whole_operands(c, "is a user's autograd.Function, of which nothing is known")
     several = s.function(c, call_autograd_function, (c["number"], *c["tensors"]), c.val)
     items = [s.writer.item(several.node, i) if s.writer else None for i in range(len(c.val))]
     return tuple(Value(v, None, n) for v, n in zip(c.val, items, strict=True))

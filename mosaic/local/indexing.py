@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mosaic.sharder import Call, Sharder, Value
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value
 
 aten = torch.ops.aten
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from mosaic.local.reductions import cast, extreme_value, summed
-from mosaic.sharder import Call, Sharder, Value
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value
 
 aten = torch.ops.aten
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mosaic.layout import Place
-from mosaic.sharder import Call, Sharder, Value
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value
 from mosaic.torch_private import pytree
 
 

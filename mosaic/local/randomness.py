@@ -9,7 +9,8 @@ import torch
 from mosaic import random
 from mosaic.collectives import broadcast
 from mosaic.layout import Layout, Place, Shard
-from mosaic.sharder import Call, Sharder, Value
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value
 
 aten = torch.ops.aten
 
@@ -44,9 +45,7 @@ def keep_mask(seed: torch.Tensor, x: torch.Tensor, site: int, shards: str, p: fl
 def drawn_once(s: Sharder, c: Call) -> Any:
     """rand, randn, bernoulli, multinomial ...: drawn whole, and rank 0's draw is everybody's."""
     if any(v.place for v in c.tensors()):
-        whole = {k: s.gather(v, "is drawn from", c.like) if isinstance(v, Value) else v
-                 for k, v in c.bound.items()}  # fmt: skip
-        return drawn_once(s, Call(c.target, tuple(whole.values())[: len(whole)], {}, c.val, c.like))
+        c = s.with_whole_operands(c, "draws random numbers for the whole tensor")
     drawn = s.emit(c, None, enter=False)
     if not s.writer or s.axis.p == 1:
         return drawn

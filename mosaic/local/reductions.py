@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from mosaic.layout import Place
-from mosaic.sharder import Call, Sharder, Value
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value
 
 aten = torch.ops.aten
 

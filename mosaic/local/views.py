@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mosaic.layout import Layout, Place
-from mosaic.sharder import Call, Sharder, Value
+from mosaic.sharder import Sharder
+from mosaic.values import Call, Value
 
 aten = torch.ops.aten
 

@@ -1,0 +1,182 @@
+"""A table of 569 patients: its rows are cut over 4 ranks, and the numbers are those of one process.
+
+    python examples/quickstart.py
+    torchrun --nproc-per-node=4 examples/quickstart.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from launch import launch
+from models.table import TableModel
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_breast_cancer
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+import mosaic
+from mosaic.explain import explain
+from mosaic.plan import Plan
+
+SPEC = {"inputs": {"x": "batch rows columns"}, "axes": {"rows": "ring"}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--inner", choices=["eager", "inductor"], default="eager")
+    given = parser.parse_args()
+    launch(run, given.ranks, given.inner)
+
+
+def run(inner: str) -> None:
+    """What every rank does."""
+    # mosaic.init(sp_size=4) is all that you need. Here "alone", a mesh axis of length 1, stands
+    # beside it: the same program on one rank, to compare with.
+    world = int(os.environ["WORLD_SIZE"])
+    context = mosaic.init(mesh_shape=(1, world), mesh_axes=("alone", "sp"))
+    table, targets = patients()
+    torch.manual_seed(0)
+    model = TableModel().double()
+    spec = mosaic.ShardingSpec(**SPEC)
+    alone = mosaic.ShardingSpec(**SPEC, mesh_axis="alone")
+
+    def compiled(spec: mosaic.ShardingSpec) -> Callable[..., Tensor]:
+        return torch.compile(model, backend="mosaic", options={"spec": spec, "inner": inner})
+
+    def measure(called: Callable[..., Tensor]) -> Result:
+        return measured(called, model, table, targets)
+
+    plan = explain(model, *table, spec=spec)
+    one = [measure(model), measure(compiled(alone))] if context.rank() == 0 else []
+    dist.barrier()
+    sharded = measure(compiled(spec))
+    sharded.kept = largest(sharded.kept)
+    if context.rank() == 0:
+        show(plan, [*one, sharded], inner)
+
+
+def patients() -> tuple[tuple[Tensor, Tensor, int], Tensor]:
+    """The model's arguments (30 measurements of each patient, the diagnoses of the training rows,
+    which come first, and their number), and the diagnoses of the test rows."""
+    features, diagnoses = load_breast_cancer(return_X_y=True)
+    parts = train_test_split(features, diagnoses, random_state=0, stratify=diagnoses)
+    train, test, known, asked = map(torch.from_numpy, parts)
+    return (torch.cat([train, test])[None], known[None].double(), len(train)), asked
+
+
+@dataclass
+class Result:
+    loss: Tensor
+    gradients: list[Tensor]
+    kept: int
+    first: float
+    step: float
+
+
+def measured(
+    called: Callable[..., Tensor], model: nn.Module, table: tuple[Tensor, Tensor, int], targets: Tensor
+) -> Result:
+    """Loss, gradients, bytes kept for backward, and the time of the first and of a later step."""
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        loss = F.cross_entropy(called(*table).squeeze(0), targets)
+        return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+    times = [time.perf_counter()]
+    for _ in range(2):
+        loss, gradients = step()
+        times.append(time.perf_counter())
+    kept = kept_bytes(step, [*model.parameters(), *table[:2], targets])
+    return Result(loss, gradients, kept, *(b - a for a, b in pairwise(times)))
+
+
+def kept_bytes(step: Callable[[], object], given: list[Tensor]) -> int:
+    """Bytes of activations that are held between forward and backward.
+
+    Every storage that autograd saves, once each, but parameters and inputs. A compiled graph is one
+    autograd function, so what its partitioner decided to keep comes through these hooks too.
+    """
+    storages: dict[int, int] = {}
+    alive = []  # so that no address is used twice
+
+    def pack(x: Tensor) -> Tensor:
+        alive.append(x)
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        step()
+    for x in given:
+        storages.pop(x.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def largest(n: int) -> int:
+    found = torch.tensor(n)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
+# --- what rank 0 prints -------------------------------------------------------------------------
+
+
+def show(plan: Plan, results: list[Result], inner: str) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    style = box.SIMPLE_HEAD if console.is_terminal else None
+    plain, alone, sharded = results
+
+    console.print(f"\n[bold]{plan.ranks} ranks, axis {plan.layout}[/bold]\n")
+    console.print(attentions(plan, style))
+    table = Table(box=style, pad_edge=False, title_justify="left")
+    for name in ("", "plain PyTorch", "Mosaic, 1 rank", f"Mosaic, {plan.ranks} ranks"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row("loss", *(f"{r.loss.item():.12f}" for r in results))
+    table.add_row("kept for backward, each rank", *(f"{r.kept / 2**20:.1f} MiB" for r in results))
+    table.add_row("  of plain PyTorch", *(f"{r.kept / plain.kept:.1%}" for r in results))
+    table.add_row("  of Mosaic, 1 rank", "", *(f"{r.kept / alone.kept:.1%}" for r in results[1:]))
+    table.add_row(f"first step, inner={inner}", *(f"{r.first:.2f} s" for r in results))
+    table.add_row("next step", *(f"{r.step:.2f} s" for r in results))
+    console.print(table)
+    console.print(
+        f"\nlargest difference to plain PyTorch: loss {difference([plain.loss], [sharded.loss]):.1e}, "
+        f"all {len(plain.gradients)} gradients {difference(plain.gradients, sharded.gradients):.1e}",
+        highlight=False,
+    )
+
+
+def attentions(plan: Plan, style: box.Box | None) -> Table:
+    table = Table(box=style, pad_edge=False)
+    for name in ("attention", "attends over", "method"):
+        table.add_column(name)
+    table.add_column("sent by each rank", justify="right")
+    for found in plan.attentions:
+        axis = found.axis or "another dim"
+        table.add_row(
+            found.source,
+            f"{axis}, {found.queries} x {found.keys}",
+            found.method,
+            f"{found.bytes / 2**20:.1f} MiB",
+        )
+    return table
+
+
+def difference(expected: list[Tensor], actual: list[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(expected, actual, strict=True))
+
+
+if __name__ == "__main__":
+    main()

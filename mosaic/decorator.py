@@ -1,0 +1,52 @@
+"""``@mosaic.shard(...)``: compile a class, an instance or a function without editing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from mosaic.backend import mosaic as backend
+from mosaic.errors import ShardingError
+from mosaic.spec import ShardingSpec
+
+T = TypeVar("T")
+
+
+def shard(
+    inputs: Mapping[str, str] | None = None,
+    axes: Mapping[str | int, str] | None = None,
+    *,
+    inner: str = "inductor",
+    **contract: Any,
+) -> Callable[[T], T]:
+    """Compile what it decorates with the backend ``mosaic``; the arguments are ShardingSpec's.
+
+    A class: every instance's ``forward`` is compiled. An instance: this one's. A function: it.
+
+    >>> @shard(inputs={"x": "batch rows columns"}, axes={"rows": "ring"})
+    ... class Model(torch.nn.Module): ...
+
+    Raises ShardingError at once for a spec that does not fit together.
+    """
+    spec = ShardingSpec(inputs=inputs, axes=axes, **contract)
+
+    def decorate(target: T) -> T:
+        if isinstance(target, torch.nn.Module) or is_module_class(target):
+            target.forward = compiled(target.forward)  # type: ignore[attr-defined]
+            return target
+        if isinstance(target, type) or not callable(target):
+            raise ShardingError(
+                f"cannot shard {target!r}", fix="decorate an nn.Module class, an instance or a function"
+            )
+        return compiled(target)  # type: ignore[return-value]
+
+    def compiled(fn: Any) -> Any:
+        return torch.compile(fn, backend=backend, options={"spec": spec, "inner": inner})
+
+    return decorate
+
+
+def is_module_class(target: object) -> bool:
+    return isinstance(target, type) and issubclass(target, torch.nn.Module)

@@ -1,0 +1,157 @@
+"""Programs that a capture could lose something of: each is compared with eager, gradients and all."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from cases import Built
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+N, E = 13, 8
+
+
+class Attention(nn.Module):
+    def __init__(self, heads: int = 2):
+        super().__init__()
+        self.qkv, self.out, self.heads = nn.Linear(E, 3 * E), nn.Linear(E, E), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, e = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.heads, e // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(b, n, e))
+
+
+class WrongButTheUsers(torch.autograd.Function):
+    """A backward that is not the derivative of forward: only the user's own gives these gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, w = ctx.saved_tensors
+        return 3 * grad * w, 5 * (grad * x).sum((0, 1))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mlp = Attention(), nn.Sequential(nn.Linear(E, E), nn.Tanh())
+
+    def block(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x + self.attention(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.block, x, use_reentrant=False)
+        return checkpoint(self.block, x, use_reentrant=False).square().mean()
+
+
+class UserFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.w = Attention(), nn.Parameter(torch.randn(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return (WrongButTheUsers.apply(x, self.w) + x).square().mean()
+
+
+class InnerAutocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.a, self.b = Attention(), nn.Linear(E, E), nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.a(x)
+            with torch.autocast("cpu", enabled=False):
+                z = self.b(y.float())
+        return (z + y).float().square().mean()
+
+
+class NoGradBlocks(nn.Module):
+    """A whole and a sharded value made without gradients, used with them; and a detach."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.w, self.table = Attention(), nn.Linear(E, E), nn.Parameter(torch.randn(N, E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        with torch.no_grad():
+            scale = x.abs().mean(dim=1, keepdim=True)
+            frozen = self.table * 2
+        y = x / scale + frozen + self.table
+        return (y * self.w(y).detach() + self.w(x)).square().mean()
+
+
+class Buffers(nn.Module):
+    """BatchNorm over the tokens, a counter, and a running sum that the user keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm = Attention(), nn.BatchNorm1d(E)
+        self.register_buffer("seen", torch.zeros(E))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        self.seen += x.detach().square().sum((0, 1))
+        self.calls += 1
+        return x.pow(3).mean()
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.w = Attention(), nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        y = self.w(x).clone()
+        y[:, 3] = 0
+        y[:, 5:8] = y[:, 5:8] * 2
+        y[..., 1] = x[..., 0]
+        y.mul_(x)
+        return y.square().mean()
+
+
+class Reductions(nn.Module):
+    """Everything a mean can be over the axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.w = Attention(), nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        y = self.w(x)
+        parts = [
+            y.mean(1), y.sum(1), y.std(1), y.var(1, unbiased=False), y.amax(1), y.amin((1, 2)),
+            y.logsumexp(1), y.softmax(1).square().sum(1), y.log_softmax(1)[:, 2], y[:, -1], y[:, 4:9].sum(1),
+            torch.roll(y, 2, 1)[:, 0], F.pad(y, (0, 0, 2, 1))[:, 3], y.cumsum(1)[:, 7], y.flip(1)[:, 2],
+        ]  # fmt: skip
+        return sum((p * (i + 1)).square().mean() for i, p in enumerate(parts))
+
+
+class GraphBreak(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        torch._dynamo.graph_break()
+        return (x + self.second(x)).square().mean()
+
+
+def built(kind: type[nn.Module], dtype: torch.dtype = torch.float64, n: int = N) -> Built:
+    model = kind().to(dtype)
+    return model, (torch.randn(2, n, E, dtype=dtype, requires_grad=True),), {}

@@ -1,0 +1,122 @@
+"""Jobs for what users do beside the plain call: shards as outputs, shares, decorators, lengths."""
+
+from __future__ import annotations
+
+import cases
+import contract_cases as cc
+import torch
+import torch.nn.functional as F
+from model_jobs import gradients
+
+import mosaic
+
+EAGER = {"inner": "eager"}
+
+
+def sharded_outputs(p: int) -> dict:
+    """The loss of sharded logits against sharded labels is the sum of the ranks' losses."""
+    context = mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, (ids, _), _ = cases.gpt()
+    spec = mosaic.ShardingSpec(outputs="shards")
+    logits, _ = torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec})(ids)
+    labels = mosaic.shard_like(ids, logits)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / ids.numel()
+    loss.backward()
+    total = loss.detach().clone()
+    if p > 1:
+        torch.distributed.all_reduce(total, group=context.group())
+    return {
+        "loss": total,
+        "gradients": gradients(model),
+        "logits": mosaic.gather(logits).detach(),
+        "layout": str(mosaic.layout_of(logits)),
+    }
+
+
+def whole_outputs() -> dict:
+    torch.manual_seed(0)
+    model, (ids, _), _ = cases.gpt()
+    logits, _ = model(ids)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum") / ids.numel()
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(model), "logits": logits.detach()}
+
+
+def shares(p: int, name: str) -> dict:
+    """Gradients are shares: their sum over the ranks, taken here, is the gradient."""
+    context = mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, args, kwargs = cases.CASES[name][0]()
+    spec = mosaic.ShardingSpec(gradients="shares")
+    out = torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec})(*args, **kwargs)
+    loss = out[-1] if isinstance(out, tuple) else out.square().mean()
+    loss.backward()
+    for parameter in model.parameters():
+        torch.distributed.all_reduce(parameter.grad, group=context.group())
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def decorated(p: int, what: str) -> dict:
+    mosaic.init(sp_size=p)
+    decorate = mosaic.shard(inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inner="eager")
+    torch.manual_seed(0)
+    kind = type("Model", (cc.Reductions,), {"forward": cc.Reductions.forward})
+    if what == "class":
+        kind = decorate(kind)
+    model, (x,), _ = cc.built(kind)
+    if what == "instance":
+        model = decorate(model)
+    loss = decorate(lambda x: model(x))(x) if what == "function" else model(x)
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def three_lengths(p: int) -> list[dict]:
+    """A second length makes Dynamo's sizes symbolic; each length is specialised."""
+    mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, _, _ = cases.gpt()
+    compiled = torch.compile(model, backend="mosaic", options=EAGER)
+    return [step(model, compiled, n) for n in (37, 20, 29, 37)]
+
+
+def three_lengths_plain() -> list[dict]:
+    torch.manual_seed(0)
+    model, _, _ = cases.gpt()
+    return [step(model, model, n) for n in (37, 20, 29, 37)]
+
+
+def step(model, compiled, n: int) -> dict:
+    ids = torch.arange(2 * n).view(2, n) % 23
+    model.zero_grad()
+    loss = compiled(ids, ids)[1]
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def inference(p: int) -> dict:
+    """eval and no_grad: no backward graph is made."""
+    if p:
+        mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, (x,), _ = cc.built(cc.Buffers)
+    compiled = torch.compile(model, backend="mosaic", options=EAGER) if p else model
+    model.eval()
+    with torch.no_grad():
+        loss = compiled(x)
+    with torch.inference_mode():
+        again = compiled(x)
+    return {"loss": loss, "again": again.clone(), "gradients": {}}
+
+
+def ambient_autocast(p: int) -> dict:
+    if p:
+        mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, args, _ = cc.built(cc.Checkpointed, torch.float32)
+    compiled = torch.compile(model, backend="mosaic", options=EAGER) if p else model
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = compiled(*args)
+    loss.backward()
+    return {"loss": loss.detach().float(), "gradients": gradients(model)}

@@ -1,0 +1,71 @@
+"""What users do beside the plain call, on real ranks, against one process."""
+
+from __future__ import annotations
+
+import pytest
+import rank_api_jobs as jobs
+import torch
+from cases import gpt
+from compare import assert_close, compare_gradients
+from contract_cases import Reductions, built
+from functools import partial
+from model_jobs import run_model
+
+
+def same(got: dict, want: dict, tol: float = 1e-10) -> None:
+    assert_close("loss", got["loss"], want["loss"], tol)
+    compare_gradients(want["gradients"], got["gradients"], tol)
+
+
+@pytest.mark.parametrize("p", [1, 3])
+def test_outputs_may_stay_cut(ranks, p: int) -> None:
+    want = jobs.whole_outputs()
+    for got in ranks(p).run(jobs.sharded_outputs, p):
+        same(got, want)
+        assert_close("logits", got["logits"], want["logits"], 1e-10)
+        assert got["layout"].startswith("37=")
+
+
+@pytest.mark.parametrize("name", ["gpt", "vit"])
+def test_gradients_may_stay_shares(ranks, name: str) -> None:
+    build = jobs.cases.CASES[name][0]
+    want = run_model(build, None)
+    for got in ranks(3).run(jobs.shares, 3, name):
+        same(got, want)
+
+
+@pytest.mark.parametrize("what", ["class", "instance", "function"])
+def test_the_decorator(ranks, what: str) -> None:
+    want = run_model(partial(built, Reductions), None)
+    want["gradients"].pop("input 0")
+    for got in ranks(2).run(jobs.decorated, 2, what):
+        same(got, want)
+
+
+def test_every_length_is_right(ranks) -> None:
+    want = jobs.three_lengths_plain()
+    for got in ranks(3).run(jobs.three_lengths, 3):
+        for mine, theirs in zip(got, want, strict=True):
+            same(mine, theirs)
+
+
+def test_inference(ranks) -> None:
+    want = jobs.inference(0)
+    for got in ranks(3).run(jobs.inference, 3):
+        same(got, want)
+        assert_close("again", got["again"], want["again"], 1e-10)
+
+
+def test_ambient_autocast(ranks) -> None:
+    """bfloat16 sums round, so the bound is bfloat16's."""
+    want = jobs.ambient_autocast(0)
+    for got in ranks(3).run(jobs.ambient_autocast, 3):
+        same(got, want, 3e-2)
+
+
+def test_a_batch_of_one_gpt_on_four(ranks) -> None:
+    build = partial(gpt, batch=1)
+    want = run_model(build, None)
+    for got in ranks(4).run(run_model, build, {"inner": "eager"}, 4):
+        same(got, want)
+    assert torch.isfinite(want["loss"])

@@ -1,0 +1,109 @@
+"""One sample program for the rules: a function of tensors, and what each way of cutting them costs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALE = {"normal": 1.0, "positive": 1.0, "unit": 1.0}
+
+
+@dataclass(frozen=True)
+class In:
+    """An input: its shape and what stands in it (see ``made``)."""
+
+    shape: tuple[int, ...]
+    kind: str = "normal"
+    high: int = 0
+
+    def made(self, generator: torch.Generator) -> Tensor:
+        if self.kind == "int":
+            return torch.randint(0, self.high, self.shape, generator=generator)
+        if self.kind == "bool":
+            return torch.rand(self.shape, generator=generator) < 0.6
+        if self.kind == "ties":  # integers as floats: equal maxima on several ranks
+            return torch.randint(0, self.high, self.shape, generator=generator).double().requires_grad_()
+        if self.kind == "constant":  # a float input without a gradient (a buffer)
+            return torch.rand(self.shape, generator=generator, dtype=torch.float64)
+        if self.kind == "unit":
+            return (
+                torch.rand(self.shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+            ).requires_grad_()
+        return torch.randn(self.shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def f(*shape: int) -> In:
+    return In(shape)
+
+
+def unit(*shape: int) -> In:
+    """Between 0.1 and 0.9."""
+    return In(shape, "unit")
+
+
+def ties(high: int, *shape: int) -> In:
+    return In(shape, "ties", high)
+
+
+def constant(*shape: int) -> In:
+    return In(shape, "constant")
+
+
+def i(high: int, *shape: int) -> In:
+    return In(shape, "int", high)
+
+
+def b(*shape: int) -> In:
+    return In(shape, "bool")
+
+
+@dataclass(frozen=True)
+class Case:
+    """``cost`` has a word for each input and a letter for each of its dims, being the cut one:
+
+    .  nothing is sent      1 2 3  so many all-reduces      >  an all-to-all of one layout to another
+    w  an operand is made whole, as the op must have it     G  falls back to a gather, with a warning
+    x  refused
+    """
+
+    name: str
+    run: Callable[..., Any]
+    inputs: tuple[In, ...]
+    cost: str
+    pairs: bool = True  # also cut two inputs at once, where their dims are equally long
+    random: bool = False  # compare with one Mosaic rank, since eager draws other numbers
+    tol: float = 1e-10
+
+    def tensors(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        return [given.made(generator) for given in self.inputs]
+
+    def costs(self) -> dict[tuple[int, int], str]:
+        words = [w.replace("_", "") for w in self.cost.split()]
+        assert [len(w) for w in words] == [len(g.shape) for g in self.inputs], self.name
+        return {(a, d): letter for a, w in enumerate(words) for d, letter in enumerate(w)}
+
+    def cuts(self) -> list[tuple[tuple[int, int], ...]]:
+        """Every (input, dim) that can be the axis, and pairs of inputs."""
+        single = [(a, d) for a, g in enumerate(self.inputs) for d in range(len(g.shape))]
+        size = {(a, d): self.inputs[a].shape[d] for a, d in single}
+        found: list[tuple[tuple[int, int], ...]] = [(s,) for s in single]
+        if self.pairs:
+            found += [
+                (s, t) for s in single for t in single if s[0] < t[0] and size[s] == size[t] > 1
+            ]
+        return found
+
+
+class Cases(dict[str, Case]):
+    """The table; ``add`` reads well in a long list."""
+
+    def add(self, name: str, run: Callable[..., Any], *inputs: In, cost: str = "", **kwargs: Any) -> None:
+        assert name not in self, name
+        given = cost or " ".join("_" if not g.shape else "." * len(g.shape) for g in inputs)
+        self[name] = Case(name, run, inputs, given, **kwargs)
