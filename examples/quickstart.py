@@ -26,7 +26,6 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import mosaic
-from mosaic.explain import explain
 from mosaic.plan import Plan
 
 SPEC = {"inputs": {"x": "batch rows columns"}, "axes": {"rows": "ring"}}
@@ -37,7 +36,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--inner", choices=["eager", "inductor"], default="eager")
     given = parser.parse_args()
-    launch(run, given.ranks, given.inner)
+    ranks = int(os.environ.get("WORLD_SIZE", given.ranks))  # those of torchrun, if it started this
+    if os.environ.get("RANK", "0") == "0":
+        table, _ = patients()
+        spec = mosaic.ShardingSpec(**SPEC)
+        show_plan(mosaic.explain(new_model(), *table, spec=spec, sp_size=ranks))
+    launch(run, ranks, given.inner)
 
 
 def run(inner: str) -> None:
@@ -47,24 +51,26 @@ def run(inner: str) -> None:
     world = int(os.environ["WORLD_SIZE"])
     context = mosaic.init(mesh_shape=(1, world), mesh_axes=("alone", "sp"))
     table, targets = patients()
-    torch.manual_seed(0)
-    model = TableModel().double()
-    spec = mosaic.ShardingSpec(**SPEC)
-    alone = mosaic.ShardingSpec(**SPEC, mesh_axis="alone")
-
-    def compiled(spec: mosaic.ShardingSpec) -> Callable[..., Tensor]:
-        return torch.compile(model, backend="mosaic", options={"spec": spec, "inner": inner})
+    model = new_model()
 
     def measure(called: Callable[..., Tensor]) -> Result:
         return measured(called, model, table, targets)
 
-    plan = explain(model, *table, spec=spec)
-    one = [measure(model), measure(compiled(alone))] if context.rank() == 0 else []
+    def compiled(mesh_axis: str) -> Callable[..., Tensor]:
+        options = {"spec": mosaic.ShardingSpec(**SPEC, mesh_axis=mesh_axis), "inner": inner}
+        return torch.compile(model, backend="mosaic", options=options)
+
+    one = [measure(model), measure(compiled("alone"))] if context.rank() == 0 else []
     dist.barrier()
-    sharded = measure(compiled(spec))
+    sharded = measure(compiled("sp"))
     sharded.kept = largest(sharded.kept)
     if context.rank() == 0:
-        show(plan, [*one, sharded], inner)
+        show_results(*one, sharded, world, inner)
+
+
+def new_model() -> nn.Module:
+    torch.manual_seed(0)
+    return TableModel().double()
 
 
 def patients() -> tuple[tuple[Tensor, Tensor, int], Tensor]:
@@ -132,46 +138,52 @@ def largest(n: int) -> int:
 # --- what rank 0 prints -------------------------------------------------------------------------
 
 
-def show(plan: Plan, results: list[Result], inner: str) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
-    style = box.SIMPLE_HEAD if console.is_terminal else None
-    plain, alone, sharded = results
+def show_plan(plan: Plan) -> None:
+    title = f"axis {plan.axis} over {plan.ranks} ranks: {plan.layout}"
+    table = new_table(title, "attention", "attends over", "method", "sent by each rank")
+    for found in plan.attentions:
+        over = f"{found.axis or 'another dim'}, {found.queries} x {found.keys}"
+        table.add_row(found.source, over, found.method, mebibytes(found.bytes))
+    show(table)
 
-    console.print(f"\n[bold]{plan.ranks} ranks, axis {plan.layout}[/bold]\n")
-    console.print(attentions(plan, style))
-    table = Table(box=style, pad_edge=False, title_justify="left")
-    for name in ("", "plain PyTorch", "Mosaic, 1 rank", f"Mosaic, {plan.ranks} ranks"):
-        table.add_column(name, justify="right" if name else "left")
+
+def show_results(plain: Result, alone: Result, sharded: Result, ranks: int, inner: str) -> None:
+    results = (plain, alone, sharded)
+    names = ("plain PyTorch", "Mosaic, 1 rank", f"Mosaic, {ranks} ranks")
+    table = new_table("", "", *names)
     table.add_row("loss", *(f"{r.loss.item():.12f}" for r in results))
-    table.add_row("kept for backward, each rank", *(f"{r.kept / 2**20:.1f} MiB" for r in results))
+    table.add_row("kept for backward, each rank", *(mebibytes(r.kept) for r in results))
     table.add_row("  of plain PyTorch", *(f"{r.kept / plain.kept:.1%}" for r in results))
     table.add_row("  of Mosaic, 1 rank", "", *(f"{r.kept / alone.kept:.1%}" for r in results[1:]))
     table.add_row(f"first step, inner={inner}", *(f"{r.first:.2f} s" for r in results))
-    table.add_row("next step", *(f"{r.step:.2f} s" for r in results))
-    console.print(table)
-    console.print(
-        f"\nlargest difference to plain PyTorch: loss {difference([plain.loss], [sharded.loss]):.1e}, "
-        f"all {len(plain.gradients)} gradients {difference(plain.gradients, sharded.gradients):.1e}",
-        highlight=False,
+    table.add_row("a later step", *(f"{r.step:.2f} s" for r in results))
+    show(table)
+    show(
+        f"largest difference to plain PyTorch: loss {difference([plain.loss], [sharded.loss]):.1e}, "
+        f"all {len(plain.gradients)} gradients {difference(plain.gradients, sharded.gradients):.1e}"
     )
 
 
-def attentions(plan: Plan, style: box.Box | None) -> Table:
-    table = Table(box=style, pad_edge=False)
-    for name in ("attention", "attends over", "method"):
-        table.add_column(name)
-    table.add_column("sent by each rank", justify="right")
-    for found in plan.attentions:
-        axis = found.axis or "another dim"
-        table.add_row(
-            found.source,
-            f"{axis}, {found.queries} x {found.keys}",
-            found.method,
-            f"{found.bytes / 2**20:.1f} MiB",
-        )
+def show(what: object) -> None:
+    """In colour in a terminal, plain and never folded in a pipe."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)
+    console.print(what, end="\n\n")
+
+
+def new_table(title: str, first: str, *others: str) -> Table:
+    plain = not Console().is_terminal
+    style = None if plain else box.SIMPLE_HEAD
+    table = Table(title=title, title_justify="left", box=style, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
     return table
+
+
+def mebibytes(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB"
 
 
 def difference(expected: list[Tensor], actual: list[Tensor]) -> float:

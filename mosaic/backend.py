@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mosaic.context import Context, World
 from mosaic.errors import ShardingError
 from mosaic.mesh import MosaicContext, current_context
 from mosaic.modes import Modes
+from mosaic.notices import announce, resumed_at
 from mosaic.passes import LOWERING, PIPELINE
 from mosaic.pipeline import run_passes
 from mosaic.plan import Plan, plan_of
@@ -27,11 +27,12 @@ from mosaic.spec import ShardingSpec
 from mosaic.tensors import mark
 from mosaic.torch_private import compile_by_eager, compile_by_inductor
 
-log = logging.getLogger("mosaic")
 INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
 
 #: Called with every plan that is made; ``explain`` listens here.
 LISTENERS: list[Callable[[Plan], None]] = []
+
+_seen: set[int] = set()  # the options of every torch.compile that has come here
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Options:
 
     spec: ShardingSpec = ShardingSpec()
     inner: str = "inductor"
+    is_first_graph: bool = True  # of this torch.compile
 
     def __post_init__(self) -> None:
         if self.inner not in INNER:
@@ -61,7 +63,9 @@ def mosaic(
         raise ShardingError(
             f"unknown options: {', '.join(sorted(unknown))}", fix="options are 'spec' and 'inner'"
         )
-    chosen = Options(**(options or {}))
+    first = id(options) not in _seen
+    _seen.add(id(options))
+    chosen = Options(**(options or {}), is_first_graph=first)
     ranks = context_or_world_of_one()
     group = ranks.group(chosen.spec.mesh_axis) if ranks else None
     try:
@@ -93,11 +97,13 @@ def partitioned(
     """PIPELINE: from Dynamo's graph to this rank's local program."""
     captured = capture(module)
     context = new_context(captured, options.spec, ranks)
+    resumed = resumed_at(captured.graph)
+    context.is_resumed = resumed is not None
+    context.is_first_graph = options.is_first_graph
     context.graph_text = text_of(captured.graph)
     reports = run_passes(PIPELINE, captured.graph, context, "global")
     plan = plan_of(context, reports)
-    for line in plan.gathered:
-        log.warning("gathered, correct but slow: %s", line)
+    announce(plan, resumed)
     plan.graphs["local"] = captured.graph
     local = fx.GraphModule(captured.root, captured.graph)
     return local, context, plan

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mosaic.fused import UNFUSED
 from mosaic.modes import Modes
 from mosaic.torch_private import (
     FakeTensorMode,
@@ -119,7 +120,7 @@ class _Interpreter(fx.Interpreter):
             return self.switch(replace(self.outer.pop(), grad=self.modes.grad))
         if target is set_grad_enabled:
             return self.switch(replace(self.modes, grad=args[0]))
-        return super().call_function(target, args, kwargs)
+        return super().call_function(UNFUSED.get(target, target), args, kwargs)
 
     def checkpoint(self, body: fx.GraphModule, *args: Any) -> Any:
         marks = recompute_marks()

@@ -32,6 +32,7 @@ class Context:
     inputs: tuple[Input, ...]
     mutated: tuple[int, ...]
     modes: Modes
+    is_resumed: bool = False  # after a graph break: locals may have other meanings
     is_first_graph: bool = True
     graph_text: str = ""
     axis: Axis | None = None

@@ -3,7 +3,7 @@
     # y = F.scaled_dot_product_attention(q, k, v)
     y: f64[2, 1, 11/sp, 4] = sdpa(q, k, v)
 
-One line per node, under the user's line of code. ``11/sp`` is a dim whose 11 indices are cut over
+One line per node (wrapped where it is long), under the user's line of code. ``11/sp`` is a dim whose 11 indices are cut over
 the mesh axis sp, ``2*11/sp`` one that holds them twice. Places are known on the global graph only;
 on a rank's own graph sizes are that rank's.
 """
@@ -41,7 +41,12 @@ SAID_BY_THE_VALUE = ("dtype", "layout", "device", "pin_memory", "memory_format")
 RESHAPED = ("view", "_unsafe_view", "reshape", "expand")  # their sizes stand in front of them
 VIEWS = (*RESHAPED, *"alias clone detach permute squeeze t transpose unsqueeze".split())
 FOREVER = 2**63 - 1
-UNBROKEN: dict[str, Any] = {"subsequent_indent": "    ", "break_long_words": False}
+WIDTH = 98  # a line of a diff then has 99
+UNBROKEN: dict[str, Any] = {
+    "subsequent_indent": "    ",
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}
 
 
 def listing(
@@ -60,7 +65,8 @@ def listing(
         if said and said != last:
             lines.append(f"# {said}")
             last = said
-        lines.append(shown.line(nodes[0]) if len(nodes) == 1 else shown.fused(nodes))
+        line = shown.line(nodes[0]) if len(nodes) == 1 else shown.fused(nodes)
+        lines += textwrap.wrap(line, WIDTH, **UNBROKEN)
     return "\n".join(lines).encode("ascii", "backslashreplace").decode()
 
 
@@ -109,7 +115,7 @@ class Listing:
         name = op_name(node.target)
         if name == "full":
             return self.text(node.args[1])
-        if name in VIEWS or (name == "slice" and same_shape(node, node.args[0])):
+        if is_view(node):
             return self.labels[node.args[0]]
         return self.call(node) if name in ("getitem", "slice", "select") else None
 
@@ -133,7 +139,7 @@ class Listing:
 
     def line(self, node: fx.Node) -> str:
         if node.op == "output":
-            return textwrap.fill(f"return {self.text(node.args[0])}", 96, **UNBROKEN)
+            return f"return {self.text(node.args[0])}"
         head = self.head(node)
         if node.op != "call_function":
             return head
@@ -172,7 +178,7 @@ class Listing:
         if name == "all_to_all_single":
             return self.exchange(*args)
         given = [("", args[0])] if name in RESHAPED else arguments(node)
-        words = [f"{key}={self.text(v)}" if key else self.text(v) for key, v in given]
+        words = [f"{k}={self.text(v)}" if k not in ("", "plan") else self.text(v) for k, v in given]
         return f"{shortened(name)}({', '.join(words)})"
 
     def exchange(self, x: fx.Node, receive: list[int], send: list[int], group: str) -> str:
@@ -234,7 +240,7 @@ def is_elementwise(node: fx.Node) -> bool:
 
 def whole(node: fx.Node) -> fx.Node:
     """The tuple that ``node`` is an item of."""
-    while op_name(node.target) in VIEWS:
+    while is_view(node):
         node = node.args[0]
     return node.args[0] if node.target is operator.getitem else node
 
@@ -243,8 +249,11 @@ def is_number(label: str) -> bool:
     return re.fullmatch(r"-?[\d.]+|-?inf", label) is not None
 
 
-def same_shape(a: fx.Node, b: Any) -> bool:
-    return a.meta["val"].shape == b.meta["val"].shape
+def is_view(node: fx.Node) -> bool:
+    """Whether a node holds all that its operand holds, perhaps in another shape."""
+    if op_name(node.target) != "slice":
+        return op_name(node.target) in VIEWS
+    return node.meta["val"].shape == node.args[0].meta["val"].shape
 
 
 def indexed(

@@ -11,11 +11,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._decomp import decomposition_table
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import tracing
+from torch._guards import CompileContext, tracing
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,18 +36,22 @@ __all__ = [
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",
+    "RESUMED",
     "aot_export_module",
     "autograd_function_apply",
     "compile_by_eager",
     "compile_by_inductor",
+    "compiles_left",
     "decompose_op",
     "decompositions_for_inductor",
     "default_store",
+    "encoder_layer_op",
     "enter_autocast",
     "exit_autocast",
     "fake_mode_of",
     "has_decomposition",
     "make_fx",
+    "multi_head_attention_op",
     "no_tracing_context",
     "placeholder_source",
     "preserve_node_meta",
@@ -111,6 +117,18 @@ def decompositions_for_inductor() -> dict[Any, Any]:
 def rename(node: fx.Node, name: str) -> None:
     """Give a node this name, or this name with a number if it is taken."""
     node._rename(name)
+
+
+encoder_layer_op = torch._transformer_encoder_layer_fwd
+multi_head_attention_op = torch._native_multi_head_attention
+
+
+def compiles_left() -> int | None:
+    """How many more versions Dynamo will compile of the function at hand; None if not known."""
+    compile_id = CompileContext.current_compile_id()
+    if compile_id is None or compile_id.frame_compile_id is None:
+        return None
+    return dynamo_config.recompile_limit - compile_id.frame_compile_id - 1
 
 
 #: The cache does not see our lowering; and both graphs are compiled at once, on all ranks alike.

@@ -32,10 +32,10 @@ def infer_axes(graph: fx.Graph, context: Context) -> int:
     attentions = graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
     )
-    named = named_axis(graph, context)
+    named = None if context.is_resumed else named_axis(graph, context)
     if named is not None:
         context.axis = named
-    elif context.spec.sharded and context.is_first_graph:
+    elif context.spec.sharded and context.is_first_graph and not context.is_resumed:
         raise unbound(graph, context)
     elif attentions:
         context.axis = longest_axis(attentions, context)
@@ -123,10 +123,15 @@ def source_parts(source: str) -> tuple[str, ...]:
 
 
 def unbound(graph: fx.Graph, context: Context) -> ShardingError:
-    names = ", ".join(context.spec.inputs or {})
-    have = ", ".join(i.name for i in context.inputs if not i.is_state)
+    names = ", ".join(map(repr, context.spec.inputs or {}))
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    have = ", ".join(
+        i.name
+        for node, i in zip(placeholders, context.inputs, strict=True)
+        if not i.is_state and isinstance(node.meta.get("val"), torch.Tensor)
+    )
     return ShardingError(
-        f"no argument of the compiled function is called {names}",
+        f"no tensor argument of the compiled function is called {names}",
         arguments=have or "none",
         fix="use these names (or paths such as batch['ids']) as keys of inputs",
     )
@@ -154,7 +159,8 @@ def longest_axis(attentions: list[fx.Node], context: Context) -> Axis | None:
     n, world = best[0].place.layout.n, context.world
     seeds = tuple((b.node.name, b.place.dim) for b in best)
     name = axis_name(best[0], context)
-    return Axis(name, world.mesh_axis, Layout.even(n, world.size), DEFAULT_METHOD, seeds)
+    method = chosen(next(iter(context.spec.sharded.values()), "auto"))
+    return Axis(name, world.mesh_axis, Layout.even(n, world.size), method, seeds)
 
 
 def axis_name(begin: Begin, context: Context) -> str:

@@ -34,6 +34,6 @@ def nothing_attends(context: Context) -> ShardingError:
     others = sorted({str(a.query.n) for a, _ in context.attentions}) or ["none"]
     return ShardingError(
         f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
-        sizes=f"{axis.name} = {axis.layout.n}; attentions found along it: {', '.join(others)}",
+        sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: {', '.join(others)}",
         fix="name the axis that attention runs over, or leave the spec out to have it found",
     )

@@ -72,48 +72,152 @@ def projected(x: Tensor, inner: Tensor, outer: Tensor, bias: Tensor) -> Tensor:
 
 def test_normalize(planned, check):
     plan = planned(grouped, random(2, 4, 11, 3), random(2, 2, 11, 3), random(2, 2, 11, 3))
-    check(plan.diffs["normalize"], """""")
+    check(plan.diffs["normalize"], """\
+ q: f64[2, 4, 11, 3]
+-# k = k.repeat_interleave(2, dim=1)
+-repeat_interleave: f64[2, 4, 11, 3] = repeat_interleave(k, 2, 1)
+-# v = v.repeat_interleave(2, dim=1)
+-repeat_interleave_1: f64[2, 4, 11, 3] = repeat_interleave(v, 2, 1)
+ # y = sdpa(q, k, v)
+-sdpa: f64[2, 4, 11, 3] = sdpa(q, repeat_interleave, repeat_interleave_1)
++sdpa: f64[2, 4, 11, 3] = sdpa(q, k, v, enable_gqa=True)
+ # return y[:, :, :6] * y[:, :, :6]
+ slice_1: f64[2, 4, 6, 3] = sdpa[:, :, :6]
+-slice_2: f64[2, 4, 6, 3] = sdpa[:, :, :6]
+-mul: f64[2, 4, 6, 3] = mul(slice_1, slice_2)
++mul: f64[2, 4, 6, 3] = mul(slice_1, slice_1)
+ return [mul]
+""")
 
 
 def test_raise_attention(planned, check):
     plan = planned(written_out, random(2, 11, 8), random(2, 9, 8), random(2, 9, 5), random(11, 9))
-    check(plan.diffs["raise_attention"], """""")
+    check(plan.diffs["raise_attention"], """\
+ v: f64[2, 9, 5]
+-# scores = q @ k.transpose(-2, -1) / 2 + mask
+-transpose: f64[2, 8, 9] = transpose(k, -2, -1)
+-matmul: f64[2, 11, 9] = matmul(q, transpose)
+-div: f64[2, 11, 9] = div(matmul, 2)
+-add: f64[2, 11, 9] = add(div, mask)
+ # return torch.softmax(scores, dim=-1) @ v
+-softmax: f64[2, 11, 9] = softmax(add, -1)
+-matmul_1: f64[2, 11, 5] = matmul(softmax, v)
+-return [matmul_1]
++attention: f64[2, 11, 5] = sdpa(q, k, v, mask, scale=0.5)
++return [attention]
+""")
 
 
 def test_infer_axes(planned, axes, check):
     planned(table, random(2, 11, 3, 8))
     found = axes["infer_axes"]
-    check(f"{found.name}: {found.layout} {found.method} seeds {found.seeds}", """""")
+    check(f"{found.name}: {found.layout} {found.method} seeds {found.seeds}", """\
+x.1: 11=0:3|3:6|6:9|9:11 ring seeds (('arg0_1', 1),)
+""")
 
 
 def test_propagate(planned, check):
     plan = planned(table, random(2, 11, 3, 8))
-    check(plan.diffs["propagate"], """""")
+    check(plan.diffs["propagate"], """\
+-x: f64[2, 11, 3, 8]
++x: f64[2, 11/sp, 3, 8]
+ # cells = x.reshape(22, 3, 8)
+-view: f64[22, 3, 8] = view(x)
++view: f64[2*11/sp, 3, 8] = view(x)
+ # cells = sdpa(cells, cells, cells)
+-sdpa: f64[22, 3, 8] = sdpa(view, view, view)
++sdpa: f64[2*11/sp, 3, 8] = sdpa(view, view, view)
+ # rows = cells.reshape(2, 11, 3, 8).transpose(1, 2)
+-view_1: f64[2, 11, 3, 8] = view(sdpa)
+-transpose: f64[2, 3, 11, 8] = transpose(view_1, 1, 2)
++view_1: f64[2, 11/sp, 3, 8] = view(sdpa)
++transpose: f64[2, 3, 11/sp, 8] = transpose(view_1, 1, 2)
+ # return sdpa(rows[:, :, 6:], rows[:, :, :6], rows[:, :, :6])
+-slice_1: f64[2, 3, 5, 8] = transpose[:, :, 6:]
+-slice_2: f64[2, 3, 6, 8] = transpose[:, :, :6]
+-sdpa_1: f64[2, 3, 5, 8] = sdpa(slice_1, slice_2, slice_2)
++slice_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = transpose[:, :, 6:]
++slice_2: f64[2, 3, 6/sp, 8] | 6=0:3|3:6|| = transpose[:, :, :6]
++sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)
+ return [sdpa_1]
+""")
 
 
 def test_analyze_masks(planned, check):
     plan = planned(averaged, *of_averaged())
-    check(plan.diffs["analyze_masks"], """""")
+    check(plan.diffs["analyze_masks"], """\
+ # y = sdpa(y, y, y, is_causal=True)
+-sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)
++sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # causal
+ # return y.mean(dim=1)
+""")
 
 
 def test_choose_method(planned, check):
     plan = planned(table, random(2, 11, 3, 8))
-    check(plan.diffs["choose_method"], """""")
+    check(plan.diffs["choose_method"], """\
+ # cells = sdpa(cells, cells, cells)
+-sdpa: f64[2*11/sp, 3, 8] = sdpa(view, view, view)
++sdpa: f64[2*11/sp, 3, 8] = sdpa(view, view, view)  # local
+ # rows = cells.reshape(2, 11, 3, 8).transpose(1, 2)
+...
+ slice_2: f64[2, 3, 6/sp, 8] | 6=0:3|3:6|| = transpose[:, :, :6]
+-sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)
++sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)  # ring
+ return [sdpa_1]
+""")
 
 
 def test_assign_layouts(planned, axes, check):
     planned(averaged, *of_averaged())
-    check(f"{axes['choose_method'].layout}\n{axes['assign_layouts'].layout}", """""")
+    check(f"{axes['choose_method'].layout}\n{axes['assign_layouts'].layout}", """\
+11=0:3|3:6|6:9|9:11
+11=0:2|2:4|4:6,10:11|6:10
+""")
 
 
 def test_partition(planned, check):
     plan = planned(averaged, *of_averaged())
-    check(plan.diffs["partition"], """""")
+    check(plan.diffs["partition"], """\
+ weight: f64[5, 8]
++slice_to: f64[2, 2, 8] = slice_to(x, shard(11=0:2|2:4|4:6,10:11|6:10 dim=1))
++slice_to_2: f64[2, 8] = slice_to(positions, shard(11=0:2|2:4|4:6,10:11|6:10 dim=0))
+ # y = F.linear(x + positions, weight)
+-add: f64[2, 11/sp, 8] = add(x, positions)
+-linear: f64[2, 11/sp, 5] = linear(add, weight)
++add_2: f64[2, 2, 8] = add(slice_to, slice_to_2)
++arg2_1_entered: f64[5, 8] = enter(weight, sp)
++linear_2: f64[2, 2, 5] = linear(add_2, arg2_1_entered)
+ # y = sdpa(y, y, y, is_causal=True)
+-sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # ring, causal
++sdpa_2: f64[2, 2, 5] = sdpa(linear_2, linear_2, linear_2)  # ring, 11 x 11
+ # return y.mean(dim=1)
+-mean: f64[2, 5] = mean(sdpa, [1])
+-return [mean]
++mean_3: f64[2, 5] = sum(sdpa_2, [1])
++sum_across: f64[2, 5] = sum_across(mean_3, sp, 'sum')
++mean_4: f64[2, 5] = div(sum_across, 11)
++return [mean_4]
+""")
 
 
 def test_rewrite_attention(planned, check):
     plan = planned(averaged, *of_averaged())
-    check(plan.diffs["rewrite_attention"], """""")
+    check(plan.diffs["rewrite_attention"], """\
+ # y = sdpa(y, y, y, is_causal=True)
+-sdpa_2: f64[2, 2, 5] = sdpa(linear_2, linear_2, linear_2)  # ring, 11 x 11
++reshape: f64[2, 1, 2, 5] = reshape(linear_2)
++reshape_1: f64[2, 1, 2, 5] = reshape(linear_2)
++reshape_2: f64[2, 1, 2, 5] = reshape(linear_2)
++attention: (f64[2, 1, 2, 5], f64[2, 1, 2]) = mosaic.attention(reshape, reshape_1, reshape_2,
++    plan(ring causal q,k=11=0:2|2:4|4:6,10:11|6:10 scale=0.4472))
++getitem: f64[2, 1, 2, 5] = attention[0]
++reshape_3: f64[2, 2, 5] = reshape(getitem)
+ # return y.mean(dim=1)
+-mean_3: f64[2, 5] = sum(sdpa_2, [1])
++mean_3: f64[2, 5] = sum(reshape_3, [1])
+ sum_across: f64[2, 5] = sum_across(mean_3, sp, 'sum')
+""")
 
 
 # --- LOWERING -----------------------------------------------------------------------------------
@@ -121,19 +225,81 @@ def test_rewrite_attention(planned, check):
 
 def test_lower_collectives(planned, check):
     plan = planned(differences, random(2, 11, 8))
-    check(plan.diffs["lower_collectives"], """""")
+    check(plan.diffs["lower_collectives"], """\
+     plan(ring q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
+-reshard: f64[2, 3, 8] = mosaic.reshard(attention[0], shard(10=0:3|3:6|6:9|9:10 dim=1),
+-    shard(10=0:2|2:5|5:8|8:10 dim=1))
++cat: f64[3, 2, 1, 1, 8] = cat([attention[0][:2], attention[0][2:3]])
++all_to_all: f64[3, 2, 1, 1, 8] = all_to_all(cat, receive=[1, 2, 0, 0], send=[0, 2, 1, 0], sp)
++wait: f64[3, 2, 1, 1, 8] = wait(all_to_all)
+ # return y[:, 1:] - y[:, :-1]
+-sub: f64[2, 3, 8] = sub(attention[0], reshard)
+-gather: f64[2, 10, 8] = mosaic.gather(sub, shard(10=0:2|2:5|5:8|8:10 dim=1))
+-return [gather, x[:, 3:6], attention[1], attention[0]]
++sub: f64[2, 3, 8] = sub(attention[0], wait)
++all_gather: f64[12, 2, 1, 1, 8] = all_gather(sub, 4, sp)
++wait_1: f64[12, 2, 1, 1, 8] = wait(all_gather)
++cat_1: f64[10, 2, 1, 1, 8] = cat([wait_1[:2], wait_1[3:11]])
++return [cat_1, x[:, 3:6], attention[1], attention[0]]
+""")
 
 
 def test_lower_attention(planned, check):
     plan = planned(attended, torch.randn(2, 5, 11, 8).double())
-    check(plan.diffs["lower_attention"], """""")
+    check(plan.diffs["lower_attention"], """\
+ # return sdpa(x, x, x)
+-attention: (f64[2, 5, 3, 8], f64[2, 5, 3]) = mosaic.attention(x[:, :, 3:6], x[:, :, 3:6], x[:, :,
+-    3:6], plan(ring q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
+-all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(attention[0], 4, sp)
++cat: f64[480] = cat([x[:, :, 3:6], x[:, :, 3:6]])
++all_to_all: f64[480] = shift(cat, to=2, from=0, sp)
++flash: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], cat[:240], cat[240:], scale=0.3536)
++wait_1: f64[480] = wait(all_to_all)
++all_to_all_1: f64[320] = shift(wait_1, to=2, from=0, sp)
++flash_1: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], wait_1[:240], wait_1[240:],
++    scale=0.3536)
++add_1: f64[2, 5, 3, 8], add_2: f64[2, 5, 3] = fused[maximum eq .. 17 ops](flash, flash_1)
++wait_2: f64[320] = wait(all_to_all_1)
++all_to_all_2: f64[480] = shift(wait_2, to=2, from=0, sp)
++flash_2: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], wait_2[:160], wait_2[160:],
++    scale=0.3536)
++add_4: f64[2, 5, 3, 8], add_5: f64[2, 5, 3] = fused[maximum eq .. 17 ops](add_2, flash_2, add_1)
++wait_3: f64[480] = wait(all_to_all_2)
++flash_3: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], wait_3[:240], wait_3[240:],
++    scale=0.3536)
++add_7: f64[2, 5, 3, 8], add_8: f64[2, 5, 3] = fused[maximum eq .. 17 ops](add_5, flash_3, add_4)
++all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(add_7, 4, sp)
+ wait: f64[12, 2, 5, 1, 1, 8] = wait(all_gather)
+""")
 
 
 def test_overlap_waits_late(planned, check):
     plan = planned(two_sums, torch.randn(2, 11, 8).double())
-    check(plan.diffs["overlap"], """""")
+    check(plan.diffs["overlap"], """\
+ all_reduce: f64[2, 8] = all_reduce(sum_1, 'sum', sp)
+-wait: f64[2, 8] = wait(all_reduce)
+ exp: f64[2, 3, 8] = exp(add_7)
+...
+ wait_1: f64[2, 8] = wait(all_reduce_1)
++wait: f64[2, 8] = wait(all_reduce)
+ div: f64[2, 8] = div(wait, wait_1)
+""")
 
 
 def test_overlap_reduces_gradients_together(planned, check):
     plan = planned(projected, torch.randn(2, 11, 8).double(), random(6, 8), random(5, 6), random(5))
-    check(plan.diffs["overlap backward"], """""")
+    check(plan.diffs["overlap backward"], """\
+ sum_1: f64[1, 5] = sum(tangents_1[:, 3:6], [0], True)
+-all_reduce: f64[5] = all_reduce(sum_1, 'sum', sp)
+-wait: f64[5] = wait(all_reduce)
+-all_reduce_1: f64[5, 6] = all_reduce(mm_2, 'sum', sp)
+-wait_1: f64[5, 6] = wait(all_reduce_1)
++all_reduce_coalesced: (f64[5], f64[5, 6]) = all_reduce_coalesced([sum_1, mm_2], 'sum', sp)
+ cat: f64[72] = cat([view_1, view_1])
+...
+ wait_2: f64[6, 8] = wait(all_reduce_2)
+-return [None, wait_2, wait_1, wait]
++wait_11: f64[5, 6] = wait(all_reduce_coalesced[1])
++wait_10: f64[5] = wait(all_reduce_coalesced[0])
++return [None, wait_2, wait_11, wait_10]
+""")

@@ -1,0 +1,152 @@
+"""Every message as the user reads it, whole. They are part of the API."""
+
+from __future__ import annotations
+
+import re
+
+import contract_cases as cc
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import nn
+
+import mosaic
+from mosaic import ShardingError, ShardingSpec
+
+
+def message_of(call, *args, **kwargs) -> str:
+    """Our error's text; Dynamo wraps what a backend raises and keeps ours inside."""
+    with pytest.raises(Exception) as caught:
+        call(*args, **kwargs)
+    error = getattr(caught.value, "inner_exception", caught.value)
+    assert isinstance(error, mosaic.MosaicError), error
+    return re.sub(r"\.py:\d+ in", ".py:LINE in", str(error))
+
+
+def explained(fn, *args, spec=None, p=4) -> str:
+    return message_of(mosaic.explain, fn, *args, spec=spec, sp_size=p)
+
+
+X = torch.randn(2, 13, cc.E)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = cc.Attention()
+
+    def forward(self, x, batch=None):
+        return self.attention(x)
+
+
+def test_unknown_axis_name() -> None:
+    text = message_of(ShardingSpec, inputs={"x": "batch tokens features"}, axes={"rows": "ring"})
+    assert_expected_inline(text, """\
+axis 'rows' is named by no input
+  inputs  x: 'batch tokens features'
+  fix     give the dim a name, as in inputs={'x': 'batch rows features'}""")
+
+
+def test_unknown_method() -> None:
+    text = message_of(ShardingSpec, inputs={"x": "batch rows"}, axes={"rows": "star"})
+    assert_expected_inline(text, """\
+axis 'rows': there is no method 'star'
+  fix  use one of 'ring', 'all_gather', 'local', 'auto'""")
+
+
+def test_unknown_argument_path() -> None:
+    spec = ShardingSpec(inputs={"batch['ids']": "batch tokens features"}, axes={"tokens": "ring"})
+    assert_expected_inline(explained(Model(), X, spec=spec), """\
+no tensor argument of the compiled function is called "batch['ids']"
+  arguments  x
+  fix        use these names (or paths such as batch['ids']) as keys of inputs""")
+
+
+def test_a_path_that_is_none() -> None:
+    text = message_of(ShardingSpec, inputs={"x[": "batch rows"}, axes={"rows": "ring"})
+    assert_expected_inline(text, """\
+'x[' is not an argument path
+  fix  write it as x, src[0] or batch['ids']""")
+
+
+def test_names_that_do_not_fit_the_dims() -> None:
+    spec = ShardingSpec(inputs={"x": "batch tokens"}, axes={"tokens": "ring"})
+    assert_expected_inline(explained(Model(), X, spec=spec), """\
+x has 3 dims, and 2 names were given
+  names  batch tokens
+  sizes  [2, 13, 8]""")
+
+
+def test_nothing_attends_over_the_axis() -> None:
+    spec = ShardingSpec(inputs={"x": "batch tokens features"}, axes={"batch": "ring"})
+    assert_expected_inline(explained(Model(), X, spec=spec), """\
+nothing attends over axis 'batch', so there is no reason to cut it
+  sizes  batch = 2; lengths attended over: 13
+  fix    name the axis that attention runs over, or leave the spec out to have it found""")
+
+
+def test_two_axes() -> None:
+    text = message_of(
+        ShardingSpec, inputs={"x": "batch rows columns"}, axes={"rows": "ring", "columns": "ring"}
+    )
+    assert_expected_inline(text, """\
+only one axis of a model can be cut for now
+  axes  'rows', 'columns'
+  fix   give the others the method 'local'""")
+
+
+def test_an_op_without_an_exact_local_form() -> None:
+    class Cumulative(Model):
+        def forward(self, x):
+            return self.attention(x).cumsum(1)
+
+    spec = ShardingSpec(on_gather="error")
+    assert_expected_inline(explained(Cumulative(), X, spec=spec), """\
+aten.cumsum cannot run on a part of axis 'x.1': works along the axis
+  tests/errors/test_messages.py:LINE in forward
+    return self.attention(x).cumsum(1)
+  sizes  [2, 13, 8]
+  fix    allow it with on_gather="warn" (every rank then computes it whole), or keep this op out of the sharded part""")
+
+
+def test_dims_of_several_arguments() -> None:
+    spec = ShardingSpec(axes={1: "ring"})
+    assert_expected_inline(explained(lambda x, y: cc_attention(x) + y, X, X + 1, spec=spec), """\
+axes={1: ...} needs a single tensor argument
+  arguments  x, y
+  fix        name its dims instead: inputs={'x': 'batch rows columns'}, axes={'rows': 'ring'}""")
+
+
+def cc_attention(x):
+    q = x.unsqueeze(1)
+    return F.scaled_dot_product_attention(q, q, q).squeeze(1)
+
+
+def test_unknown_options() -> None:
+    compiled = torch.compile(Model(), backend="mosaic", options={"sepc": None})
+    assert_expected_inline(message_of(compiled, X), """\
+unknown options: sepc
+  fix  options are 'spec' and 'inner'""")
+
+
+def test_wrong_choices() -> None:
+    assert_expected_inline(message_of(ShardingSpec, outputs="pieces"), """\
+outputs = 'pieces' is not a choice
+  fix  use one of 'whole', 'shards'""")
+    compiled = torch.compile(Model(), backend="mosaic", options={"inner": "tvm"})
+    assert_expected_inline(message_of(compiled, X), """\
+there is no inner compiler 'tvm'
+  fix  use 'inductor' or 'eager'""")
+
+
+def test_a_tensor_without_a_layout() -> None:
+    assert_expected_inline(message_of(mosaic.layout_of, X), """\
+this tensor carries no layout
+  sizes  [2, 13, 8]
+  fix    pass an output of a model compiled with outputs='shards', or of mosaic.shard_tensor; what is computed from one is a plain tensor: use mosaic.shard_like(whole, that output)""")
+
+
+def test_errors_are_named_after_the_package() -> None:
+    assert ShardingError.__module__ == "mosaic"
+    assert issubclass(ShardingError, mosaic.MosaicError)

@@ -1,0 +1,113 @@
+"""The whole pipeline on a table block: attention over columns stays, over rows it becomes a ring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+
+import cases
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from mosaic.context import Context
+from mosaic.plan import Plan
+from mosaic.show import listing
+
+RANKS = range(4)
+
+
+class Block(nn.Module):
+    """As examples/models/table.py, without norms, biases and MLP."""
+
+    def __init__(self, embed: int):
+        super().__init__()
+        self.between_columns = nn.MultiheadAttention(embed, 1, bias=False, batch_first=True)
+        self.between_rows = nn.MultiheadAttention(embed, 1, bias=False, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, rows, columns, embed = x.shape
+        x = x.reshape(batch * rows, columns, embed)
+        x = x + self.between_columns(x, x, x)[0]
+        x = x.reshape(batch, rows, columns, embed).transpose(1, 2).flatten(0, 1)
+        return x + self.between_rows(x, x, x)[0]
+
+
+def block() -> tuple[nn.Module, Tensor]:
+    return Block(8).double(), torch.randn(2, 11, 3, 8).double()
+
+
+def collectives(graph: fx.Graph) -> list[tuple[str, object]]:
+    """(op, group) of every collective that is started, in order."""
+    started = [n for n in graph.nodes if str(n.target).startswith("_c10d_functional")]
+    return [(str(n.target), n.args[-1]) for n in started if "wait_tensor" not in str(n.target)]
+
+
+def shapes(plan: Plan) -> Iterator[tuple[str, list[int]]]:
+    """Every tensor of the lowered graphs."""
+    for kind in ("forward", "backward"):
+        for node in plan.graphs[kind].nodes:
+            if isinstance(node.meta.get("val"), Tensor):
+                yield f"{kind} {node.name}", list(node.meta["val"].shape)
+
+
+def test_forward(planned, contexts: list[Context], check):
+    plan = planned(*block())
+    check(listing(plan.graphs["forward"], contexts[0], fold_waits=True, brief=True), """\
+x: f64[2, 11, 3, 8]
+# x = x + self.between_columns(x, x, x)[0]
+mm: f64[18, 24] = mm(x[:, 3:6], between_columns.in_proj_weight)
+mul_1: f64[6, 3, 8], mul_2: f64[6, 8, 3] = fused[mul mul mul](mm[0], mm[1])
+bmm: f64[6, 3, 3] = bmm(mul_1, mul_2)
+_safe_softmax: f64[6, 3, 3] = _safe_softmax(bmm, -1)
+bmm_1: f64[6, 3, 8] = bmm(_safe_softmax, mm[2])
+mm_1: f64[18, 8] = mm(bmm_1, between_columns.out_proj.weight)
+add: f64[6, 3, 8] = add(x[:, 3:6], mm_1)
+# return x + self.between_rows(x, x, x)[0]
+mm_2: f64[18, 24] = mm(add, between_rows.in_proj_weight)
+mul_3: f64[6, 3, 8] = mul(mm_2[0], 0.3536)
+cat: f64[288] = cat([mm_2[1], mm_2[2]])
+all_to_all: f64[288] = shift(cat, to=2, from=0, sp)
+flash: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_3, cat[:144], cat[144:], scale=1)
+all_to_all_1: f64[192] = shift(all_to_all, to=2, from=0, sp)
+flash_1: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_3, all_to_all[:144], all_to_all[144:],
+    scale=1)
+add_3: f64[6, 1, 3, 8], add_4: f64[6, 1, 3] = fused[maximum eq .. 17 ops](flash, flash_1)
+all_to_all_2: f64[288] = shift(all_to_all_1, to=2, from=0, sp)
+flash_2: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_3, all_to_all_1[:96], all_to_all_1[96:],
+    scale=1)
+add_6: f64[6, 1, 3, 8], add_7: f64[6, 1, 3] = fused[maximum eq .. 17 ops](add_4, flash_2, add_3)
+flash_3: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_3, all_to_all_2[:144], all_to_all_2[144:],
+    scale=1)
+add_9: f64[6, 1, 3, 8], add_10: f64[6, 1, 3] = fused[maximum eq .. 17 ops](add_7, flash_3, add_6)
+mm_3: f64[18, 8] = mm(add_9, between_rows.out_proj.weight)
+add_1: f64[6, 3, 8] = add(add, mm_3)
+all_gather: f64[12, 6, 1, 1, 8] = all_gather(add_1, 4, sp)
+return [all_gather[:11], x[:, 3:6], _safe_softmax, bmm_1, add, mul_3, mm_2[1], mm_2[2], add_10,
+    add_9, between_rows.out_proj.weight, add_9, between_rows.in_proj_weight,
+    between_columns.out_proj.weight, mm[2], mul_1, mul_2]
+""")
+
+
+def test_columns_are_untouched(planned):
+    columns, rows = planned(*block()).attentions
+    assert (columns.method, columns.axis, columns.bytes) == ("local", "", 0)
+    assert (rows.method, rows.axis, rows.queries, rows.keys) == ("ring", "x.1", 11, 11)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_ranks_issue_the_same_collectives(planned, kind: str):
+    first, *others = (collectives(planned(*block(), rank=r).graphs[kind]) for r in RANKS)
+    assert first and all(other == first for other in others)
+
+
+@pytest.mark.parametrize("build", [cases.table, cases.gpt, cases.llama, cases.vit])
+def test_no_tensor_is_quadratic(planned, build: Callable[[], cases.Built]):
+    model, args, kwargs = build()
+    plan = planned(model, *args, **kwargs)
+    along = [a for a in plan.attentions if a.axis]
+    lengths = {n for a in along for n in (a.queries, a.keys)}
+    assert along
+    for name, shape in shapes(plan):
+        quadratic = [pair for pair in combinations(shape, 2) if set(pair) <= lengths]
+        assert not quadratic, f"{name} has shape {shape}"
