@@ -15,7 +15,7 @@ from mosaic.rewrite import is_tensor
 Pass = Callable[[fx.Graph, Any], int]
 Observer = Callable[[str, str, fx.Graph, Any], None]
 
-#: Called with (pass, kind, graph, context) after each pass, and with "" for the pass before the first.
+#: Called with (pass, kind, graph, context) after each pass; before the first with "" for the pass.
 OBSERVERS: list[Observer] = []
 
 

@@ -10,9 +10,9 @@ from torch import fx
 from mosaic.context import Context
 from mosaic.local.attention import Attention
 from mosaic.pipeline import PassReport
-from mosaic.values import Collective
 from mosaic.show import diff
 from mosaic.source import code, line
+from mosaic.values import Collective
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def diffs(self) -> dict[str, str]:
-        """What each pass changed, if ``explain`` watched it; ``"overlap backward"`` in the backward."""
+        """What each pass changed, if ``explain`` watched; ``"overlap backward"`` in backward."""
         return {step: diff(before, after) for step, (before, after) in self.steps.items()}
 
     @property

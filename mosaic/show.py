@@ -3,9 +3,9 @@
     # y = F.scaled_dot_product_attention(q, k, v)
     y: f64[2, 1, 11/sp, 4] = sdpa(q, k, v)
 
-One line per node (wrapped where it is long), under the user's line of code. ``11/sp`` is a dim whose 11 indices are cut over
-the mesh axis sp, ``2*11/sp`` one that holds them twice. Places are known on the global graph only;
-on a rank's own graph sizes are that rank's.
+One line per node, wrapped where it is long, under the user's line of code. ``11/sp`` is a dim whose
+11 indices are cut over the mesh axis sp, ``2*11/sp`` one that holds them twice. Places are known on
+the global graph only; on a rank's own graph sizes are that rank's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ UNBROKEN: dict[str, Any] = {
 
 
 def listing(
-    graph: fx.Graph, context: Context | None = None, *, fold_waits: bool = False, brief: bool = False
+    graph: fx.Graph,
+    context: Context | None = None,
+    *,
+    fold_waits: bool = False,
+    brief: bool = False,
 ) -> str:
     """One line per node; ``context`` gives names to parameters and process groups.
 
@@ -71,7 +75,7 @@ def listing(
 
 
 def diff(before: str, after: str) -> str:
-    """What changed between two listings, with a line of context; ``...`` stands for what did not."""
+    """What changed between two listings, with a line of context; ``...`` is what did not."""
     found = difflib.unified_diff(before.splitlines(), after.splitlines(), n=1, lineterm="")
     lines = ["..." if line.startswith("@@") else line for line in list(found)[2:]]
     return "\n".join(lines[1:])
@@ -106,7 +110,7 @@ class Listing:
             if folded is not None or is_parameter or node.target is set_modes:
                 self.hidden.add(node)
 
-    def folded(self, node: fx.Node, fold_waits: bool) -> str | None:
+    def folded(self, node: Any, fold_waits: bool) -> str | None:
         """What a node is called that has no line: as what it waits for or looks at."""
         if fold_waits and node.target is torch.ops._c10d_functional.wait_tensor.default:
             return self.labels[node.args[0]]
@@ -170,7 +174,8 @@ class Listing:
     # --- one call ---------------------------------------------------------------------------
 
     def call(self, node: fx.Node) -> str:
-        name, args = op_name(node.target), node.args
+        name = op_name(node.target)
+        args: Any = node.args
         if node.target is operator.getitem:
             return f"{self.text(args[0])}[{args[1]}]"
         if name in ("slice", "select"):
@@ -238,7 +243,7 @@ def is_elementwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-def whole(node: fx.Node) -> fx.Node:
+def whole(node: Any) -> fx.Node:
     """The tuple that ``node`` is an item of."""
     while is_view(node):
         node = node.args[0]
@@ -249,7 +254,7 @@ def is_number(label: str) -> bool:
     return re.fullmatch(r"-?[\d.]+|-?inf", label) is not None
 
 
-def is_view(node: fx.Node) -> bool:
+def is_view(node: Any) -> bool:
     """Whether a node holds all that its operand holds, perhaps in another shape."""
     if op_name(node.target) != "slice":
         return op_name(node.target) in VIEWS

@@ -155,3 +155,17 @@ class GraphBreak(nn.Module):
 def built(kind: type[nn.Module], dtype: torch.dtype = torch.float64, n: int = N) -> Built:
     model = kind().to(dtype)
     return model, (torch.randn(2, n, E, dtype=dtype, requires_grad=True),), {}
+
+
+class Encoder(nn.Module):
+    """In eval mode without gradients torch takes a fused path that hides the attention."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(E, 2, 16, batch_first=True, activation="gelu")
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.attention = nn.MultiheadAttention(E, 2, batch_first=True)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        x = self.encoder(x, src_key_padding_mask=padding)
+        return self.attention(x, x, x)[0].square().mean()

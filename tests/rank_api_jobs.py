@@ -120,3 +120,18 @@ def ambient_autocast(p: int) -> dict:
         loss = compiled(*args)
     loss.backward()
     return {"loss": loss.detach().float(), "gradients": gradients(model)}
+
+
+def fused_encoder(p: int, padded: bool) -> dict:
+    """How many attentions are cut, and the result, in eval mode and without gradients."""
+    if p:
+        mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, (x,), _ = cc.built(cc.Encoder)
+    model.eval()
+    padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+    padding[0, 9:] = True
+    args = (x, padding) if padded else (x,)
+    compiled = torch.compile(model, backend="mosaic", options=EAGER) if p else model
+    with torch.no_grad():
+        return {"loss": compiled(*args), "gradients": {}}

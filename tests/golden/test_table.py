@@ -1,4 +1,4 @@
-"""The whole pipeline on a table block: attention over columns stays, over rows it becomes a ring."""
+"""The pipeline on a table block: attention over columns stays, over rows it becomes a ring."""
 
 from __future__ import annotations
 

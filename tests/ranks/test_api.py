@@ -7,7 +7,7 @@ import rank_api_jobs as jobs
 import torch
 from cases import gpt
 from compare import assert_close, compare_gradients
-from contract_cases import Reductions, built
+from contract_cases import Encoder, Reductions, built
 from functools import partial
 from model_jobs import run_model
 
@@ -69,3 +69,19 @@ def test_a_batch_of_one_gpt_on_four(ranks) -> None:
     for got in ranks(4).run(run_model, build, {"inner": "eager"}, 4):
         same(got, want)
     assert torch.isfinite(want["loss"])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fused_encoder_layer(ranks, padded: bool) -> None:
+    want = jobs.fused_encoder(0, padded)
+    for got in ranks(3).run(jobs.fused_encoder, 3, padded):
+        same(got, want)
+
+
+def test_the_fused_encoder_layer_is_cut() -> None:
+    import mosaic
+
+    model, (x,), _ = built(Encoder)
+    with torch.no_grad():
+        plan = mosaic.explain(model.eval(), x, sp_size=3)
+    assert [a.method for a in plan.attentions] == ["ring"] * 3

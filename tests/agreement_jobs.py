@@ -1,0 +1,71 @@
+"""Ranks that differ from each other: each job returns the message that its rank saw."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import contract_cases as cc
+import torch
+
+import mosaic
+from mosaic import agreement
+
+
+def message(p: int, build, spec: mosaic.ShardingSpec | None = None) -> str:
+    mosaic.init(sp_size=p)
+    options = {"inner": "eager", **({"spec": spec} if spec else {})}
+    model, x = build()
+    try:
+        torch.compile(model, backend="mosaic", options=options)(x)
+    except Exception as error:
+        return str(getattr(error, "inner_exception", error))
+    return "no error"
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def model_and_input(n: int = 13) -> tuple:
+    torch.manual_seed(0)
+    model, (x,), _ = cc.built(cc.Reductions, n=n)
+    return model, x
+
+
+def other_length(p: int) -> str:
+    return message(p, lambda: model_and_input(13 + rank()))
+
+
+def other_spec(p: int) -> str:
+    method = "ring" if rank() else "all_gather"
+    spec = mosaic.ShardingSpec(inputs={"x": "batch tokens features"}, axes={"tokens": method})
+    return message(p, model_and_input, spec)
+
+
+def other_data(p: int) -> str:
+    def build():
+        model, x = model_and_input()
+        return model, x + rank()
+
+    return message(p, build)
+
+
+def other_parameters(p: int) -> str:
+    def build():
+        model, x = model_and_input()
+        with torch.no_grad():
+            model.w.bias += rank()
+        return model, x
+
+    return message(p, build)
+
+
+def one_is_missing(p: int) -> str:
+    agreement.TIMEOUT = timedelta(seconds=1)
+    mosaic.init(sp_size=p)
+    return "not compiled" if rank() == 1 else message(p, model_and_input)
+
+
+def one_fails(p: int) -> str:
+    spec = mosaic.ShardingSpec(inputs={"y" if rank() else "x": "b t f"}, axes={"t": "ring"})
+    return message(p, model_and_input, spec)
