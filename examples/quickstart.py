@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,18 +102,19 @@ def measured(
         return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
 
     times = [time.perf_counter()]
-    for _ in range(2):
-        loss, gradients = step()
-        times.append(time.perf_counter())
-    kept = kept_bytes(step, [*model.parameters(), *table[:2], targets])
+    step()
+    times.append(time.perf_counter())
+    given = [*model.parameters(), *table[:2], targets]
+    (loss, gradients), kept = kept_for_backward(step, given)
+    times.append(time.perf_counter())
     return Result(loss, gradients, kept, *(b - a for a, b in pairwise(times)))
 
 
-def kept_bytes(step: Callable[[], object], given: list[Tensor]) -> int:
-    """Bytes of activations that are held between forward and backward.
+def kept_for_backward(step: Callable[[], Any], given: list[Tensor]) -> tuple[Any, int]:
+    """What ``step`` gives, and the bytes of activations it holds between forward and backward.
 
-    Every storage that autograd saves, once each, but parameters and inputs. A compiled graph is one
-    autograd function, so what its partitioner decided to keep comes through these hooks too.
+    Every storage that autograd saves, once each, but those of parameters and inputs. A compiled
+    graph is one autograd function, so what its partitioner chose to keep comes through these hooks.
     """
     storages: dict[int, int] = {}
     alive = []  # so that no address is used twice
@@ -123,10 +125,10 @@ def kept_bytes(step: Callable[[], object], given: list[Tensor]) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        step()
+        result = step()
     for x in given:
         storages.pop(x.untyped_storage().data_ptr(), None)
-    return sum(storages.values())
+    return result, sum(storages.values())
 
 
 def largest(n: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,8 +127,9 @@ def lower(graph: fx.Graph, kind: str, context: Context, plan: Plan) -> None:
 
 
 def text_of(graph: fx.Graph) -> str:
-    """A graph with its shapes, for the digest."""
-    return "\n".join(f"{n.format_node()} {getattr(n.meta.get('val'), 'shape', '')}" for n in graph.nodes)
+    """A graph with its shapes, for the digest; every rank has a device of its own."""
+    lines = (f"{n.format_node()} {getattr(n.meta.get('val'), 'shape', '')}" for n in graph.nodes)
+    return re.sub(r"\b(cuda|xpu):\d+", r"\1", "\n".join(lines))
 
 
 def plan_digest(context: Context, options: Options, plan: Plan) -> str:

@@ -11,6 +11,7 @@ Dynamo's graph is run by an interpreter that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -46,7 +47,9 @@ class Input:
 
     @property
     def name(self) -> str:
-        """What the user calls it."""
+        """What the user calls it: ``x``, or ``layers.0.weight`` for state."""
+        if self.is_state:
+            return ".".join(re.findall(r"\['(\w+)'\]", self.source.removeprefix("L['self']")))
         return self.source.removeprefix("L['").replace("']", "", 1)
 
 

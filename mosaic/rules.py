@@ -52,6 +52,9 @@ class Rule:
         place = c[lead].place
         dims = dict(zip(names, self.operands, strict=False))
         axis = named_dims(dims[lead], c[lead].ndim)[place.dim]
+        result = named_dims(self.result, c.val.ndim)
+        if axis in result and c.val.shape[result.index(axis)] != place.size:
+            return self.broadcast(s, c, lead)
         if axis in self.whole:
             return s.gather_for(c, f"needs its {axis!r} whole")
         changed = {}
@@ -62,10 +65,13 @@ class Rule:
                 changed[name] = s.gather(c[name], f"{c.name} is sharded along another dim", c.like)
             else:
                 changed[name] = s.at(c[name], place.at(at))
-        result = named_dims(self.result, c.val.ndim)
         if axis in result:
             return s.emit(c, place.at(result.index(axis)), **changed)
         return self.summed(s, c, axis, changed)
+
+    def broadcast(self, s: Sharder, c: Call, name: str) -> Value:
+        whole = s.gather(c[name], "a length of 1 is broadcast", c.like)
+        return s.again(c.replaced({name: whole}))
 
     def summed(self, s: Sharder, c: Call, axis: str, changed: dict[str, Value]) -> Value:
         bias = changed.get(self.bias)
@@ -135,7 +141,7 @@ TABLE: dict[str, LocalForm] = {
     # attention
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
     # lookups
-    "embedding": rule("v e, ... -> ... e"),
+    "embedding": rule("v e, ... -> ... e", whole="v"),
     "one_hot": rule("... -> ... c"),
     "index.Tensor": indexing.index,
     "index_select": indexing.index_select,
@@ -146,8 +152,6 @@ TABLE: dict[str, LocalForm] = {
     "view": views.view,
     "reshape": views.view,
     "_unsafe_view": views.view,
-    "unflatten.int": views.view,
-    "flatten.using_ints": views.view,
     "expand": views.expand,
     "repeat": views.repeat,
     "repeat_interleave.self_int": views.repeat_interleave,
@@ -160,10 +164,8 @@ TABLE: dict[str, LocalForm] = {
     "squeeze.dims": views.squeeze,
     "select.int": views.select,
     "slice.Tensor": views.slice_,
-    "narrow": views.narrow,
     "split.Tensor": views.split,
     "split_with_sizes": views.split,
-    "chunk": views.split,
     "unbind.int": views.unbind,
     "cat": views.cat,
     "stack": views.stack,
@@ -221,25 +223,27 @@ TABLE: dict[str, LocalForm] = {
     # randomness
     "dropout": randomness.dropout,
     # the user's own
-    "autograd_function": functions.autograd_function,
+    "mosaic::autograd_function": functions.autograd_function,
 }
 
 #: Pointwise ops that torch does not tag so.
 POINTWISE = frozenset(
     "__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor "
-    "_to_copy alias clone contiguous copy detach detach_copy empty_like fill.Scalar fill.Tensor full_like "
-    "lift_fresh lift_fresh_copy masked_fill.Scalar masked_fill.Tensor ones_like to.device to.dtype "
-    "to.dtype_layout to.other to.prim_Device type_as where.self where.ScalarOther where.ScalarSelf "
-    "where.Scalar zeros_like".split()
+    "_to_copy alias clone detach detach_copy empty_like fill.Scalar fill.Tensor full_like lift_fresh_copy "
+    "masked_fill.Scalar masked_fill.Tensor ones_like type_as where.self where.ScalarOther "
+    "where.ScalarSelf where.Scalar zeros_like".split()
 )
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
-NEVER_AS_IS = frozenset({"dropout", "autograd_function"})
+NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function"})
 
 
 def key(target: Any) -> str:
-    """``aten.mean.dim`` -> ``mean.dim``, ``aten.view.default`` -> ``view``."""
+    """``aten.mean.dim`` -> ``mean.dim``, ``aten.view.default`` -> ``view``.
+
+    Ops of other libraries keep their namespace: ``mine::linear`` need not be a linear.
+    """
     schema = target._schema
-    name = schema.name.split("::")[1]
+    name = schema.name.removeprefix("aten::")
     return f"{name}.{schema.overload_name}" if schema.overload_name else name
 
 
@@ -268,7 +272,10 @@ def written_whole(node: fx.Node) -> LocalForm | None:
         return TABLE[name]
     if name == "scaled_dot_product_attention":
         return randomness.attention_whole if dropout_of(node) else None
-    return randomness.drawn_once if torch.Tag.nondeterministic_seeded in node.target.tags else None
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return None
+    call = Call(node.target, node.args, node.kwargs, None, node)
+    return None if randomness.is_certain(call) else randomness.drawn_once
 
 
 def dropout_of(node: fx.Node) -> float:

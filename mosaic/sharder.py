@@ -103,9 +103,13 @@ class Sharder:
         """Run another op in the place of ``like``, by its own rule: what composite rules are made of."""
         new = Call(target, args, kwargs, None, like.like)
         new.val = self.global_value(new)
-        if all(v.place is None for v in new.tensors()):
-            return self.emit(new, None, enter=False)
-        return self.apply(new)
+        return self.again(new)
+
+    def again(self, call: Call) -> Any:
+        """Apply the rule of a call whose operands may be whole by now."""
+        if all(v.place is None for v in call.tensors()):
+            return self.emit(call, None, enter=False)
+        return self.apply(call)
 
     def global_value(self, call: Call) -> Any:
         args, kwargs = call.split(call.bound)

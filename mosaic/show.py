@@ -70,15 +70,22 @@ def listing(
             lines.append(f"# {said}")
             last = said
         line = shown.line(nodes[0]) if len(nodes) == 1 else shown.fused(nodes)
-        lines += textwrap.wrap(line, WIDTH, **UNBROKEN)
+        lines += wrapped(line)
     return "\n".join(lines).encode("ascii", "backslashreplace").decode()
 
 
 def diff(before: str, after: str) -> str:
     """What changed between two listings, with a line of context; ``...`` is what did not."""
-    found = difflib.unified_diff(before.splitlines(), after.splitlines(), n=1, lineterm="")
-    lines = ["..." if line.startswith("@@") else line for line in list(found)[2:]]
+    old, new = (text.replace("\n    ", " ").splitlines() for text in (before, after))
+    lines: list[str] = []
+    for line in list(difflib.unified_diff(old, new, n=1, lineterm=""))[2:]:
+        sign, rest = line[0], line[1:]
+        lines += ["..."] if sign == "@" else [sign + part for part in wrapped(rest)]
     return "\n".join(lines[1:])
+
+
+def wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, WIDTH, **UNBROKEN)
 
 
 def inputs_of(graph: fx.Graph, context: Context | None) -> dict[fx.Node, Input]:

@@ -23,6 +23,7 @@ from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.distributed.distributed_c10d import _get_default_store as default_store
@@ -49,7 +50,9 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "fake_mode_of",
+    "functionalize",
     "has_decomposition",
+    "is_composite",
     "make_fx",
     "multi_head_attention_op",
     "no_tracing_context",
@@ -101,10 +104,15 @@ def has_decomposition(op: Any) -> bool:
     return op in decomposition_table or op._can_decompose()
 
 
+def is_composite(op: Any) -> bool:
+    """Whether ATen itself says the op in terms of others (in C++, with derivatives)."""
+    return op._can_decompose()
+
+
 def decompose_op(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if op in decomposition_table:
-        return decomposition_table[op](*args, **kwargs)
-    return op.decompose(*args, **kwargs)
+    if is_composite(op):
+        return op.decompose(*args, **kwargs)
+    return decomposition_table[op](*args, **kwargs)
 
 
 def decompositions_for_inductor() -> dict[Any, Any]:

@@ -18,28 +18,27 @@ import torch
 from torch import fx
 
 from mosaic.context import Context
-from mosaic.layout import Shard
+from mosaic.layout import Layout, Shard
 from mosaic.modes import Modes
-from mosaic.rewrite import rename_all
+from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
-from mosaic.values import Value
+from mosaic.values import Axis, Value
 from mosaic.writer import Writer
 
 aten = torch.ops.aten
 
 
 def partition(graph: fx.Graph, context: Context) -> int:
-    if context.axis is None:
-        return 0
     old = list(graph.nodes)
     output = graph.output_node()
     world = context.world
     writer = Writer(graph, world.rank, world.group, Modes.current())
     spec = context.spec
-    sharder = Sharder(context.axis, writer, on_gather=spec.on_gather, gradients=spec.gradients)
+    sharder = Sharder(context.axis or nothing_cut(context), writer, on_gather=spec.on_gather, gradients=spec.gradients)
     with graph.inserting_before(output):
         sharder.run(old)
-        results = [result(sharder, r, context) for r in output.args[0]]
+        written = len(context.mutated)
+        results = [result(sharder, r, context, i < written) for i, r in enumerate(output.args[0])]
         del context.output_shards[: len(context.mutated)]
         write_back(sharder, results, context)
         writer.switch(Modes.current())
@@ -50,13 +49,20 @@ def partition(graph: fx.Graph, context: Context) -> int:
     return len(sharder.collectives)
 
 
-def result(sharder: Sharder, node: Any, context: Context) -> Any:
-    """Outputs are whole on every rank, unless the spec leaves them cut."""
+def nothing_cut(context: Context) -> Axis:
+    """A graph without an axis is written whole, by the same engine: it too may write to its inputs
+    and draw random numbers, which must be the same on every rank."""
+    world = context.world
+    return Axis("", world.mesh_axis, Layout.whole(1, world.size), "local")
+
+
+def result(sharder: Sharder, node: Any, context: Context, written_back: bool) -> Any:
+    """Outputs are whole on every rank, unless the spec leaves them cut; buffers always are."""
     value = sharder.env[node] if isinstance(node, fx.Node) else None
     if not isinstance(value, Value):
         context.output_shards.append("")
         return node
-    if value.place is not None and context.spec.outputs == "shards":
+    if value.place is not None and context.spec.outputs == "shards" and not written_back:
         kept = sharder.node(value)
         shard = Shard(value.place, context.world.rank, context.world.group)
         context.output_shards.append(shard.encode())
@@ -70,7 +76,15 @@ def write_back(sharder: Sharder, results: list[Any], context: Context) -> None:
     placeholders = [n for n in sharder.writer.graph.nodes if n.op == "placeholder"]
     for index, new in zip(context.mutated, results, strict=False):
         target = placeholders[index]
+        read_from_copy(sharder.writer, target)
         sharder.writer.op(new, aten.copy_.default, (target, new), {})
+
+
+def read_from_copy(writer: Writer, target: fx.Node) -> None:
+    """What backward saved of an input must be what it was before the write."""
+    with writer.graph.inserting_before(writer.first()):
+        copy = insert(writer.graph, target, aten.clone.default, (target,))
+    target.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
 
 def erase(graph: fx.Graph, old: list[fx.Node]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCALE = {"normal": 1.0, "positive": 1.0, "unit": 1.0}
+Cut = tuple[tuple[int, int], ...]  # (input, dim) of every dim that is the axis
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,11 @@ def b(*shape: int) -> In:
 
 @dataclass(frozen=True)
 class Case:
-    """``cost`` has a word for each input and a letter for each of its dims, being the cut one:
-
-    .  nothing is sent      1 2 3  so many all-reduces      >  an all-to-all of one layout to another
-    w  an operand is made whole, as the op must have it     G  falls back to a gather, with a warning
-    x  refused
-    """
+    """A function, its inputs, and how it is compared."""
 
     name: str
     run: Callable[..., Any]
     inputs: tuple[In, ...]
-    cost: str
     pairs: bool = True  # also cut two inputs at once, where their dims are equally long
     random: bool = False  # compare with one Mosaic rank, since eager draws other numbers
     tol: float = 1e-10
@@ -83,16 +77,15 @@ class Case:
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         return [given.made(generator) for given in self.inputs]
 
-    def costs(self) -> dict[tuple[int, int], str]:
-        words = [w.replace("_", "") for w in self.cost.split()]
-        assert [len(w) for w in words] == [len(g.shape) for g in self.inputs], self.name
-        return {(a, d): letter for a, w in enumerate(words) for d, letter in enumerate(w)}
+    def single_cuts(self) -> list[Cut]:
+        """Every (input, dim) that can be the axis."""
+        return [((a, d),) for a, g in enumerate(self.inputs) for d in range(len(g.shape))]
 
-    def cuts(self) -> list[tuple[tuple[int, int], ...]]:
-        """Every (input, dim) that can be the axis, and pairs of inputs."""
-        single = [(a, d) for a, g in enumerate(self.inputs) for d in range(len(g.shape))]
+    def cuts(self) -> list[Cut]:
+        """Every (input, dim), and every two inputs whose dims are equally long."""
+        single = [cut[0] for cut in self.single_cuts()]
         size = {(a, d): self.inputs[a].shape[d] for a, d in single}
-        found: list[tuple[tuple[int, int], ...]] = [(s,) for s in single]
+        found = self.single_cuts()
         if self.pairs:
             found += [
                 (s, t) for s in single for t in single if s[0] < t[0] and size[s] == size[t] > 1
@@ -103,7 +96,6 @@ class Case:
 class Cases(dict[str, Case]):
     """The table; ``add`` reads well in a long list."""
 
-    def add(self, name: str, run: Callable[..., Any], *inputs: In, cost: str = "", **kwargs: Any) -> None:
+    def add(self, name: str, run: Callable[..., Any], *inputs: In, **kwargs: Any) -> None:
         assert name not in self, name
-        given = cost or " ".join("_" if not g.shape else "." * len(g.shape) for g in inputs)
-        self[name] = Case(name, run, inputs, given, **kwargs)
+        self[name] = Case(name, run, inputs, **kwargs)

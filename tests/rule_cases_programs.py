@@ -5,9 +5,38 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from rule_case import Cases, f, i
+from torch import Tensor
+
+from mosaic.capture import AUTOGRAD_FUNCTIONS
+from mosaic.torch_private import FakeTensor
 
 CASES = Cases()
 add = CASES.add
+
+
+class Tripled(torch.autograd.Function):
+    """A backward that is not the derivative of forward: only the user's own gives these gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return 3 * grad * w, 5 * (grad * x).sum(0)
+
+
+def kept_whole(x: Tensor, w: Tensor) -> Tensor:
+    """As capture writes it down when Dynamo finds an autograd.Function."""
+    if not isinstance(x, FakeTensor):
+        return Tripled.apply(x, w).sin()
+    number = AUTOGRAD_FUNCTIONS.add(Tripled.apply, (torch.empty(0), torch.empty(0)), {})
+    return torch.ops.mosaic.autograd_function([x, w], number)[0].sin()
+
+
+add("autograd function", kept_whole, f(5, 4), f(4))
 
 add("whole used twice", lambda x, w: x * w + (x @ w.unsqueeze(1)), f(5, 4), f(4))
 add("whole recipe", lambda x, w: x * (w * 2).tanh() + F.linear(x, (w * 2).tanh().unsqueeze(0)), f(5, 4), f(4))
@@ -36,6 +65,13 @@ add("dropout twice", lambda x, w: F.dropout(F.dropout(x, 0.4) * w + F.dropout(w,
 add("dropout after views", lambda x: F.dropout(x.reshape(10, 4), 0.4).repeat(2, 1), f(2, 5, 4), random=True)
 add("dropout all", lambda x: F.dropout(x, 1.0), f(5, 4), random=True)
 add("dropout eval", lambda x: F.dropout(x, 0.4, training=False), f(5, 4))
+add("dropout2d", lambda x: F.dropout2d(x, 0.4), f(2, 5, 4, 2), random=True)
+add("alpha_dropout", lambda x: F.alpha_dropout(x, 0.4, True), f(5, 4), random=True)
+add("alpha_dropout eval", lambda x: F.alpha_dropout(x, 0.4, False), f(5, 4))
+add("rrelu", lambda x: F.rrelu(x, training=True), f(5, 4), random=True)
+add("rrelu eval", lambda x: F.rrelu(x), f(5, 4))
+add("lstm", lambda x, h, *w: torch.lstm(x, (h, h), w, False, 1, 0.0, False, False, True), f(2, 5, 3), f(1, 2, 4), f(16, 3), f(16, 4), pairs=False)
+add("multinomial", lambda x: x * torch.multinomial(x.softmax(-1), 4), f(5, 4), random=True)
 add("rand_like", lambda x: x * torch.rand_like(x), f(5, 4), random=True)
 add("randn", lambda x: x * torch.randn(4, dtype=x.dtype) + torch.randn(5, 1, dtype=x.dtype), f(5, 4), random=True)
 add("bernoulli", lambda x: x * torch.bernoulli(x.sigmoid()), f(5, 4), random=True)

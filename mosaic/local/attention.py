@@ -82,7 +82,8 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
         mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, "local", whole[0], whole[1], place)
-    if not found.dropout:
+    # A plain attention of an empty shard loses its gradients, and with them their collectives.
+    if not found.dropout and all(place.layout.lengths):
         s.attentions.append((found, c))
         return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
     return marked(s, c, found, place, (q, k, v, mask))

@@ -10,7 +10,15 @@ from torch import fx
 from mosaic.modes import modes_of
 from mosaic.sharder import Sharder
 from mosaic.values import Call, Value, recipe
-from mosaic.torch_private import decompose_op, fake_mode_of, has_decomposition, make_fx, pytree
+from mosaic.torch_private import (
+    decompose_op,
+    fake_mode_of,
+    functionalize,
+    has_decomposition,
+    is_composite,
+    make_fx,
+    pytree,
+)
 
 
 def decomposed(s: Sharder, c: Call) -> Any:
@@ -26,10 +34,20 @@ def decomposed(s: Sharder, c: Call) -> Any:
         return decompose_op(c.target, args, kwargs)
 
     with fake_mode_of([t.val for t in tensors]), modes_of(c.like.meta.get("modes")):
-        traced = make_fx(program, pre_dispatch=True)(*[t.val for t in tensors])
-    if any(n.target is c.target for n in traced.graph.nodes):
+        # A composite op traced before dispatch would only be written down as itself.
+        early = not is_composite(c.target)
+        traced = make_fx(functionalize(program), pre_dispatch=early)(*[t.val for t in tensors])
+    if not all(is_usable(n.target, c.target) for n in traced.graph.nodes if n.op == "call_function"):
         return s.gather_for(c, "has no rule")
     return run(s, c, traced.graph, tensors)
+
+
+def is_usable(target: Any, whole: Any) -> bool:
+    """prims have no derivative; and an op that writes into its operand would miss the other shards."""
+    schema = getattr(target, "_schema", None)
+    return schema is None or not (
+        target is whole or schema.is_mutable or schema.name.startswith("prims::")
+    )
 
 
 def run(s: Sharder, c: Call, graph: fx.Graph, tensors: list[Value]) -> Any:

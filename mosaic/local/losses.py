@@ -14,11 +14,16 @@ REDUCTIONS = ("none", "mean", "sum")
 def cross_entropy(s: Sharder, c: Call) -> Value:
     """``(tokens, classes)`` or ``(batch, classes, ...)`` against class numbers or probabilities."""
     x, target = c["self"], c["target"]
+    if c["weight"] is not None:
+        c = c.replaced({"weight": s.gather(c["weight"], "weights of all classes", c.like)})
+    if x.place is None and target.place is None:
+        return s.emit(c, None, enter=False)
     classes = 0 if x.ndim == 1 else 1
-    place = x.place or target.place.at(target.place.dim + (target.place.dim >= classes))
-    if place.dim == classes and x.place:
-        return s.gather_for(c, "needs its classes whole")
     probabilities = target.val.is_floating_point()
+    shift = 0 if probabilities else 1
+    place = x.place or target.place.at(target.place.dim + shift * (target.place.dim >= classes))
+    if place.dim == classes:
+        return s.gather_for(c, "needs its classes whole")
     there = place if probabilities else place.at(place.dim - (place.dim > classes))
     x, target = s.at(x, place), s.at(target, there)
     reduction = REDUCTIONS[c["reduction"]]

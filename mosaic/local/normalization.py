@@ -18,7 +18,13 @@ def layer_norm(s: Sharder, c: Call) -> Value:
     x = c["input"]
     if x.place is None or x.place.dim >= x.ndim - len(c["normalized_shape"]):
         return s.gather_for(c, "normalises over the axis")
-    return s.emit(c, x.place)
+    return s.emit(c, x.place, **others_whole(s, c))
+
+
+def others_whole(s: Sharder, c: Call) -> dict[str, Value]:
+    """Weights, biases and buffers: they may be sharded along a dim of their own."""
+    others = {n: v for n, v in c.bound.items() if isinstance(v, Value) and n != "input"}
+    return {n: s.gather(v, "a weight that all ranks need", c.like) for n, v in others.items()}
 
 
 def softmax(s: Sharder, c: Call) -> Value:
@@ -48,10 +54,10 @@ def shifted(s: Sharder, c: Call, x: Value, dim: int) -> Value:
 def batch_norm(s: Sharder, c: Call) -> Any:
     """Batch statistics over the axis are global; the running buffers stay whole."""
     x, training = c["input"], c["training"]
-    if x.place.dim == 1:
+    if x.place is None or x.place.dim == 1:
         return s.gather_for(c, "normalises over the axis")
     if not training:
-        return s.emit(c, (x.place, None, None, None, None))
+        return s.emit(c, (x.place, None, None, None, None), **others_whole(s, c))
     dims = [d for d in range(x.ndim) if d != 1]
     mean = s.call(c, aten.mean.dim, x, dims, False)
     var = s.call(c, aten.var.correction, x, dims, correction=0)
@@ -87,4 +93,4 @@ def convolution(s: Sharder, c: Call) -> Value:
     x = c["input"]
     if x.place is None or x.place.dim != 0 or x.ndim < 3:
         return s.gather_for(c, "slides over the axis")
-    return s.emit(c, x.place)
+    return s.emit(c, x.place, **others_whole(s, c))

@@ -8,8 +8,10 @@ import torch
 
 from mosaic import random
 from mosaic.collectives import broadcast
+from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.sharder import Sharder
+from mosaic.source import where
 from mosaic.values import Call, Value
 
 aten = torch.ops.aten
@@ -42,14 +44,47 @@ def keep_mask(seed: torch.Tensor, x: torch.Tensor, site: int, shards: str, p: fl
     return random.uniform_keep(seed, site, vectors, p, x.dtype)
 
 
+#: Their result has no gradient, so one rank's draw can be everybody's.
+DRAWS = frozenset(
+    "bernoulli binomial cauchy exponential geometric log_normal multinomial normal normal_functional "
+    "poisson rand rand_like randint randint_like randn randn_like randperm uniform".split()
+)
+
+
 def drawn_once(s: Sharder, c: Call) -> Any:
     """rand, randn, bernoulli, multinomial ...: drawn whole, and rank 0's draw is everybody's."""
+    if not is_draw(c):
+        return computed_with_draws(s, c)
     if any(v.place for v in c.tensors()):
         c = s.with_whole_operands(c, "draws random numbers for the whole tensor")
     drawn = s.emit(c, None, enter=False)
     if not s.writer or s.axis.p == 1:
         return drawn
     return s.function(c, broadcast, (drawn, s.writer.group), c.val)
+
+
+def is_draw(c: Call) -> bool:
+    return c.target._schema.name.removeprefix("aten::") in DRAWS
+
+
+def is_certain(c: Call) -> bool:
+    """Whether an op that may draw numbers draws none here: evaluation, or nothing to drop."""
+    shares = [float(c.bound[n] or 0) for n in ("p", "dropout", "dropout_p") if n in c.bound]
+    trains = c.bound.get("train", c.bound.get("training", True))
+    return not is_draw(c) and (not trains or (bool(shares) and max(shares) == 0))
+
+
+def computed_with_draws(s: Sharder, c: Call) -> Any:
+    """lstm, rrelu, alpha_dropout ...: a gradient flows through them, which a broadcast would stop."""
+    if is_certain(c):
+        return s.gather_for(c, "has no rule")
+    if s.axis.p == 1:
+        return s.emit(c, c.tensors()[0].place)
+    raise UnsupportedError(
+        f"{c.name} draws random numbers, and every rank would draw others",
+        where=where(c.like),
+        fix="use dropout or attention with dropout_p, which Mosaic draws alike on all ranks",
+    )
 
 
 def attention_whole(s: Sharder, c: Call) -> Value:

@@ -121,7 +121,9 @@ def extreme(s: Sharder, c: Call) -> Value:
     best = extreme_value(s, c, x, dims, largest)
     if not x.val.is_floating_point():
         return reshaped(s, c, best)
-    wins = s.call(c, aten.eq.Tensor, x, best)
+    # Not beaten, rather than equal: so a nan takes part, and with it the result is nan.
+    beaten = s.call(c, aten.lt.Tensor if largest else aten.gt.Tensor, x, best)
+    wins = s.call(c, aten.logical_not.default, beaten)
     number = summed(s, c, s.call(c, aten._to_copy.default, wins, dtype=x.val.dtype), dims, True)
     zero = s.call(c, aten.zeros_like.default, x)
     share = summed(s, c, s.call(c, aten.where.self, wins, x, zero), dims, True)
@@ -162,7 +164,7 @@ def any_(s: Sharder, c: Call) -> Value:
         return free(s, c, dims)
     hits = s.call(c, aten.ne.Scalar, c["self"], 0)
     number = s.call(c, aten.sum.dim_IntList, hits, dims, bool(c.bound.get("keepdim")))
-    return s.call(c, aten.gt.Scalar, number, 0)
+    return cast(s, c, s.call(c, aten.gt.Scalar, number, 0))
 
 
 def all_(s: Sharder, c: Call) -> Value:
@@ -171,7 +173,7 @@ def all_(s: Sharder, c: Call) -> Value:
         return free(s, c, dims)
     misses = s.call(c, aten.eq.Scalar, c["self"], 0)
     number = s.call(c, aten.sum.dim_IntList, misses, dims, bool(c.bound.get("keepdim")))
-    return s.call(c, aten.eq.Scalar, number, 0)
+    return cast(s, c, s.call(c, aten.eq.Scalar, number, 0))
 
 
 def logsumexp(s: Sharder, c: Call) -> Value:
@@ -179,6 +181,8 @@ def logsumexp(s: Sharder, c: Call) -> Value:
     if c["self"].place.dim not in dims:
         return free(s, c, dims)
     top = extreme_value(s, c, c["self"], dims, largest=True)
+    finite = s.call(c, aten.lt.Scalar, s.call(c, aten.abs.default, top), float("inf"))
+    top = s.call(c, aten.where.ScalarOther, finite, top, 0.0)  # -inf - -inf would be nan
     return reshaped(s, c, s.call(c, aten.add.Tensor, log_total(s, c, c["self"], top, dims), top))
 
 

@@ -49,6 +49,8 @@ def split_axis(place: Place, before: torch.Size, after: torch.Size) -> Place | N
 
 def view(s: Sharder, c: Call) -> Value:
     x, size = c["self"], c.val.shape
+    if not x.val.numel():  # without elements there is no telling which dim became which
+        return s.call(c, aten.reshape.default, s.gather(x, "is empty"), list(size))
     place = viewed(x.place, x.shape, size) or split_axis(x.place, x.shape, size)
     if place is None:
         return s.gather_for(c, f"tears the axis apart: {list(x.shape)} -> {list(size)}")
@@ -133,11 +135,6 @@ def cut(s: Sharder, c: Call, x: Value, start: int, stop: int, step: int = 1) -> 
     return Value(c.val, out, s.take(c, x, runs, place.dim))
 
 
-def narrow(s: Sharder, c: Call) -> Value:
-    start = c["start"]
-    return s.call(c, aten.slice.Tensor, c["self"], c["dim"], start, start + c["length"], 1)
-
-
 def split(s: Sharder, c: Call) -> tuple[Value, ...]:
     x, dim = c["self"], c["dim"] % c["self"].ndim
     if dim != x.place.dim:
@@ -174,7 +171,9 @@ def select(s: Sharder, c: Call) -> Value:
 def cat(s: Sharder, c: Call) -> Value:
     tensors = [t for t in c["tensors"] if t.shape != (0,)]
     dim = c["dim"] % c.val.ndim
-    place = next(t.place for t in tensors if t.place)
+    place = next((t.place for t in tensors if t.place), None)
+    if place is None:  # only an old-style empty operand is sharded, and it does not count
+        return s.emit(c, None, enter=False, tensors=tensors)
     if place.dim != dim:
         return s.emit(c, place, tensors=[s.at(t, place) for t in tensors])
     pieces = [piece(s, t, dim, place) for t in tensors]
@@ -204,6 +203,8 @@ def pad(s: Sharder, c: Call) -> Value:
     x, value = c["self"], c["value"] or 0
     before, after = pads(c["pad"], x.ndim)[x.place.dim]
     if (before, after) == (0, 0):
+        if c.bound.get("mode", "constant") != "constant" and 0 in x.place.layout.lengths:
+            return s.gather_for(c, "reflects no empty shard")
         return s.emit(c, x.place)
     if c.bound.get("mode", "constant") != "constant":
         return s.gather_for(c, f"pads the axis by {c['mode']}")
@@ -219,7 +220,7 @@ def pad(s: Sharder, c: Call) -> Value:
         s.call(c, aten.new_full.default, x, [n if d == dim else k for d, k in enumerate(x.shape)], value)
         for n in (max(before, 0), max(after, 0))
     ]
-    parts = [t for t in (ends[0], x, ends[1]) if t.shape[dim]]
+    parts = [t for t in (ends[0], x, ends[1]) if t.shape[dim]] or [x]
     return s.call(c, aten.cat.default, parts, dim)
 
 

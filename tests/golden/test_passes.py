@@ -72,7 +72,9 @@ def projected(x: Tensor, inner: Tensor, outer: Tensor, bias: Tensor) -> Tensor:
 
 def test_normalize(planned, check):
     plan = planned(grouped, random(2, 4, 11, 3), random(2, 2, 11, 3), random(2, 2, 11, 3))
-    check(plan.diffs["normalize"], """\
+    check(
+        plan.diffs["normalize"],
+        """\
  q: f64[2, 4, 11, 3]
 -# k = k.repeat_interleave(2, dim=1)
 -repeat_interleave: f64[2, 4, 11, 3] = repeat_interleave(k, 2, 1)
@@ -87,12 +89,15 @@ def test_normalize(planned, check):
 -mul: f64[2, 4, 6, 3] = mul(slice_1, slice_2)
 +mul: f64[2, 4, 6, 3] = mul(slice_1, slice_1)
  return [mul]
-""")
+""",
+    )
 
 
 def test_raise_attention(planned, check):
     plan = planned(written_out, random(2, 11, 8), random(2, 9, 8), random(2, 9, 5), random(11, 9))
-    check(plan.diffs["raise_attention"], """\
+    check(
+        plan.diffs["raise_attention"],
+        """\
  v: f64[2, 9, 5]
 -# scores = q @ k.transpose(-2, -1) / 2 + mask
 -transpose: f64[2, 8, 9] = transpose(k, -2, -1)
@@ -105,20 +110,26 @@ def test_raise_attention(planned, check):
 -return [matmul_1]
 +attention: f64[2, 11, 5] = sdpa(q, k, v, mask, scale=0.5)
 +return [attention]
-""")
+""",
+    )
 
 
 def test_infer_axes(planned, axes, check):
     planned(table, random(2, 11, 3, 8))
     found = axes["infer_axes"]
-    check(f"{found.name}: {found.layout} {found.method} seeds {found.seeds}", """\
+    check(
+        f"{found.name}: {found.layout} {found.method} seeds {found.seeds}",
+        """\
 x.1: 11=0:3|3:6|6:9|9:11 ring seeds (('arg0_1', 1),)
-""")
+""",
+    )
 
 
 def test_propagate(planned, check):
     plan = planned(table, random(2, 11, 3, 8))
-    check(plan.diffs["propagate"], """\
+    check(
+        plan.diffs["propagate"],
+        """\
 -x: f64[2, 11, 3, 8]
 +x: f64[2, 11/sp, 3, 8]
  # cells = x.reshape(22, 3, 8)
@@ -140,22 +151,28 @@ def test_propagate(planned, check):
 +slice_2: f64[2, 3, 6/sp, 8] | 6=0:3|3:6|| = transpose[:, :, :6]
 +sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)
  return [sdpa_1]
-""")
+""",
+    )
 
 
 def test_analyze_masks(planned, check):
     plan = planned(averaged, *of_averaged())
-    check(plan.diffs["analyze_masks"], """\
+    check(
+        plan.diffs["analyze_masks"],
+        """\
  # y = sdpa(y, y, y, is_causal=True)
 -sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)
 +sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # causal
  # return y.mean(dim=1)
-""")
+""",
+    )
 
 
 def test_choose_method(planned, check):
     plan = planned(table, random(2, 11, 3, 8))
-    check(plan.diffs["choose_method"], """\
+    check(
+        plan.diffs["choose_method"],
+        """\
  # cells = sdpa(cells, cells, cells)
 -sdpa: f64[2*11/sp, 3, 8] = sdpa(view, view, view)
 +sdpa: f64[2*11/sp, 3, 8] = sdpa(view, view, view)  # local
@@ -165,20 +182,26 @@ def test_choose_method(planned, check):
 -sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)
 +sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)  # ring
  return [sdpa_1]
-""")
+""",
+    )
 
 
 def test_assign_layouts(planned, axes, check):
     planned(averaged, *of_averaged())
-    check(f"{axes['choose_method'].layout}\n{axes['assign_layouts'].layout}", """\
+    check(
+        f"{axes['choose_method'].layout}\n{axes['assign_layouts'].layout}",
+        """\
 11=0:3|3:6|6:9|9:11
 11=0:2|2:4|4:6,10:11|6:10
-""")
+""",
+    )
 
 
 def test_partition(planned, check):
     plan = planned(averaged, *of_averaged())
-    check(plan.diffs["partition"], """\
+    check(
+        plan.diffs["partition"],
+        """\
  weight: f64[5, 8]
 +slice_to: f64[2, 2, 8] = slice_to(x, shard(11=0:2|2:4|4:6,10:11|6:10 dim=1))
 +slice_to_2: f64[2, 8] = slice_to(positions, shard(11=0:2|2:4|4:6,10:11|6:10 dim=0))
@@ -198,12 +221,15 @@ def test_partition(planned, check):
 +sum_across: f64[2, 5] = sum_across(mean_3, sp, 'sum')
 +mean_4: f64[2, 5] = div(sum_across, 11)
 +return [mean_4]
-""")
+""",
+    )
 
 
 def test_rewrite_attention(planned, check):
     plan = planned(averaged, *of_averaged())
-    check(plan.diffs["rewrite_attention"], """\
+    check(
+        plan.diffs["rewrite_attention"],
+        """\
  # y = sdpa(y, y, y, is_causal=True)
 -sdpa_2: f64[2, 2, 5] = sdpa(linear_2, linear_2, linear_2)  # ring, 11 x 11
 +reshape: f64[2, 1, 2, 5] = reshape(linear_2)
@@ -217,7 +243,8 @@ def test_rewrite_attention(planned, check):
 -mean_3: f64[2, 5] = sum(sdpa_2, [1])
 +mean_3: f64[2, 5] = sum(reshape_3, [1])
  sum_across: f64[2, 5] = sum_across(mean_3, sp, 'sum')
-""")
+""",
+    )
 
 
 # --- LOWERING -----------------------------------------------------------------------------------
@@ -225,7 +252,10 @@ def test_rewrite_attention(planned, check):
 
 def test_lower_collectives(planned, check):
     plan = planned(differences, random(2, 11, 8))
-    check(plan.diffs["lower_collectives"], """\
+    check(
+        plan.diffs["lower_collectives"],
+        """\
+ attention: (f64[2, 1, 3, 8], f64[2, 1, 3]) = mosaic.attention(x[:, 3:6], x[:, 3:6], x[:, 3:6],
      plan(ring q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
 -reshard: f64[2, 3, 8] = mosaic.reshard(attention[0], shard(10=0:3|3:6|6:9|9:10 dim=1),
 -    shard(10=0:2|2:5|5:8|8:10 dim=1))
@@ -241,12 +271,15 @@ def test_lower_collectives(planned, check):
 +wait_1: f64[12, 2, 1, 1, 8] = wait(all_gather)
 +cat_1: f64[10, 2, 1, 1, 8] = cat([wait_1[:2], wait_1[3:11]])
 +return [cat_1, x[:, 3:6], attention[1], attention[0]]
-""")
+""",
+    )
 
 
 def test_lower_attention(planned, check):
     plan = planned(attended, torch.randn(2, 5, 11, 8).double())
-    check(plan.diffs["lower_attention"], """\
+    check(
+        plan.diffs["lower_attention"],
+        """\
  # return sdpa(x, x, x)
 -attention: (f64[2, 5, 3, 8], f64[2, 5, 3]) = mosaic.attention(x[:, :, 3:6], x[:, :, 3:6], x[:, :,
 -    3:6], plan(ring q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
@@ -270,12 +303,15 @@ def test_lower_attention(planned, check):
 +add_7: f64[2, 5, 3, 8], add_8: f64[2, 5, 3] = fused[maximum eq .. 17 ops](add_5, flash_3, add_4)
 +all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(add_7, 4, sp)
  wait: f64[12, 2, 5, 1, 1, 8] = wait(all_gather)
-""")
+""",
+    )
 
 
 def test_overlap_waits_late(planned, check):
     plan = planned(two_sums, torch.randn(2, 11, 8).double())
-    check(plan.diffs["overlap"], """\
+    check(
+        plan.diffs["overlap"],
+        """\
  all_reduce: f64[2, 8] = all_reduce(sum_1, 'sum', sp)
 -wait: f64[2, 8] = wait(all_reduce)
  exp: f64[2, 3, 8] = exp(add_7)
@@ -283,12 +319,15 @@ def test_overlap_waits_late(planned, check):
  wait_1: f64[2, 8] = wait(all_reduce_1)
 +wait: f64[2, 8] = wait(all_reduce)
  div: f64[2, 8] = div(wait, wait_1)
-""")
+""",
+    )
 
 
 def test_overlap_reduces_gradients_together(planned, check):
     plan = planned(projected, torch.randn(2, 11, 8).double(), random(6, 8), random(5, 6), random(5))
-    check(plan.diffs["overlap backward"], """\
+    check(
+        plan.diffs["overlap backward"],
+        """\
  sum_1: f64[1, 5] = sum(tangents_1[:, 3:6], [0], True)
 -all_reduce: f64[5] = all_reduce(sum_1, 'sum', sp)
 -wait: f64[5] = wait(all_reduce)
@@ -302,4 +341,5 @@ def test_overlap_reduces_gradients_together(planned, check):
 +wait_11: f64[5, 6] = wait(all_reduce_coalesced[1])
 +wait_10: f64[5] = wait(all_reduce_coalesced[0])
 +return [None, wait_2, wait_11, wait_10]
-""")
+""",
+    )

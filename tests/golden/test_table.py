@@ -53,7 +53,9 @@ def shapes(plan: Plan) -> Iterator[tuple[str, list[int]]]:
 
 def test_forward(planned, contexts: list[Context], check):
     plan = planned(*block())
-    check(listing(plan.graphs["forward"], contexts[0], fold_waits=True, brief=True), """\
+    check(
+        listing(plan.graphs["forward"], contexts[0], fold_waits=True, brief=True),
+        """\
 x: f64[2, 11, 3, 8]
 # x = x + self.between_columns(x, x, x)[0]
 mm: f64[18, 24] = mm(x[:, 3:6], between_columns.in_proj_weight)
@@ -86,7 +88,8 @@ all_gather: f64[12, 6, 1, 1, 8] = all_gather(add_1, 4, sp)
 return [all_gather[:11], x[:, 3:6], _safe_softmax, bmm_1, add, mul_3, mm_2[1], mm_2[2], add_10,
     add_9, between_rows.out_proj.weight, add_9, between_rows.in_proj_weight,
     between_columns.out_proj.weight, mm[2], mul_1, mul_2]
-""")
+""",
+    )
 
 
 def test_columns_are_untouched(planned):

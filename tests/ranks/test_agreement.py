@@ -41,7 +41,7 @@ ranks of one sequence-parallel group were given different data: argument x
 
 def test_other_parameters(two: RankPool) -> None:
     assert_expected_inline(two.run(jobs.other_parameters, 2)[1], """\
-ranks of one sequence-parallel group were given different data: parameter or buffer self._modules['w']._parameters['bias']
+ranks of one sequence-parallel group were given different data: parameter or buffer w.bias
   ranks  [0] differ from rank 1
   fix    seed the ranks alike before building the model, or broadcast its state_dict""")
 

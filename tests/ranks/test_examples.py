@@ -1,0 +1,37 @@
+"""The examples run as a reader would run them. (.ci/run runs the quickstart as well.)"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str) -> str:
+    """What the example prints; it must end well."""
+    outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=outside, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_train_gpt() -> None:
+    said = run("examples/train_gpt.py", "--ranks", "2", "--steps", "3", "--length", "64")
+    before, after = map(float, re.findall(r"(?:before|steps) (\d+\.\d+)", said))
+    assert after < before, said
+
+
+@pytest.mark.full
+def test_quickstart() -> None:
+    said = run("examples/quickstart.py")
+    off = [float(x) for x in re.findall(r"(?:loss|gradients) (\d\.\de[+-]\d+)", said)]
+    assert len(off) == 2 and max(off) < 1e-10, said
+    assert "\x1b" not in said  # plain in a pipe
