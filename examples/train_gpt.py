@@ -46,7 +46,7 @@ def run(given: argparse.Namespace) -> None:
     options = {"spec": spec, "inner": given.inner}
     compiled = torch.compile(model, backend="mosaic", options=options)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     # Ranks that share a text must draw the same one: seed by dp_rank, never by the rank.
     texts = samples(text, given.batch, given.length, seed=ranks.dp_rank)
     losses: list[float] = []
@@ -108,7 +108,7 @@ def report(
     compiling: float,
     training: float,
 ) -> None:
-    last = losses[-5:]
+    last = losses[-10:]
     tokens = (len(losses) - 1) * given.batch * given.length * ranks.dp_size
     print(
         f"loss before {losses[0]:.3f}, after {len(losses)} steps {sum(last) / len(last):.3f}"

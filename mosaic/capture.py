@@ -32,6 +32,7 @@ from mosaic.torch_private import (
     placeholder_source,
     preserve_node_meta,
     recompute_marks,
+    rename_afresh,
     set_grad_enabled,
     tag_activation_checkpoint,
 )
@@ -209,8 +210,14 @@ def capture(module: fx.GraphModule) -> Captured:
         node.meta["is_state"] = given.is_state
         node.meta["requires_grad"] = isinstance(fake, torch.Tensor) and fake.requires_grad
     names = list(signature.user_inputs)
+    rename_afresh(traced.graph, {n: identifier(i.name) for n, i in zip(placeholders, inputs, strict=True)})
     mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
     return Captured(traced.graph, traced, inputs, mutated)
+
+
+def identifier(name: str) -> str:
+    """``layers.0.weight`` -> ``layers_0_weight``."""
+    return re.sub(r"\W+", "_", name).strip("_") or "value"
 
 
 def _empty(

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from math import gcd
 from typing import NamedTuple
 
 
@@ -296,6 +297,12 @@ class Place:
         if self.outer != 1 or self.inner == 1:
             return self
         return replace(self, layout=self.layout.scale(self.inner), inner=1)
+
+    def coarsened(self) -> Place:
+        """Undo ``refined``: the longest rows that no rank's interval tears."""
+        k = gcd(self.layout.n, *(bound for r in self.layout.ranks for i in r for bound in i))
+        coarse = self.layout.coarsen(k) if k > 1 else None
+        return replace(self, layout=coarse, inner=self.inner * k) if coarse else self
 
     def __str__(self) -> str:
         block = f" outer={self.outer} inner={self.inner}" if (self.outer, self.inner) != (1, 1) else ""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -14,12 +15,13 @@ from torch.fx.node import map_arg
 from mosaic.modes import modes_of
 from mosaic.torch_private import (
     FakeTensor,
+    FakeTensorMode,
     decompositions_for_inductor,
     fake_mode_of,
     make_fx,
     no_tracing_context,
     pytree,
-    rename,
+    rename_afresh,
 )
 
 #: What a new node takes over from the node that it is made for: its source line, and the marks of
@@ -57,22 +59,12 @@ def splice(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], args: tuple[A
 
     Gives what ``fn`` gives, with nodes for tensors. ``fn`` may make no tensor constants.
     """
-    flat, tree = pytree.tree_flatten(args)
-    inputs = [x for x in flat if isinstance(x, fx.Node)]
-
-    def traced(*tensors: torch.Tensor) -> Any:
-        given = iter(tensors)
-        filled = [next(given) if isinstance(x, fx.Node) else x for x in flat]
-        return fn(*pytree.tree_unflatten(filled, tree))
-
-    values = [x.meta["val"] for x in inputs]
-    with no_tracing_context(), fake_mode_of(values) or nullcontext(), torch.no_grad():
-        program = make_fx(traced, decomposition_table=decompositions_for_inductor())(*values)
-    program.graph.eliminate_dead_code()
+    inputs = [x for x in pytree.tree_leaves(args) if isinstance(x, fx.Node)]
+    program = traced(fn, args)
     copies: dict[fx.Node, Any] = {}
     unused = iter(inputs)
     with graph.inserting_before(node):
-        for step in program.graph.nodes:
+        for step in program.nodes:
             if step.op == "placeholder":
                 copies[step] = next(unused)
             elif step.op == "output":
@@ -83,6 +75,35 @@ def splice(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], args: tuple[A
                     graph, node, step.target, step_args, step_kwargs, val=step.meta["val"]
                 )
     raise AssertionError("a traced graph has an output")
+
+
+def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
+    """What ``fn(*args)`` does; equal calls (the layers of a model) are traced once per compilation."""
+    flat, tree = pytree.tree_flatten(args)
+    values = [x.meta["val"] for x in flat if isinstance(x, fx.Node)]
+    mode = fake_mode_of(values)
+    known = _traces.setdefault(mode, {}) if mode else {}
+    key = (fn, str(tree), *(_signature(x) if isinstance(x, fx.Node) else x for x in flat))
+    if key not in known:
+
+        def program(*tensors: torch.Tensor) -> Any:
+            given = iter(tensors)
+            filled = [next(given) if isinstance(x, fx.Node) else x for x in flat]
+            return fn(*pytree.tree_unflatten(filled, tree))
+
+        with no_tracing_context(), mode or nullcontext(), torch.no_grad():
+            made = make_fx(program, decomposition_table=decompositions_for_inductor())(*values)
+        made.graph.eliminate_dead_code()
+        known[key] = made.graph
+    return known[key]
+
+
+def _signature(node: fx.Node) -> tuple[object, ...]:
+    val = node.meta["val"]
+    return tuple(val.shape), tuple(val.stride()), val.dtype, val.device
+
+
+_traces: WeakKeyDictionary[FakeTensorMode, dict[Any, fx.Graph]] = WeakKeyDictionary()
 
 
 def name_of(target: Callable[..., Any]) -> str | None:
@@ -97,7 +118,8 @@ def is_tensor(value: object) -> bool:
 
 def rename_all(graph: fx.Graph) -> None:
     """Names without the numbers that replaced nodes left behind: ``y_1`` is ``y`` again if y is gone."""
-    for node in graph.nodes:
-        base = re.sub(r"_\d+$", "", node.name)
-        if node.op == "call_function" and base != node.name:
-            rename(node, base)
+    rename_afresh(graph, {n: re.sub(r"(_\d+)+$", "", n.name) for n in graph.nodes if is_call(n)})
+
+
+def is_call(node: fx.Node) -> bool:
+    return node.op == "call_function"

@@ -150,7 +150,6 @@ TABLE: dict[str, LocalForm] = {
     "triu": indexing.triangle,
     # views
     "view": views.view,
-    "reshape": views.view,
     "_unsafe_view": views.view,
     "expand": views.expand,
     "repeat": views.repeat,
@@ -229,7 +228,7 @@ TABLE: dict[str, LocalForm] = {
 #: Pointwise ops that torch does not tag so.
 POINTWISE = frozenset(
     "__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor "
-    "_to_copy alias clone detach detach_copy empty_like fill.Scalar fill.Tensor full_like lift_fresh_copy "
+    "_to_copy alias clone detach detach_copy empty_like fill.Scalar fill.Tensor full_like "
     "masked_fill.Scalar masked_fill.Tensor ones_like type_as where.self where.ScalarOther "
     "where.ScalarSelf where.Scalar zeros_like".split()
 )

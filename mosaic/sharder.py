@@ -52,6 +52,7 @@ class Sharder:
     _entered: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _written: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _seed: fx.Node | None = None
+    entered_bytes: int = 0  # of whole tensors whose gradients are summed across in backward
     current: fx.Node | None = None  # the global node at hand
 
     # --- the program -----------------------------------------------------------------------
@@ -182,6 +183,7 @@ class Sharder:
             return node
         if node not in self._entered:
             assert self.writer
+            self.entered_bytes += value.val.numel() * value.val.element_size()
             entered = self.writer.function(
                 node, collectives.enter, (node, self.writer.group), name=f"{node.name}_entered"
             )

@@ -11,6 +11,7 @@ from torch import fx
 
 FRAME = re.compile(r'  File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)\n\s+(?P<code>.+)')
 HERE = Path(__file__).resolve().parent
+INSIDE = (str(HERE), str(Path(torch.__file__).resolve().parent))
 LIBRARY = ("site-packages", "dist-packages", "<frozen", "<eval_with_key>")
 
 
@@ -31,8 +32,7 @@ def frames(node: fx.Node) -> list[Frame]:
         Frame(m["file"], int(m["line"]), m["function"], m["code"].strip())
         for m in FRAME.finditer(node.meta.get("stack_trace") or "")
     ]
-    inside = (str(HERE), str(Path(torch.__file__).resolve().parent))
-    return [f for f in found if not f.file.startswith(inside) and "<" not in f.file]
+    return [f for f in found if not f.file.startswith(INSIDE) and "<" not in f.file]
 
 
 def innermost(node: fx.Node) -> Frame | None:

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.func import functionalize
+from torch.fx.graph import _Namespace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.distributed.distributed_c10d import _get_default_store as default_store
@@ -60,7 +61,7 @@ __all__ = [
     "preserve_node_meta",
     "pytree",
     "recompute_marks",
-    "rename",
+    "rename_afresh",
     "reset_dynamo",
     "set_grad_enabled",
     "tag_activation_checkpoint",
@@ -122,9 +123,11 @@ def decompositions_for_inductor() -> dict[Any, Any]:
     return select_decomp_table()
 
 
-def rename(node: fx.Node, name: str) -> None:
-    """Give a node this name, or this name with a number if it is taken."""
-    node._rename(name)
+def rename_afresh(graph: fx.Graph, names: dict[fx.Node, str]) -> None:
+    """Name nodes as if no other names had been used before; a number is added where one is taken."""
+    graph._graph_namespace = _Namespace()
+    for node in graph.nodes:
+        node.name = graph._graph_namespace.create_name(names.get(node, node.name), node)
 
 
 encoder_layer_op = torch._transformer_encoder_layer_fwd

@@ -22,7 +22,7 @@ from mosaic.layout import Layout, Shard
 from mosaic.modes import Modes
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
-from mosaic.values import Axis, Value
+from mosaic.values import Collective, Value
 from mosaic.writer import Writer
 
 aten = torch.ops.aten
@@ -46,6 +46,8 @@ def partition(graph: fx.Graph, context: Context) -> int:
     erase(graph, old)
     rename_all(graph)
     context.collectives, context.gathered = sharder.collectives, sharder.gathered
+    if sharder.entered_bytes:
+        context.collectives.append(gradients_of(sharder, context))
     return len(sharder.collectives)
 
 
@@ -54,6 +56,14 @@ def nothing_cut(context: Context) -> Axis:
     and draw random numbers, which must be the same on every rank."""
     world = context.world
     return Axis("", world.mesh_axis, Layout.whole(1, world.size), "local")
+
+
+def gradients_of(sharder: Sharder, context: Context) -> Collective:
+    """What backward sums across the ranks: one all-reduce for each entered tensor, bucketed."""
+    p = context.world.size
+    sent = sharder.entered_bytes * 2 * (p - 1) // p
+    why = "gradients of whole tensors, in backward"
+    return Collective("all_reduce", context.axis.name, sent, why, "parameters")
 
 
 def result(sharder: Sharder, node: Any, context: Context, written_back: bool) -> Any:

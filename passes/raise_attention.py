@@ -24,6 +24,7 @@ from mosaic.rewrite import insert
 aten = torch.ops.aten
 MATMULS = (aten.bmm.default, aten.matmul.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+SDPA = aten.scaled_dot_product_attention.default
 PASSED = (aten.clone.default, aten.contiguous.default)
 
 
@@ -121,17 +122,26 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         mask = found.mask
         if found.keep is not None:
             mask = insert(graph, node, aten.logical_not.default, (found.keep,))
-        new = insert(
-            graph,
-            node,
-            aten.scaled_dot_product_attention.default,
-            (found.q, k, found.v, mask, found.dropout),
-            {"scale": found.scale},
-            name="attention",
-        )
-    new.meta.update({key: node.meta[key] for key in ("needs_gradient",) if key in node.meta})
-    new.meta["site"] = len(graph.nodes)
+        # Kernels take four dims, and nn.MultiheadAttention's bmm has three: one head each.
+        flat = node.meta["val"].ndim == 3
+        q, k, v, mask = (lifted(graph, node, x) if flat else x for x in (found.q, k, found.v, mask))
+        args = (q, k, v, mask, found.dropout)
+        new = insert(graph, node, SDPA, args, {"scale": found.scale}, name="attention")
+        new.meta["site"] = len(graph.nodes)
+        new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
+        if flat:
+            new = insert(graph, node, aten.squeeze.dim, (new, 1))
+            new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
     node.replace_all_uses_with(new)
+
+
+def lifted(graph: fx.Graph, like: fx.Node, x: fx.Node | None) -> fx.Node | None:
+    """``(n, s, d)`` as ``(n, 1, s, d)``; a mask of two dims broadcasts as it is."""
+    if x is None or x.meta["val"].ndim < 3:
+        return x
+    out = insert(graph, like, aten.unsqueeze.default, (x, 1))
+    out.meta["needs_gradient"] = x.meta.get("needs_gradient", True)
+    return out
 
 
 def transposed(graph: fx.Graph, like: fx.Node, kt: fx.Node) -> fx.Node:

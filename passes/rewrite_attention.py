@@ -86,7 +86,7 @@ def mask_of(graph: fx.Graph, node: fx.Node, mask: fx.Node | None, q: fx.Node) ->
     shape = [1] * (ndim - len(shape)) + shape
     if ndim == 3:
         return reshaped(graph, node, mask, [shape[0], 1, *shape[1:]])
-    if ndim > 4 and prod(shape[:-3]) > 1:
+    if ndim > 4 and prod(shape[:-3]) != 1:
         full = [*q.meta["val"].shape[:-3], *shape[-3:]]
         mask = insert(graph, node, aten.expand.default, (mask, full))
         return four_dims(graph, node, mask)

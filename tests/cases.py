@@ -98,6 +98,7 @@ CASES = {
     "table": (table, ROWS),
     "table_auto": (table, None),
     "table_few": (partial(table, split=8), ROWS),
+    "table_tiny": (partial(table, batch=1, rows=3, split=2), ROWS),
     "vit": (vit, None),
     "vit_mean": (partial(vit, pool="mean"), None),
 }

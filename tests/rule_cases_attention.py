@@ -57,3 +57,6 @@ add(
     f(2, 5, 4), f(2, 7, 4), f(2, 7, 4),
 )  # fmt: skip
 add("attention by hand", lambda x: ((x @ x.mT).softmax(-1) + 0.1) @ x, f(2, 5, 4))
+add("attention broadcast queries", sdpa, f(1, 3, 5, 4), f(2, 3, 7, 4), f(2, 3, 7, 4), pairs=False)
+add("attention broadcast heads", sdpa, f(2, 3, 5, 4), f(2, 1, 7, 4), f(2, 1, 7, 4), pairs=False)
+add("attention broadcast dropout", lambda q, k: sdpa(q, k, k, dropout_p=0.2), f(2, 3, 5, 4), f(1, 3, 7, 4), pairs=False, random=True)

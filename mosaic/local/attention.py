@@ -40,12 +40,15 @@ class Attention:
 
 
 def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
-    q, k, v = c["query"], c["key"], c["value"]
-    place = q.place.refined() if q.place else None
-    if place is None or place.dim < q.ndim - 2:
-        return over_other_dim(s, c, place)
+    c = unbroadcast(s, c)
+    if all(v.place is None for v in c.tensors()):
+        return whole(s, c)
+    q = c["query"]
+    if q.place is None or q.place.dim < q.ndim - 2:
+        return over_other_dim(s, c, q.place)
+    place = q.place.refined()
     if place.dim == q.ndim - 1 or (place.outer, place.inner) != (1, 1):
-        return s.gather_for(c, "cuts the head dim or a part of the attended dim")
+        return gathered(s, c, "cuts the head dim or a part of the attended dim")
     k, v, keys = with_keys(s, c, place)
     method = s.axis.method if k.place else "local"
     mask = c["attn_mask"]
@@ -55,6 +58,42 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
     q = s.at(q, place)
     found = attention(s, c, method, place.layout, keys, None)
     return marked(s, c, found, place, (q, k, v, mask))
+
+
+def unbroadcast(s: Sharder, c: Call) -> Call:
+    """Batches as long as the result's (a method may not broadcast them), and a mask of two dims."""
+    changed = {}
+    lead = list(c.val.shape[: -3 if c.val.ndim > 3 else -2])
+    for name in ("query", "key", "value"):
+        x = c[name]
+        heads = [x.shape[-3] if x.ndim > 2 else 1] if c.val.ndim > 3 else []
+        if name == "query" and heads:
+            heads = [c.val.shape[-3]]
+        want = [*lead, *heads, *x.shape[-2:]]
+        if list(x.shape) != want:
+            changed[name] = s.call(c, aten.expand.default, x, want)
+    mask = c["attn_mask"]
+    if mask is not None and mask.ndim < 2:
+        changed["attn_mask"] = s.call(c, aten.unsqueeze.default, mask, 0)
+    return c.replaced(changed)
+
+
+def gathered(s: Sharder, c: Call, reason: str) -> Value:
+    """Whole on every rank, and with dropout every rank must drop the same elements."""
+    c = s.with_whole_operands(c, reason)
+    return whole(s, c)
+
+
+def whole(s: Sharder, c: Call) -> Value:
+    if not c["dropout_p"]:
+        return s.emit(c, None, enter=False)
+    c = unbroadcast(s, c)
+    layouts = [Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key")]
+    found = attention(s, c, "local", *layouts, None)
+    place = Place(layouts[0], c.val.ndim - 2)
+    operands = tuple(c[n] for n in ("query", "key", "value", "attn_mask"))
+    out = marked(s, c, found, place, operands, enter=False)
+    return Value(out.val, None, out.node)
 
 
 def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
@@ -71,10 +110,10 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
     """The sharded axis is a batch or head dim of the queries (or no dim of them): local."""
     q, k, v, mask = c["query"], c["key"], c["value"], c["attn_mask"]
     if place is None:
-        return s.gather_for(c, "has whole queries and sharded keys")
+        return gathered(s, c, "has whole queries and sharded keys")
     from_end = q.ndim - place.dim
     if any(x.ndim < from_end or x.shape[-from_end] != q.shape[place.dim] for x in (k, v)):
-        return s.gather_for(c, "has fewer heads or batches of keys than of queries")
+        return gathered(s, c, "has fewer heads or batches of keys than of queries")
     q = s.at(q, place)
     k, v = (s.at(x, place.at(x.ndim - from_end)) for x in (k, v))
     if mask is not None:
@@ -122,12 +161,17 @@ def folded(place: Place, shape: torch.Size) -> Place:
     return out
 
 
-def marked(s: Sharder, c: Call, found: Attention, place: Place, operands: tuple) -> Value:
-    """The node stays an SDPA, with its decision on it: ``rewrite_attention`` makes the op."""
+def marked(
+    s: Sharder, c: Call, found: Attention, place: Place, operands: tuple, enter: bool = True
+) -> Value:
+    """The node stays an SDPA, with its decision on it: ``rewrite_attention`` makes the op.
+
+    ``enter``: every rank has a part of the work, and the gradients of whole operands are summed.
+    """
     s.attentions.append((found, c))
     if not s.writer:
         return Value(c.val, place)
-    nodes = [None if x is None else s.operand(x, True, c.like) for x in operands]
+    nodes = [None if x is None else s.operand(x, enter, c.like) for x in operands]
     shape = place.local_shape(c.val.shape, s.writer.rank)
     meta = {"attention": found, "seed": s.dropout_seed(c) if found.dropout else None}
     return Value(c.val, place, s.writer.marked(c.like, aten.scaled_dot_product_attention.default,

@@ -89,10 +89,6 @@ def computed_with_draws(s: Sharder, c: Call) -> Any:
 
 def attention_whole(s: Sharder, c: Call) -> Value:
     """A whole attention with dropout: every rank must drop the same elements."""
-    from mosaic.local.attention import attention, marked
+    from mosaic.local.attention import whole
 
-    layouts = [Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key")]
-    found = attention(s, c, "local", *layouts, None)
-    place = Place(layouts[0], c.val.ndim - 2)
-    out = marked(s, c, found, place, tuple(c[n] for n in ("query", "key", "value", "attn_mask")))
-    return Value(out.val, None, out.node)
+    return whole(s, c)

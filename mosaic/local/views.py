@@ -51,7 +51,11 @@ def view(s: Sharder, c: Call) -> Value:
     x, size = c["self"], c.val.shape
     if not x.val.numel():  # without elements there is no telling which dim became which
         return s.call(c, aten.reshape.default, s.gather(x, "is empty"), list(size))
-    place = viewed(x.place, x.shape, size) or split_axis(x.place, x.shape, size)
+    place = (
+        viewed(x.place, x.shape, size)
+        or viewed(x.place.coarsened(), x.shape, size)
+        or split_axis(x.place, x.shape, size)
+    )
     if place is None:
         return s.gather_for(c, f"tears the axis apart: {list(x.shape)} -> {list(size)}")
     reshape = Call(aten.reshape.default, (x, s.local(size, place)), {}, c.val, c.like)
