@@ -2,6 +2,8 @@
 
     python examples/quickstart.py
     torchrun --nproc-per-node=4 examples/quickstart.py
+
+Alone it starts 4 processes on this machine; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 import mosaic
 from mosaic.plan import Plan
 
+Arguments = tuple[Tensor, Tensor, int]
 SPEC = {"inputs": {"x": "batch rows columns"}, "axes": {"rows": "ring"}}
 
 
@@ -74,7 +77,7 @@ def new_model() -> nn.Module:
     return TableModel().double()
 
 
-def patients() -> tuple[tuple[Tensor, Tensor, int], Tensor]:
+def patients() -> tuple[Arguments, Tensor]:
     """The model's arguments (30 measurements of each patient, the diagnoses of the training rows,
     which come first, and their number), and the diagnoses of the test rows."""
     features, diagnoses = load_breast_cancer(return_X_y=True)
@@ -93,7 +96,7 @@ class Result:
 
 
 def measured(
-    called: Callable[..., Tensor], model: nn.Module, table: tuple[Tensor, Tensor, int], targets: Tensor
+    called: Callable[..., Tensor], model: nn.Module, table: Arguments, targets: Tensor
 ) -> Result:
     """Loss, gradients, bytes kept for backward, and the time of the first and of a later step."""
 
@@ -160,9 +163,11 @@ def show_results(plain: Result, alone: Result, sharded: Result, ranks: int, inne
     table.add_row(f"first step, inner={inner}", *(f"{r.first:.2f} s" for r in results))
     table.add_row("a later step", *(f"{r.step:.2f} s" for r in results))
     show(table)
+    loss = difference([plain.loss], [sharded.loss])
+    gradients = difference(plain.gradients, sharded.gradients)
     show(
-        f"largest difference to plain PyTorch: loss {difference([plain.loss], [sharded.loss]):.1e}, "
-        f"all {len(plain.gradients)} gradients {difference(plain.gradients, sharded.gradients):.1e}"
+        f"largest difference to plain PyTorch: loss {loss:.1e}, "
+        f"all {len(plain.gradients)} gradients {gradients:.1e}"
     )
 
 

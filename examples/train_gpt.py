@@ -1,7 +1,9 @@
 """Trains a small GPT, letter by letter, on the help texts that come with Python.
 
     python examples/train_gpt.py --ranks 4 --steps 60
-    torchrun --nproc-per-node=4 examples/train_gpt.py --sp-size 2      two texts at a time, each over 2 ranks
+    torchrun --nproc-per-node=4 examples/train_gpt.py --sp-size 2
+
+The second trains on two batches at a time, each over 2 ranks.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import mosaic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=4, help="processes to start (torchrun has its own)")
-    parser.add_argument("--sp-size", type=int, help="ranks that share one text; all of them by default")
+    parser.add_argument("--ranks", type=int, default=4, help="processes to start")
+    parser.add_argument("--sp-size", type=int, help="ranks that share one text")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--length", type=int, default=256, help="letters of one text")
     parser.add_argument("--batch", type=int, default=4, help="texts per step")
@@ -39,9 +41,7 @@ def run(given: argparse.Namespace) -> None:
     device = ranks.device
     text = letters().to(device)
     torch.manual_seed(0)  # ranks that share a text must build the same model
-    model = GPT(
-        vocab=128, context=given.length, embed=128, heads=4, layers=2, dropout=0.1
-    ).to(device)
+    model = GPT(vocab=128, context=given.length, embed=128, layers=2, dropout=0.1).to(device)
     spec = mosaic.ShardingSpec(inputs={"ids": "batch tokens"}, axes={"tokens": "ring"})
     options = {"spec": spec, "inner": given.inner}
     compiled = torch.compile(model, backend="mosaic", options=options)

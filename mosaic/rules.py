@@ -133,7 +133,10 @@ TABLE: dict[str, LocalForm] = {
     # normalisation and probabilities
     "layer_norm": normalization.layer_norm,
     "rms_norm": normalization.layer_norm,
+    "group_norm": normalization.group_norm,
     "_native_batch_norm_legit_functional": normalization.batch_norm,
+    "_native_batch_norm_legit.no_stats": normalization.batch_norm,
+    "_native_batch_norm_legit_no_training": normalization.batch_norm,
     "softmax.int": normalization.softmax,
     "log_softmax.int": normalization.log_softmax,
     "_softmax": normalization.softmax,
@@ -185,6 +188,8 @@ TABLE: dict[str, LocalForm] = {
     "std.correction": reductions.std,
     "std.dim": reductions.std,
     "std": reductions.std,
+    "var_mean.correction": reductions.var_mean,
+    "std_mean.correction": reductions.var_mean,
     "amax": reductions.extreme,
     "amin": reductions.extreme,
     "max": reductions.extreme,
@@ -214,6 +219,7 @@ TABLE: dict[str, LocalForm] = {
     "glu": along("dim"),
     # losses
     "cross_entropy_loss": losses.cross_entropy,
+    "nll_loss_nd": losses.cross_entropy,
     # convolutions: batches are free
     "conv1d": normalization.convolution,
     "conv2d": normalization.convolution,

@@ -23,7 +23,6 @@ from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
-from torch.func import functionalize
 from torch.fx.graph import _Namespace
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
@@ -51,9 +50,7 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "fake_mode_of",
-    "functionalize",
     "has_decomposition",
-    "is_composite",
     "make_fx",
     "multi_head_attention_op",
     "no_tracing_context",
@@ -105,13 +102,9 @@ def has_decomposition(op: Any) -> bool:
     return op in decomposition_table or op._can_decompose()
 
 
-def is_composite(op: Any) -> bool:
-    """Whether ATen itself says the op in terms of others (in C++, with derivatives)."""
-    return op._can_decompose()
-
-
 def decompose_op(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if is_composite(op):
+    """By ATen's own composite, which has derivatives, or by torch's table in Python."""
+    if op._can_decompose():
         return op.decompose(*args, **kwargs)
     return decomposition_table[op](*args, **kwargs)
 

@@ -22,7 +22,7 @@ from mosaic.layout import Layout, Shard
 from mosaic.modes import Modes
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
-from mosaic.values import Collective, Value
+from mosaic.values import Axis, Collective, Value
 from mosaic.writer import Writer
 
 aten = torch.ops.aten

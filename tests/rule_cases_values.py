@@ -42,6 +42,8 @@ add("layer_norm", lambda x, w, c: F.layer_norm(x, (4,), w, c), f(2, 5, 4), f(4),
 add("layer_norm two dims", lambda x: F.layer_norm(x, (5, 4)), f(2, 5, 4))
 add("rms_norm", lambda x, w: F.rms_norm(x, (4,), w), f(2, 5, 4), f(4))
 add("group_norm", lambda x, w, c: F.group_norm(x, 2, w, c), f(2, 4, 5), f(4), f(4))
+add("group_norm batches", lambda x, w: F.group_norm(x, 2, w), f(5, 4), f(4))
+add("group_norm image", lambda x: F.group_norm(x, 3), f(4, 6, 5, 2))
 add("instance_norm", lambda x: F.instance_norm(x), f(2, 4, 5))
 add("normalize", lambda x: F.normalize(x, dim=-1), f(5, 4))
 add("cosine_similarity", lambda x, y: F.cosine_similarity(x, y, -1), f(5, 4), f(5, 4))

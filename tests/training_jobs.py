@@ -1,4 +1,4 @@
-"""What one rank does in the tests of training: whole steps with an optimizer, and what they keep."""
+"""What one rank does in the tests of training: steps with an optimizer, and what they keep."""
 
 from __future__ import annotations
 

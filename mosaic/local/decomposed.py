@@ -13,9 +13,7 @@ from mosaic.values import Call, Value, recipe
 from mosaic.torch_private import (
     decompose_op,
     fake_mode_of,
-    functionalize,
     has_decomposition,
-    is_composite,
     make_fx,
     pytree,
 )
@@ -34,9 +32,8 @@ def decomposed(s: Sharder, c: Call) -> Any:
         return decompose_op(c.target, args, kwargs)
 
     with fake_mode_of([t.val for t in tensors]), modes_of(c.like.meta.get("modes")):
-        # A composite op traced before dispatch would only be written down as itself.
-        early = not is_composite(c.target)
-        traced = make_fx(functionalize(program), pre_dispatch=early)(*[t.val for t in tensors])
+        # Not pre_dispatch: a composite op would only be written down as itself.
+        traced = make_fx(program)(*[t.val for t in tensors])
     if not all(is_usable(n.target, c.target) for n in traced.graph.nodes if n.op == "call_function"):
         return s.gather_for(c, "has no rule")
     return run(s, c, traced.graph, tensors)

@@ -23,8 +23,11 @@ def layer_norm(s: Sharder, c: Call) -> Value:
 
 def others_whole(s: Sharder, c: Call) -> dict[str, Value]:
     """Weights, biases and buffers: they may be sharded along a dim of their own."""
-    others = {n: v for n, v in c.bound.items() if isinstance(v, Value) and n != "input"}
-    return {n: s.gather(v, "a weight that all ranks need", c.like) for n, v in others.items()}
+    return {n: s.gather(v, "a weight that all ranks need", c.like) for n, v in others(c).items()}
+
+
+def others(c: Call) -> dict[str, Value]:
+    return {n: v for n, v in c.bound.items() if isinstance(v, Value) and n != "input"}
 
 
 def softmax(s: Sharder, c: Call) -> Value:
@@ -52,31 +55,58 @@ def shifted(s: Sharder, c: Call, x: Value, dim: int) -> Value:
 
 
 def batch_norm(s: Sharder, c: Call) -> Any:
-    """Batch statistics over the axis are global; the running buffers stay whole."""
-    x, training = c["input"], c["training"]
-    if x.place is None or x.place.dim == 1:
-        return s.gather_for(c, "normalises over the axis")
-    if not training:
-        return s.emit(c, (x.place, None, None, None, None), **others_whole(s, c))
+    """Channels are free. Batch statistics over the axis are global; running buffers stay whole."""
+    x = c["input"]
+    if x.place is None or (x.place.dim == 1 and 0 in x.place.layout.lengths):
+        return s.gather_for(c, "has no channels on some rank")
+    if x.place.dim == 1:
+        there = {n: s.at(v, x.place.at(0)) for n, v in others(c).items()}
+        return s.emit(c, tuple(x.place.at(0) if v.ndim == 1 else x.place for v in c.val), **there)
+    if c.bound.get("training", "running_mean" not in c.bound):
+        return trained(s, c, x)
+    # Written out: on the CPU the op's own backward kills the process on an empty shard.
+    mean, var = c["running_mean"], c["running_var"]
+    rstd = s.call(c, aten.rsqrt.default, s.call(c, aten.add.Tensor, var, c["eps"]))
+    return (scaled(s, c, x, mean, rstd), mean, rstd, mean, var)[: len(c.val)]
+
+
+def trained(s: Sharder, c: Call, x: Value) -> tuple[Value, ...]:
     dims = [d for d in range(x.ndim) if d != 1]
     mean = s.call(c, aten.mean.dim, x, dims, False)
     var = s.call(c, aten.var.correction, x, dims, correction=0)
     rstd = s.call(c, aten.rsqrt.default, s.call(c, aten.add.Tensor, var, c["eps"]))
-    out = s.call(c, aten.sub.Tensor, x, along(s, c, mean, x.ndim))
-    out = s.call(c, aten.mul.Tensor, out, along(s, c, rstd, x.ndim))
-    if c["weight"] is not None:
-        out = s.call(c, aten.mul.Tensor, out, along(s, c, c["weight"], x.ndim))
-    if c["bias"] is not None:
-        out = s.call(c, aten.add.Tensor, out, along(s, c, c["bias"], x.ndim))
+    out = scaled(s, c, x, mean, rstd)
+    if c.bound.get("running_mean") is None:
+        return out, mean, rstd
     n = x.val.numel() // x.shape[1]
     unbiased = s.call(c, aten.mul.Tensor, var, n / max(n - 1, 1))
-    return (
-        out,
-        mean,
-        rstd,
-        running(s, c, c["running_mean"], mean),
-        running(s, c, c["running_var"], unbiased),
-    )
+    buffers = running(s, c, c["running_mean"], mean), running(s, c, c["running_var"], unbiased)
+    return out, mean, rstd, *buffers
+
+
+def scaled(s: Sharder, c: Call, x: Value, mean: Value, rstd: Value) -> Value:
+    out = s.call(c, aten.sub.Tensor, x, along(s, c, mean, x.ndim))
+    return affine(s, c, s.call(c, aten.mul.Tensor, out, along(s, c, rstd, x.ndim)))
+
+
+def affine(s: Sharder, c: Call, x: Value) -> Value:
+    if c["weight"] is not None:
+        x = s.call(c, aten.mul.Tensor, x, along(s, c, c["weight"], x.ndim))
+    return x if c["bias"] is None else s.call(c, aten.add.Tensor, x, along(s, c, c["bias"], x.ndim))
+
+
+def group_norm(s: Sharder, c: Call) -> Value:
+    """Batches are free; over the axis itself each group's moments meet across ranks."""
+    x = c["input"]
+    if x.place is None or x.place.dim == 1:
+        return s.gather_for(c, "cuts its groups")
+    if x.place.dim == 0:
+        return s.emit(c, x.place, **others_whole(s, c))
+    flat = s.call(c, aten.view.default, x, [x.shape[0], c["num_groups"], -1])
+    var, mean = s.call(c, aten.var_mean.correction, flat, [2], correction=0, keepdim=True)
+    rstd = s.call(c, aten.rsqrt.default, s.call(c, aten.add.Tensor, var, c["eps"]))
+    out = s.call(c, aten.mul.Tensor, s.call(c, aten.sub.Tensor, flat, mean), rstd)
+    return affine(s, c, s.call(c, aten.view.default, out, list(x.shape)))
 
 
 def along(s: Sharder, c: Call, stat: Value, ndim: int) -> Value:

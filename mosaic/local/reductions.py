@@ -105,6 +105,15 @@ def var(s: Sharder, c: Call) -> Value:
     return cast(s, c, variance(s, c)) if c["self"].place.dim in dims else free(s, c, dims)
 
 
+def var_mean(s: Sharder, c: Call) -> tuple[Value, Value]:
+    x, dims = c["self"], reduced_dims(c)
+    if x.place.dim not in dims:
+        return free(s, c, dims)
+    mean = s.call(c, aten.mean.dim, x, dims, bool(c.bound.get("keepdim")))
+    spread = variance(s, c)
+    return (s.call(c, aten.sqrt.default, spread) if "std" in c.name else spread), mean
+
+
 def std(s: Sharder, c: Call) -> Value:
     dims = reduced_dims(c)
     if c["self"].place.dim not in dims:

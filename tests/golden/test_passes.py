@@ -108,8 +108,12 @@ def test_raise_attention(planned, check):
 -softmax: f64[2, 11, 9] = softmax(add, -1)
 -matmul_1: f64[2, 11, 5] = matmul(softmax, v)
 -return [matmul_1]
-+attention: f64[2, 11, 5] = sdpa(q, k, v, mask, scale=0.5)
-+return [attention]
++unsqueeze: f64[2, 1, 11, 8] = unsqueeze(q, 1)
++unsqueeze_1: f64[2, 1, 9, 8] = unsqueeze(k, 1)
++unsqueeze_2: f64[2, 1, 9, 5] = unsqueeze(v, 1)
++attention: f64[2, 1, 11, 5] = sdpa(unsqueeze, unsqueeze_1, unsqueeze_2, mask, scale=0.5)
++squeeze: f64[2, 11, 5] = squeeze(attention, 1)
++return [squeeze]
 """,
     )
 
@@ -120,7 +124,7 @@ def test_infer_axes(planned, axes, check):
     check(
         f"{found.name}: {found.layout} {found.method} seeds {found.seeds}",
         """\
-x.1: 11=0:3|3:6|6:9|9:11 ring seeds (('arg0_1', 1),)
+x.1: 11=0:3|3:6|6:9|9:11 ring seeds (('x', 1),)
 """,
     )
 
@@ -204,23 +208,23 @@ def test_partition(planned, check):
         """\
  weight: f64[5, 8]
 +slice_to: f64[2, 2, 8] = slice_to(x, shard(11=0:2|2:4|4:6,10:11|6:10 dim=1))
-+slice_to_2: f64[2, 8] = slice_to(positions, shard(11=0:2|2:4|4:6,10:11|6:10 dim=0))
++slice_to_1: f64[2, 8] = slice_to(positions, shard(11=0:2|2:4|4:6,10:11|6:10 dim=0))
  # y = F.linear(x + positions, weight)
 -add: f64[2, 11/sp, 8] = add(x, positions)
 -linear: f64[2, 11/sp, 5] = linear(add, weight)
-+add_2: f64[2, 2, 8] = add(slice_to, slice_to_2)
-+arg2_1_entered: f64[5, 8] = enter(weight, sp)
-+linear_2: f64[2, 2, 5] = linear(add_2, arg2_1_entered)
++add: f64[2, 2, 8] = add(slice_to, slice_to_1)
++weight_entered: f64[5, 8] = enter(weight, sp)
++linear: f64[2, 2, 5] = linear(add, weight_entered)
  # y = sdpa(y, y, y, is_causal=True)
 -sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # ring, causal
-+sdpa_2: f64[2, 2, 5] = sdpa(linear_2, linear_2, linear_2)  # ring, 11 x 11
++sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # ring, 11 x 11
  # return y.mean(dim=1)
 -mean: f64[2, 5] = mean(sdpa, [1])
 -return [mean]
-+mean_3: f64[2, 5] = sum(sdpa_2, [1])
-+sum_across: f64[2, 5] = sum_across(mean_3, sp, 'sum')
-+mean_4: f64[2, 5] = div(sum_across, 11)
-+return [mean_4]
++mean: f64[2, 5] = sum(sdpa, [1])
++sum_across: f64[2, 5] = sum_across(mean, sp, 'sum')
++mean_1: f64[2, 5] = div(sum_across, 11)
++return [mean_1]
 """,
     )
 
@@ -231,18 +235,18 @@ def test_rewrite_attention(planned, check):
         plan.diffs["rewrite_attention"],
         """\
  # y = sdpa(y, y, y, is_causal=True)
--sdpa_2: f64[2, 2, 5] = sdpa(linear_2, linear_2, linear_2)  # ring, 11 x 11
-+reshape: f64[2, 1, 2, 5] = reshape(linear_2)
-+reshape_1: f64[2, 1, 2, 5] = reshape(linear_2)
-+reshape_2: f64[2, 1, 2, 5] = reshape(linear_2)
+-sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # ring, 11 x 11
++reshape: f64[2, 1, 2, 5] = reshape(linear)
++reshape_1: f64[2, 1, 2, 5] = reshape(linear)
++reshape_2: f64[2, 1, 2, 5] = reshape(linear)
 +attention: (f64[2, 1, 2, 5], f64[2, 1, 2]) = mosaic.attention(reshape, reshape_1, reshape_2,
 +    plan(ring causal q,k=11=0:2|2:4|4:6,10:11|6:10 scale=0.4472))
 +getitem: f64[2, 1, 2, 5] = attention[0]
 +reshape_3: f64[2, 2, 5] = reshape(getitem)
  # return y.mean(dim=1)
--mean_3: f64[2, 5] = sum(sdpa_2, [1])
-+mean_3: f64[2, 5] = sum(reshape_3, [1])
- sum_across: f64[2, 5] = sum_across(mean_3, sp, 'sum')
+-mean: f64[2, 5] = sum(sdpa, [1])
++mean: f64[2, 5] = sum(reshape_3, [1])
+ sum_across: f64[2, 5] = sum_across(mean, sp, 'sum')
 """,
     )
 

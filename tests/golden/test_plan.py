@@ -38,6 +38,7 @@ x.1 26 x 26 ring full 179712 B
 x.1 11 x 26 ring full 179712 B
 3 x all_reduce x.1 180 B: sum over the axis
 1 x all_gather x.1 396 B: an output is whole
+1 x all_reduce x.1 336768 B: gradients of whole tensors, in backward
 """,
     )
 
@@ -53,6 +54,7 @@ ids.1 37 x 37 ring causal 31968 B
 1 x all_reduce ids.1 12 B: sum of the losses
 1 x all_reduce ids.1 12 B: sum over the axis
 1 x all_gather ids.1 15318 B: an output is whole
+1 x all_reduce ids.1 199008 B: gradients of whole tensors, in backward
 """,
     )
 
@@ -68,6 +70,7 @@ ids.1 37 x 37 ring causal 7104 B
 1 x all_reduce ids.1 12 B: sum of the losses
 1 x all_reduce ids.1 12 B: sum over the axis
 1 x all_gather ids.1 21534 B: an output is whole
+1 x all_reduce ids.1 260736 B: gradients of whole tensors, in backward
 """,
     )
 
@@ -84,6 +87,7 @@ dim 2 of view 17 x 17 ring full 19584 B
 1 x slice dim 2 of view 192 B: gradient of a whole value that is used in parts
 1 x slice dim 2 of view 3264 B: gradient of a whole value that is used in parts
 1 x all_reduce dim 2 of view 1152 B: sum over the axis
+1 x all_reduce dim 2 of view 305664 B: gradients of whole tensors, in backward
 """,
     )
 

@@ -59,35 +59,33 @@ def test_forward(planned, contexts: list[Context], check):
 x: f64[2, 11, 3, 8]
 # x = x + self.between_columns(x, x, x)[0]
 mm: f64[18, 24] = mm(x[:, 3:6], between_columns.in_proj_weight)
-mul_1: f64[6, 3, 8], mul_2: f64[6, 8, 3] = fused[mul mul mul](mm[0], mm[1])
-bmm: f64[6, 3, 3] = bmm(mul_1, mul_2)
-_safe_softmax: f64[6, 3, 3] = _safe_softmax(bmm, -1)
-bmm_1: f64[6, 3, 8] = bmm(_safe_softmax, mm[2])
-mm_1: f64[18, 8] = mm(bmm_1, between_columns.out_proj.weight)
+mul: f64[6, 3, 8] = mul(mm[0], 0.3536)
+flash: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul, mm[1], mm[2], scale=1)
+mm_1: f64[18, 8] = mm(flash[0], between_columns.out_proj.weight)
 add: f64[6, 3, 8] = add(x[:, 3:6], mm_1)
 # return x + self.between_rows(x, x, x)[0]
 mm_2: f64[18, 24] = mm(add, between_rows.in_proj_weight)
-mul_3: f64[6, 3, 8] = mul(mm_2[0], 0.3536)
+mul_1: f64[6, 3, 8] = mul(mm_2[0], 0.3536)
 cat: f64[288] = cat([mm_2[1], mm_2[2]])
 all_to_all: f64[288] = shift(cat, to=2, from=0, sp)
-flash: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_3, cat[:144], cat[144:], scale=1)
+flash_1: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, cat[:144], cat[144:], scale=1)
 all_to_all_1: f64[192] = shift(all_to_all, to=2, from=0, sp)
-flash_1: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_3, all_to_all[:144], all_to_all[144:],
+flash_2: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, all_to_all[:144], all_to_all[144:],
     scale=1)
-add_3: f64[6, 1, 3, 8], add_4: f64[6, 1, 3] = fused[maximum eq .. 17 ops](flash, flash_1)
+add_3: f64[6, 1, 3, 8], add_4: f64[6, 1, 3] = fused[maximum eq .. 17 ops](flash_1, flash_2)
 all_to_all_2: f64[288] = shift(all_to_all_1, to=2, from=0, sp)
-flash_2: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_3, all_to_all_1[:96], all_to_all_1[96:],
+flash_3: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, all_to_all_1[:96], all_to_all_1[96:],
     scale=1)
-add_6: f64[6, 1, 3, 8], add_7: f64[6, 1, 3] = fused[maximum eq .. 17 ops](add_4, flash_2, add_3)
-flash_3: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_3, all_to_all_2[:144], all_to_all_2[144:],
+add_6: f64[6, 1, 3, 8], add_7: f64[6, 1, 3] = fused[maximum eq .. 17 ops](add_4, flash_3, add_3)
+flash_4: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, all_to_all_2[:144], all_to_all_2[144:],
     scale=1)
-add_9: f64[6, 1, 3, 8], add_10: f64[6, 1, 3] = fused[maximum eq .. 17 ops](add_7, flash_3, add_6)
+add_9: f64[6, 1, 3, 8], add_10: f64[6, 1, 3] = fused[maximum eq .. 17 ops](add_7, flash_4, add_6)
 mm_3: f64[18, 8] = mm(add_9, between_rows.out_proj.weight)
 add_1: f64[6, 3, 8] = add(add, mm_3)
 all_gather: f64[12, 6, 1, 1, 8] = all_gather(add_1, 4, sp)
-return [all_gather[:11], x[:, 3:6], _safe_softmax, bmm_1, add, mul_3, mm_2[1], mm_2[2], add_10,
-    add_9, between_rows.out_proj.weight, add_9, between_rows.in_proj_weight,
-    between_columns.out_proj.weight, mm[2], mul_1, mul_2]
+return [all_gather[:11], x[:, 3:6], mul, mm[1], mm[2], flash[1], flash[0], add, mul_1, mm_2[1],
+    mm_2[2], add_10, add_9, between_rows.out_proj.weight, add_9, between_rows.in_proj_weight,
+    between_columns.out_proj.weight, flash[0]]
 """,
     )
 

@@ -1,0 +1,27 @@
+"""``python -m mosaic``: print the table of rules, one line per op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from mosaic.rules import TABLE, Rule
+
+
+def said(form: Callable[..., Any]) -> str:
+    """A rule's own text, or the first line of what its function says."""
+    if isinstance(form, Rule):
+        return str(form)
+    if isinstance(form, partial):
+        form = form.func
+    return (form.__doc__ or "").strip().split("\n")[0]
+
+
+def table() -> str:
+    width = max(map(len, TABLE))
+    return "\n".join(f"{name:<{width}}  {said(form)}" for name, form in TABLE.items())
+
+
+if __name__ == "__main__":
+    print(table())
