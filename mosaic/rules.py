@@ -105,6 +105,7 @@ def rule(text: str, whole: str = "", bias: str = "") -> Rule:
 
 
 def matmul(s: Sharder, c: Call) -> Value:
+    """Rows, columns and batches are free; the dim that is summed over makes partial sums."""
     x, y = (1 if c[n].ndim == 1 else 2 for n in ("self", "other"))
     return MATMUL[x, y](s, c)
 

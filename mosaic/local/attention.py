@@ -40,6 +40,7 @@ class Attention:
 
 
 def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
+    """Batches and heads are free; along the attended axis by a method."""
     c = unbroadcast(s, c)
     if all(v.place is None for v in c.tensors()):
         return whole(s, c)

@@ -45,6 +45,7 @@ def along(s: Sharder, v: Value, place, rank: int, size: int) -> Value:
 
 
 def index_select(s: Sharder, c: Call) -> Value:
+    """The axis of the index is free, and so are dims that are not selected from."""
     x, dim = c["self"], c["dim"] % c["self"].ndim
     if c["index"].place is not None:
         whole = s.gather(x, "is looked up by positions of other ranks", c.like)
@@ -55,6 +56,7 @@ def index_select(s: Sharder, c: Call) -> Value:
 
 
 def gather(s: Sharder, c: Call) -> Value:
+    """Every dim but the one that is looked up along is free."""
     x, where, dim = c["self"], c["index"], c["dim"] % c["self"].ndim
     place = where.place or x.place
     if place.dim == dim:

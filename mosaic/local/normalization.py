@@ -31,6 +31,7 @@ def others(c: Call) -> dict[str, Value]:
 
 
 def softmax(s: Sharder, c: Call) -> Value:
+    """Over the axis: the maximum and the sum meet across ranks."""
     x, dim = c["self"], c["dim"] % c["self"].ndim
     if dim != x.place.dim:
         return s.emit(c, x.place)
@@ -40,6 +41,7 @@ def softmax(s: Sharder, c: Call) -> Value:
 
 
 def log_softmax(s: Sharder, c: Call) -> Value:
+    """Over the axis: the maximum and the sum meet across ranks."""
     x, dim = c["self"], c["dim"] % c["self"].ndim
     if dim != x.place.dim:
         return s.emit(c, x.place)
@@ -120,6 +122,7 @@ def running(s: Sharder, c: Call, old: Value, new: Value) -> Value:
 
 
 def convolution(s: Sharder, c: Call) -> Value:
+    """Batches are free; no halo yet along the axis."""
     x = c["input"]
     if x.place is None or x.place.dim != 0 or x.ndim < 3:
         return s.gather_for(c, "slides over the axis")

@@ -31,6 +31,7 @@ def free(s: Sharder, c: Call, dims: list[int]) -> Any:
 
 
 def along(s: Sharder, c: Call, name: str) -> Any:
+    """Works along one dim: every other dim is free."""
     x = c["self"]
     dim = c.bound.get(name)
     if dim is None or dim % x.ndim == x.place.dim:
@@ -44,6 +45,7 @@ def first(val: Any) -> torch.Tensor:
 
 
 def along_dims(s: Sharder, c: Call) -> Any:
+    """Works along some dims: every other dim is free."""
     dims = reduced_dims(c)
     if c["self"].place.dim in dims:
         return s.gather_for(c, "works along the axis")
@@ -51,6 +53,7 @@ def along_dims(s: Sharder, c: Call) -> Any:
 
 
 def total(s: Sharder, c: Call) -> Value:
+    """Partial sums meet in one all-reduce."""
     dims = reduced_dims(c)
     if c["self"].place.dim not in dims:
         return free(s, c, dims)
@@ -64,6 +67,7 @@ def summed(s: Sharder, c: Call, x: Value, dims: list[int], keepdim: bool, dtype:
 
 
 def mean(s: Sharder, c: Call) -> Value:
+    """The sum over the axis, by the global count."""
     x, dims = c["self"], reduced_dims(c)
     if x.place.dim not in dims:
         return free(s, c, dims)
@@ -101,11 +105,13 @@ def correction(c: Call) -> float:
 
 
 def var(s: Sharder, c: Call) -> Value:
+    """Two passes over the axis: the mean, then squares about it."""
     dims = reduced_dims(c)
     return cast(s, c, variance(s, c)) if c["self"].place.dim in dims else free(s, c, dims)
 
 
 def var_mean(s: Sharder, c: Call) -> tuple[Value, Value]:
+    """The variance (or its root) and the mean."""
     x, dims = c["self"], reduced_dims(c)
     if x.place.dim not in dims:
         return free(s, c, dims)
@@ -115,6 +121,7 @@ def var_mean(s: Sharder, c: Call) -> tuple[Value, Value]:
 
 
 def std(s: Sharder, c: Call) -> Value:
+    """The root of the variance."""
     dims = reduced_dims(c)
     if c["self"].place.dim not in dims:
         return free(s, c, dims)
@@ -168,6 +175,7 @@ def local_extreme(x: torch.Tensor, dims: list[int], largest: bool) -> torch.Tens
 
 
 def any_(s: Sharder, c: Call) -> Value:
+    """A count of hits meets across ranks."""
     dims = reduced_dims(c)
     if c["self"].place.dim not in dims:
         return free(s, c, dims)
@@ -177,6 +185,7 @@ def any_(s: Sharder, c: Call) -> Value:
 
 
 def all_(s: Sharder, c: Call) -> Value:
+    """A count of misses meets across ranks."""
     dims = reduced_dims(c)
     if c["self"].place.dim not in dims:
         return free(s, c, dims)
@@ -186,6 +195,7 @@ def all_(s: Sharder, c: Call) -> Value:
 
 
 def logsumexp(s: Sharder, c: Call) -> Value:
+    """The maximum and the sum of exponentials meet across ranks."""
     dims = reduced_dims(c)
     if c["self"].place.dim not in dims:
         return free(s, c, dims)

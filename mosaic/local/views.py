@@ -48,6 +48,7 @@ def split_axis(place: Place, before: torch.Size, after: torch.Size) -> Place | N
 
 
 def view(s: Sharder, c: Call) -> Value:
+    """Free if the axis survives as one run of elements, or splits where no interval is torn."""
     x, size = c["self"], c.val.shape
     if not x.val.numel():  # without elements there is no telling which dim became which
         return s.call(c, aten.reshape.default, s.gather(x, "is empty"), list(size))
@@ -63,6 +64,7 @@ def view(s: Sharder, c: Call) -> Value:
 
 
 def expand(s: Sharder, c: Call) -> Value:
+    """New and widened dims are free."""
     x = c["self"]
     place = x.place.at(x.place.dim + c.val.ndim - x.ndim)
     if c.val.shape[place.dim] != x.shape[x.place.dim]:
@@ -71,12 +73,14 @@ def expand(s: Sharder, c: Call) -> Value:
 
 
 def repeat(s: Sharder, c: Call) -> Value:
+    """The axis repeats as a longer outer dim."""
     x, times = c["self"], c["repeats"]
     dim = x.place.dim + c.val.ndim - x.ndim
     return s.emit(c, replace(x.place, dim=dim, outer=x.place.outer * times[dim]))
 
 
 def repeat_interleave(s: Sharder, c: Call) -> Value:
+    """The axis gets an inner dim."""
     x = c["self"]
     if c["dim"] is None:
         return s.gather_for(c, "flattens the axis")
@@ -85,23 +89,27 @@ def repeat_interleave(s: Sharder, c: Call) -> Value:
 
 
 def permute(s: Sharder, c: Call) -> Value:
+    """The place moves with its dim."""
     x = c["self"]
     dims = [d % x.ndim for d in c["dims"]]
     return s.emit(c, x.place.at(dims.index(x.place.dim)))
 
 
 def transpose(s: Sharder, c: Call) -> Value:
+    """The place moves with its dim."""
     x = c["self"]
     a, b = (c.bound.get("dim0", 0) % x.ndim, c.bound.get("dim1", 1) % x.ndim)
     return s.emit(c, x.place.at({a: b, b: a}.get(x.place.dim, x.place.dim)))
 
 
 def unsqueeze(s: Sharder, c: Call) -> Value:
+    """The place moves with its dim."""
     x = c["self"]
     return s.emit(c, x.place.at(x.place.dim + (c["dim"] % c.val.ndim <= x.place.dim)))
 
 
 def squeeze(s: Sharder, c: Call) -> Value:
+    """The place moves with its dim."""
     x = c["self"]
     named = c.bound.get("dim", list(range(x.ndim)))
     dims = {d % x.ndim for d in ([named] if isinstance(named, int) else named)}
@@ -118,6 +126,7 @@ def _rest(c: Call) -> list[Any]:
 
 
 def slice_(s: Sharder, c: Call) -> Value:
+    """Along the axis: intersect and shift the intervals; nothing is sent."""
     x = c["self"]
     dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
     start, stop, step = slice(c["start"], c["end"], c["step"]).indices(n)
@@ -140,6 +149,7 @@ def cut(s: Sharder, c: Call, x: Value, start: int, stop: int, step: int = 1) -> 
 
 
 def split(s: Sharder, c: Call) -> tuple[Value, ...]:
+    """Slices."""
     x, dim = c["self"], c["dim"] % c["self"].ndim
     if dim != x.place.dim:
         return s.emit(c, x.place)
@@ -152,6 +162,7 @@ def split(s: Sharder, c: Call) -> tuple[Value, ...]:
 
 
 def unbind(s: Sharder, c: Call) -> tuple[Value, ...]:
+    """Selections, or the place moves with its dim."""
     x, dim = c["self"], c["dim"] % c["self"].ndim
     if dim != x.place.dim:
         return s.emit(c, x.place.at(x.place.dim - (dim < x.place.dim)))
@@ -159,6 +170,7 @@ def unbind(s: Sharder, c: Call) -> tuple[Value, ...]:
 
 
 def select(s: Sharder, c: Call) -> Value:
+    """The owner broadcasts its row."""
     x = c["self"]
     dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
     if dim != x.place.dim:
@@ -173,6 +185,7 @@ def select(s: Sharder, c: Call) -> Value:
 
 
 def cat(s: Sharder, c: Call) -> Value:
+    """Intervals are joined; a whole operand is first cut, for free."""
     tensors = [t for t in c["tensors"] if t.shape != (0,)]
     dim = c["dim"] % c.val.ndim
     place = next((t.place for t in tensors if t.place), None)
@@ -199,11 +212,13 @@ def piece(s: Sharder, t: Value, dim: int, like: Place) -> Value | None:
 
 
 def stack(s: Sharder, c: Call) -> Value:
+    """A cat of unsqueezed operands."""
     lifted = [s.call(c, aten.unsqueeze.default, t, c["dim"] % c.val.ndim) for t in c["tensors"]]
     return s.call(c, aten.cat.default, lifted, c["dim"] % c.val.ndim)
 
 
 def pad(s: Sharder, c: Call) -> Value:
+    """A cat of constants and a slice."""
     x, value = c["self"], c["value"] or 0
     before, after = pads(c["pad"], x.ndim)[x.place.dim]
     if (before, after) == (0, 0):
@@ -235,6 +250,7 @@ def pads(flat: list[int], ndim: int) -> list[tuple[int, int]]:
 
 
 def roll(s: Sharder, c: Call) -> Value:
+    """A cat of two slices."""
     x = c["self"]
     if not c["dims"]:
         return s.gather_for(c, "rolls the flattened tensor")
@@ -247,6 +263,7 @@ def roll(s: Sharder, c: Call) -> Value:
 
 
 def flip(s: Sharder, c: Call) -> Value:
+    """Free along other dims."""
     x = c["self"]
     if x.place.dim in {d % x.ndim for d in c["dims"]}:
         return s.gather_for(c, "reverses the axis")
@@ -254,6 +271,7 @@ def flip(s: Sharder, c: Call) -> Value:
 
 
 def slice_scatter(s: Sharder, c: Call) -> Value:
+    """A cat of the parts before, the source and the parts behind."""
     x, src = c["self"], c["src"]
     dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
     start, stop, step = slice(c["start"], c["end"], c["step"]).indices(n)
@@ -271,6 +289,7 @@ def slice_scatter(s: Sharder, c: Call) -> Value:
 
 
 def select_scatter(s: Sharder, c: Call) -> Value:
+    """Where the global position is the index."""
     x, src = c["self"], c["src"]
     dim = c["dim"] % x.ndim
     row = s.call(c, aten.unsqueeze.default, src, dim)

@@ -3,8 +3,11 @@ the same gradients, and no more sent than was declared."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+from rank_pool import RankPool
 from rule_case import Case
 from rule_cases import CASES
 from rule_costs import COSTS
@@ -15,6 +18,17 @@ from mosaic.rules import CREATED, POINTWISE, TABLE, Rule, key, named_dims, rule
 NAMES = list(CASES)
 CHUNK = 40
 CHUNKS = [NAMES[i : i + CHUNK] for i in range(0, len(NAMES), CHUNK)]
+
+
+@pytest.fixture(scope="module")
+def rule_ranks() -> Iterator[Callable[[int], RankPool]]:
+    """Pools of their own: forked now, they find every sample captured already."""
+    for name in NAMES:
+        captured(name)
+    pools = {p: RankPool(p) for p in (2, 3)}
+    yield pools.__getitem__
+    for pool in pools.values():
+        pool.close()
 
 
 def free(case: Case) -> str:
@@ -86,16 +100,16 @@ def test_ops_of_other_libraries_have_no_row() -> None:
 
 
 @pytest.mark.parametrize("chunk", range(len(CHUNKS)), ids=[c[0] for c in CHUNKS])
-def test_against_eager(ranks, chunk: int) -> None:
+def test_against_eager(rule_ranks, chunk: int) -> None:
     """Every single cut, in the even layout and the zigzag one by turns."""
-    wrong = [line for lines in ranks(3).run(check, CHUNKS[chunk], False) for line in lines]
+    wrong = [line for lines in rule_ranks(3).run(check, CHUNKS[chunk], False) for line in lines]
     assert not wrong, "\n".join(wrong[:20])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("chunk", range(len(CHUNKS)), ids=[c[0] for c in CHUNKS])
-def test_every_cut_in_both_layouts(ranks, chunk: int) -> None:
-    wrong = [line for lines in ranks(3).run(check, CHUNKS[chunk], True) for line in lines]
+def test_every_cut_in_both_layouts(rule_ranks, chunk: int) -> None:
+    wrong = [line for lines in rule_ranks(3).run(check, CHUNKS[chunk], True) for line in lines]
     assert not wrong, "\n".join(wrong[:20])
 
 
@@ -103,9 +117,9 @@ RANDOM = [n for n, c in CASES.items() if c.random and "x" not in COSTS.get(n, ""
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_the_same_numbers_for_every_p(ranks, name: str) -> None:
+def test_the_same_numbers_for_every_p(rule_ranks, name: str) -> None:
     want = drawn(name, ((0, 0),), 1)
     for p in (2, 3):
-        for got in ranks(p).run(drawn, name, ((0, 0),), p):
+        for got in rule_ranks(p).run(drawn, name, ((0, 0),), p):
             for part in want:
                 torch.testing.assert_close(got[part], want[part], rtol=1e-12, atol=1e-12)
