@@ -37,10 +37,15 @@ def agree(group: dist.ProcessGroup | None, facts: str) -> None:
     """
     if group is None or dist.get_backend(group) == "fake":
         return
+    _compare(dict(zip(dist.get_process_group_ranks(group), exchange(group, facts), strict=True)), facts)
+
+
+def exchange(group: dist.ProcessGroup, text: str) -> list[str]:
+    """What every rank of the group says, in rank order, through the store."""
     store, ranks, prefix = default_store(), dist.get_process_group_ranks(group), _key(group)
     _compiles[prefix] += 1
     keys = {rank: f"{prefix}/{_compiles[prefix]}/{rank}" for rank in ranks}
-    store.set(keys[dist.get_rank()], facts)
+    store.set(keys[dist.get_rank()], text)
     try:
         store.wait(list(keys.values()), TIMEOUT)
     except (RuntimeError, dist.DistError):
@@ -50,7 +55,7 @@ def agree(group: dist.ProcessGroup | None, facts: str) -> None:
             ranks=f"this is rank {dist.get_rank()} of {ranks}, compile {_compiles[prefix]}",
             fix="every rank must run the same program with inputs of the same sizes",
         ) from None
-    _compare({rank: store.get(key).decode() for rank, key in keys.items()}, facts)
+    return [store.get(key).decode() for key in keys.values()]
 
 
 def _key(group: dist.ProcessGroup) -> str:
@@ -83,9 +88,9 @@ def _compare(said: dict[int, str], mine: str) -> None:
     )
 
 
-def check_data(group: dist.ProcessGroup, inputs: Sequence[Input], values: Sequence[Any]) -> None:
+def check_data(group: dist.ProcessGroup, given: Sequence[tuple[Input, Any]]) -> None:
     """Compare checksums of the graph's whole inputs across the ranks; one small all-gather."""
-    pairs = [(i, v) for i, v in zip(inputs, values, strict=True) if isinstance(v, torch.Tensor)]
+    pairs = [(i, v) for i, v in given if isinstance(v, torch.Tensor)]
     if not pairs:
         return
     device = pairs[0][1].device
@@ -99,12 +104,12 @@ def check_data(group: dist.ProcessGroup, inputs: Sequence[Input], values: Sequen
     wrong = [(i, ranks) for i, ranks in differ if ranks]
     if not wrong:
         return
-    given, ranks = wrong[0]
-    what = "parameter or buffer" if given.is_state else "argument"
+    first, ranks = wrong[0]
+    what = "parameter or buffer" if first.is_state else "argument"
     raise ShardingError(
-        f"ranks of one sequence-parallel group were given different data: {what} {given.name}",
+        f"ranks of one sequence-parallel group were given different data: {what} {first.name}",
         ranks=f"{ranks} differ from rank {dist.get_rank(group)}",
-        fix=SAME_STATE if given.is_state else SAME_DATA,
+        fix=SAME_STATE if first.is_state else SAME_DATA,
     )
 
 

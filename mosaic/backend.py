@@ -15,7 +15,8 @@ from torch import fx
 import mosaic.attention.op
 import mosaic.collectives  # noqa: F401  registers the ops
 from mosaic import agreement
-from mosaic.capture import Captured, capture
+from mosaic.arriving import arriving_shards, global_sizes
+from mosaic.capture import capture, read_inputs
 from mosaic.context import Context, World
 from mosaic.errors import ShardingError
 from mosaic.mesh import MosaicContext, current_context
@@ -96,8 +97,14 @@ def partitioned(
     module: fx.GraphModule, options: Options, ranks: MosaicContext | None
 ) -> tuple[fx.GraphModule, Context, Plan]:
     """PIPELINE: from Dynamo's graph to this rank's local program."""
-    captured = capture(module)
-    context = new_context(captured, options.spec, ranks)
+    spec = options.spec
+    group = ranks.group(spec.mesh_axis) if ranks else None
+    world = world_of(ranks, spec.mesh_axis)
+    arriving = arriving_shards(module, read_inputs(module), spec, world, group)
+    captured = capture(module, global_sizes(module, arriving))
+    context = Context(
+        spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving
+    )
     resumed = resumed_at(captured.graph)
     context.is_resumed = resumed is not None
     context.is_first_graph = options.is_first_graph
@@ -110,14 +117,10 @@ def partitioned(
     return local, context, plan
 
 
-def new_context(captured: Captured, spec: ShardingSpec, ranks: MosaicContext | None) -> Context:
-    axis = spec.mesh_axis
-    world = (
-        World(ranks.size(axis), ranks.rank(axis), ranks.group_name(axis), axis)
-        if ranks and ranks.size(axis) > 1
-        else World(1, 0, "", axis)
-    )
-    return Context(spec, world, captured.inputs, captured.mutated, Modes.current())
+def world_of(ranks: MosaicContext | None, axis: str) -> World:
+    if ranks is None or ranks.size(axis) == 1:
+        return World(1, 0, "", axis)
+    return World(ranks.size(axis), ranks.rank(axis), ranks.group_name(axis), axis)
 
 
 def lower(graph: fx.Graph, kind: str, context: Context, plan: Plan) -> None:
@@ -153,7 +156,8 @@ def checked(
     def run(*args: Any) -> Any:
         nonlocal pending
         if pending:
-            agreement.check_data(group, context.inputs, args)
+            whole = [(i, a) for i, a in zip(context.inputs, args, strict=True) if i.index not in context.arriving]
+            agreement.check_data(group, whole)
             pending = spec.check_inputs == "always"
         outputs = compiled(*args)
         for out, shard in zip(outputs, context.output_shards, strict=False):

@@ -12,7 +12,7 @@ Dynamo's graph is run by an interpreter that
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -156,31 +156,39 @@ def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
     return tuple(Input(i, *placeholder_source(n)) for i, n in enumerate(placeholders))
 
 
-def specialise(module: fx.GraphModule) -> list[Any]:
-    """The placeholders' sizes as plain ints. Each ``int`` puts a guard on Dynamo's symbol."""
-    out: list[Any] = []
-    for node in module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        value = node.meta["example_value"]
-        if isinstance(value, torch.Tensor):
-            value = (
-                [int(s) for s in value.shape],
-                [int(s) for s in value.stride()],
-                value.dtype,
-                value.device,
-                value.requires_grad,
-            )
-        elif isinstance(value, torch.SymInt):
-            value = int(value)
-        elif isinstance(value, torch.SymFloat):
-            value = float(value)
-        out.append(value)
-    return out
+def specialise(module: fx.GraphModule, sizes: Mapping[Any, int]) -> list[Any]:
+    """The placeholders at known sizes; ``sizes`` gives the global lengths of axes that arrive cut."""
+    values = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
+    known = [_known(v, sizes) for v in values]
+    # Last, since it makes Dynamo's symbols constants: a guard on each, so that every other (local)
+    # size is compiled anew.
+    for value in values:
+        for size in value.shape if isinstance(value, torch.Tensor) else [value]:
+            if isinstance(size, torch.SymInt):
+                int(size)
+    return known
 
 
-def capture(module: fx.GraphModule) -> Captured:
+def _known(value: Any, sizes: Mapping[Any, int]) -> Any:
+    if isinstance(value, torch.SymInt):
+        cut = bool(sizes) and value.node.expr.free_symbols <= sizes.keys()
+        return int(value.node.expr.subs(sizes)) if cut else int(value)
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = [_known(s, sizes) for s in value.shape]
+    if any(isinstance(s, torch.SymInt) for s in value.shape) and sizes:
+        stride = list(torch.empty(shape, device="meta").stride())
+    else:
+        stride = [int(s) for s in value.stride()]
+    return shape, stride, value.dtype, value.device, value.requires_grad
+
+
+def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> Captured:
     """Trace Dynamo's graph into functional ATen with static global sizes.
+
+    ``sizes``: the global length for each symbol of a length that arrives cut.
 
     The graph's inputs keep their order. ``meta["val"]`` of every node is a fake tensor of one mode
     made here: sizes are known, and no symbol of Dynamo's leaks in.
@@ -188,7 +196,7 @@ def capture(module: fx.GraphModule) -> Captured:
     inputs = read_inputs(module)
     mode = FakeTensorMode()
     with mode:
-        fakes = [_empty(*v) if isinstance(v, tuple) else v for v in specialise(module)]
+        fakes = [_empty(*v) if isinstance(v, tuple) else v for v in specialise(module, sizes or {})]
 
     ambient = Modes.current()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from mosaic.capture import Input
+from mosaic.layout import Place
 from mosaic.local.attention import Attention
 from mosaic.modes import Modes
 from mosaic.values import Axis, Collective
@@ -32,6 +33,7 @@ class Context:
     inputs: tuple[Input, ...]
     mutated: tuple[int, ...]
     modes: Modes
+    arriving: dict[int, Place] = field(default_factory=dict)  # inputs that are shards already
     is_resumed: bool = False  # after a graph break: locals may have other meanings
     is_first_graph: bool = True
     graph_text: str = ""
@@ -41,3 +43,8 @@ class Context:
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
     output_shards: list[str] = field(default_factory=list)  # how each output is cut, "" if whole
     notes: list[str] = field(default_factory=list)
+
+    def arriving_nodes(self, graph: fx.Graph) -> dict[fx.Node, Place]:
+        """The placeholders of inputs that arrive cut."""
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        return {placeholders[i]: place for i, place in self.arriving.items()}

@@ -44,6 +44,7 @@ class Sharder:
     probing: bool = False
     on_gather: str = "warn"
     gradients: str = "whole"
+    arriving: dict[fx.Node, Place] = field(default_factory=dict)
     env: dict[fx.Node, Any] = field(default_factory=dict)
     collectives: list[Collective] = field(default_factory=list)
     attentions: list[Any] = field(default_factory=list)
@@ -80,6 +81,8 @@ class Sharder:
         return value
 
     def value_of(self, node: fx.Node) -> Any:
+        if node in self.arriving:
+            return self.arrived(node, self.arriving[node])
         if node.op != "call_function":
             return recipe(node)
         if node.target is operator.getitem:
@@ -89,6 +92,14 @@ class Sharder:
             return recipe(node)
         args, kwargs = self.values((node.args, node.kwargs))
         return self.apply(Call(node.target, args, kwargs, node.meta["val"], node))
+
+    def arrived(self, node: fx.Node, place: Place) -> Value:
+        """An input that is this rank's part already."""
+        val = node.meta["val"]
+        if not self.writer:
+            return Value(val, place)
+        node.meta["val"] = val.new_empty(place.local_shape(val.shape, self.writer.rank))
+        return Value(val, place, node)
 
     def values(self, arguments: Any) -> Any:
         return pytree.tree_map(

@@ -23,6 +23,8 @@ class ShardingSpec:
         tensor argument needs no names, for dims of it: ``{1: "ring", 2: "local"}``. Methods are
         those of ``mosaic.attention.METHODS``; "local" leaves the axis whole. With neither inputs nor
         axes the longest attended axis is cut.
+    inputs_are: "whole" on every rank, or "shards": the inputs that name a cut axis arrive as this
+        rank's part, made by ``mosaic.shard_tensor`` or cut as ``torch.chunk`` does.
     outputs: "whole" (every rank has the single-device result) or "shards" (what holds the axis stays
         cut; ``mosaic.layout_of`` and ``mosaic.gather`` read it).
     on_gather: what to do with an op that has no exact local form: "warn" and run it whole on every
@@ -37,6 +39,7 @@ class ShardingSpec:
 
     inputs: Mapping[str, str] | None = None
     axes: Mapping[str | int, str] | None = None
+    inputs_are: Literal["whole", "shards"] = "whole"
     outputs: Literal["whole", "shards"] = "whole"
     on_gather: Literal["warn", "error"] = "warn"
     gradients: Literal["whole", "shares"] = "whole"
@@ -72,6 +75,11 @@ class ShardingSpec:
                     inputs=", ".join(f"{k}: {v!r}" for k, v in (self.inputs or {}).items()) or "none",
                     fix=f"give the dim a name, as in inputs={{'x': 'batch {axis} features'}}",
                 )
+        if self.inputs_are == "shards" and not (self.inputs and self.sharded):
+            raise ShardingError(
+                "inputs arrive as shards, and nothing says along which axis",
+                fix="name it: inputs={'x': 'batch rows features'}, axes={'rows': 'ring'}",
+            )
         if len(self.sharded) > 1:
             raise ShardingError(
                 "only one axis of a model can be cut for now",
@@ -94,6 +102,7 @@ class ShardingSpec:
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {
+    "inputs_are": ("whole", "shards"),
     "outputs": ("whole", "shards"),
     "on_gather": ("warn", "error"),
     "gradients": ("whole", "shares"),
@@ -108,3 +117,9 @@ def is_path(text: str) -> bool:
 def path_parts(text: str) -> tuple[str, ...]:
     """``batch["ids"][0]`` -> ``("batch", "ids", "0")``."""
     return tuple(part.strip("[].'\" ") for part in PATH.findall(text))
+
+
+def binds(path: str, source: str) -> bool:
+    """Whether Dynamo's ``L['kwargs']['ids']`` is the user's ``ids``."""
+    have, want = path_parts("L" + source.lstrip("LG"))[1:], path_parts(path)
+    return have == want or have[1:] == want

@@ -12,6 +12,7 @@ from mosaic.collectives import slice_to
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.mesh import get_context
+from mosaic.torch_private import may_vary
 
 _MARK = "_mosaic_shard"
 
@@ -63,7 +64,11 @@ def shard_tensor(
         )
     place = Place(layout, dim, mesh_axis=mesh_axis)
     shard = Shard(place, context.rank(mesh_axis), context.group_name(mesh_axis))
-    return mark(slice_to(x, shard.encode()), shard.encode())
+    # A tensor of its own: a view would keep the whole one in memory, and differ between ranks.
+    part = slice_to(x, shard.encode()).clone(memory_format=torch.contiguous_format)
+    # A compiled program that takes it (inputs_are="shards") is traced again at the global length.
+    may_vary(part, dim)
+    return mark(part, shard.encode())
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:

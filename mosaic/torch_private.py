@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch._dynamo import maybe_mark_dynamic as may_vary
 from torch._dynamo import reset as reset_dynamo
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -52,6 +53,7 @@ __all__ = [
     "fake_mode_of",
     "has_decomposition",
     "make_fx",
+    "may_vary",
     "multi_head_attention_op",
     "no_tracing_context",
     "placeholder_source",

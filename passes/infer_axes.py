@@ -22,7 +22,7 @@ from mosaic.layout import Layout, Place
 from mosaic.rules import key
 from mosaic.sharder import Sharder
 from mosaic.values import Axis, candidates
-from mosaic.spec import path_parts
+from mosaic.spec import binds
 
 aten = torch.ops.aten
 DEFAULT_METHOD = "ring"
@@ -37,6 +37,8 @@ def infer_axes(graph: fx.Graph, context: Context) -> int:
         context.axis = named
     elif context.spec.sharded and context.is_first_graph and not context.is_resumed:
         raise unbound(graph, context)
+    elif context.spec.axes and not context.spec.sharded:
+        context.notes.append("every axis is 'local': nothing is cut")
     elif attentions:
         context.axis = longest_axis(attentions, context)
     else:
@@ -109,17 +111,6 @@ def sized(node: fx.Node, path: str, dims: str, dim: int) -> tuple[fx.Node, int, 
             sizes=shape,
         )
     return node, dim, shape[dim]
-
-
-def binds(path: str, source: str) -> bool:
-    """Whether Dynamo's ``L['kwargs']['ids']`` is the user's ``ids``."""
-    have, want = source_parts(source), path_parts(path)
-    return have == want or have[1:] == want
-
-
-def source_parts(source: str) -> tuple[str, ...]:
-    """``L['batch']['ids'][0]`` -> ``("batch", "ids", "0")``."""
-    return path_parts("L" + source.removeprefix("L").removeprefix("G"))[1:]
 
 
 def unbound(graph: fx.Graph, context: Context) -> ShardingError:

@@ -34,7 +34,13 @@ def partition(graph: fx.Graph, context: Context) -> int:
     world = context.world
     writer = Writer(graph, world.rank, world.group, Modes.current())
     spec = context.spec
-    sharder = Sharder(context.axis or nothing_cut(context), writer, on_gather=spec.on_gather, gradients=spec.gradients)
+    sharder = Sharder(
+        context.axis or nothing_cut(context),
+        writer,
+        on_gather=spec.on_gather,
+        gradients=spec.gradients,
+        arriving=context.arriving_nodes(graph),
+    )
     with graph.inserting_before(output):
         sharder.run(old)
         written = len(context.mutated)

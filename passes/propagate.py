@@ -17,7 +17,7 @@ from mosaic.values import places_of
 def propagate(graph: fx.Graph, context: Context) -> int:
     if context.axis is None:
         return 0
-    planner = Sharder(context.axis)
+    planner = Sharder(context.axis, arriving=context.arriving_nodes(graph))
     planner.run(list(graph.nodes))
     places = 0
     for node, value in planner.env.items():

@@ -169,3 +169,19 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         x = self.encoder(x, src_key_padding_mask=padding)
         return self.attention(x, x, x)[0].square().mean()
+
+
+class AnyLength(nn.Module):
+    """Right at any length, so that it can be traced on a shard and again at the whole length."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.w = Attention(), nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, e = x.shape
+        positions = torch.arange(n, device=x.device) / n
+        x = x + self.attention(x) + positions[:, None]
+        y = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+        steps = self.w(y[:, 1:] - y[:, :-1]).reshape(b * (n - 1), e)
+        return steps.square().sum() / n + y[:, -1].pow(3).mean()

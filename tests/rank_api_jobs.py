@@ -135,3 +135,56 @@ def fused_encoder(p: int, padded: bool) -> dict:
     compiled = torch.compile(model, backend="mosaic", options=EAGER) if p else model
     with torch.no_grad():
         return {"loss": compiled(*args), "gradients": {}}
+
+
+def arriving_shards(p: int, lengths: list[int]) -> list[dict]:
+    """Every rank holds its part only; the loss is whole, and so are the parameters' gradients."""
+    mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, _, _ = cc.built(cc.AnyLength)
+    spec = mosaic.ShardingSpec(
+        inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inputs_are="shards"
+    )
+    compiled = torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec})
+    return [shard_step(model, compiled, n) for n in lengths]
+
+
+def shard_step(model, compiled, n: int) -> dict:
+    model.zero_grad()
+    whole = tokens(n)
+    loss = compiled(mosaic.shard_tensor(whole, 1))
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": {**gradients(model), "x": whole.grad}}
+
+
+def tokens(n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(2, n, cc.E, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def whole_steps(lengths: list[int]) -> list[dict]:
+    torch.manual_seed(0)
+    model, _, _ = cc.built(cc.AnyLength)
+    out = []
+    for n in lengths:
+        model.zero_grad()
+        x = tokens(n)
+        loss = model(x)
+        loss.backward()
+        out.append({"loss": loss.detach(), "gradients": {**gradients(model), "x": x.grad}})
+    return out
+
+
+def shards_cut_by_the_user(p: int) -> str:
+    """A plain local tensor, whose length Dynamo builds into the program: refused."""
+    mosaic.init(sp_size=p)
+    model, (x,), _ = cc.built(cc.AnyLength)
+    spec = mosaic.ShardingSpec(
+        inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inputs_are="shards"
+    )
+    part = x.detach().chunk(p, 1)[torch.distributed.get_rank()].contiguous()
+    try:
+        torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec}, dynamic=False)(part)
+    except Exception as error:
+        return str(getattr(error, "inner_exception", error))
+    return "no error"

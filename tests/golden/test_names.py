@@ -64,6 +64,12 @@ def test_the_longest_attended_axis_is_found() -> None:
     assert axis(Table(), torch.randn(2, 5, 13, cc.E)) == ("x.2", CUT)
 
 
+def test_local_axes_stay_whole() -> None:
+    spec = ShardingSpec(inputs={"x": "batch tokens features"}, axes={"tokens": "local"})
+    plan = mosaic.explain(cc.Reductions(), X, spec=spec, sp_size=3)
+    assert plan.axis == "" and plan.notes == ["every axis is 'local': nothing is cut"]
+
+
 def test_no_attention_leaves_the_graph_whole() -> None:
     plan = mosaic.explain(nn.Linear(cc.E, 3), X, sp_size=3)
     assert plan.notes == ["no attention in this graph: it stays whole"]

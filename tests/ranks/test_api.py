@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import rank_api_jobs as jobs
 import torch
+from expecttest import assert_expected_inline
 from cases import gpt
 from compare import assert_close, compare_gradients
 from contract_cases import Encoder, Reductions, built
@@ -85,3 +86,18 @@ def test_the_fused_encoder_layer_is_cut() -> None:
     with torch.no_grad():
         plan = mosaic.explain(model.eval(), x, sp_size=3)
     assert [a.method for a in plan.attentions] == ["ring"] * 3
+
+
+def test_inputs_may_arrive_cut(ranks) -> None:
+    want = jobs.whole_steps([13, 20])
+    for got in ranks(3).run(jobs.arriving_shards, 3, [13, 20]):
+        for mine, theirs in zip(got, want, strict=True):
+            same(mine, theirs)
+
+
+def test_a_shard_whose_length_is_built_in_is_refused(ranks) -> None:
+    text = ranks(2).run(jobs.shards_cut_by_the_user, 2)[1]
+    assert_expected_inline(text, """\
+x arrives cut, but its local length is built into the program
+  sizes  [2, 6, 8], cut in dim 1
+  fix    make it with mosaic.shard_tensor(whole, dim), or call torch._dynamo.maybe_mark_dynamic(shard, dim) on it; a model that hard-codes its length cannot take shards""")
