@@ -394,7 +394,8 @@ class Sharder:
             return
         p, size = self.axis.p, prod(val.shape) * val.element_size()
         factor = {"all_reduce": 2 * (p - 1) / p, "slice": (p - 1) / p}.get(op, (p - 1) / p)
-        traced = like if like is not None and innermost(like) else self.current
+        # The node at hand is a global fact; a local one (a slice that keeps all) may differ by rank.
+        traced = self.current if self.current is not None and innermost(self.current) else like
         source = line(traced) if traced is not None else ""
         self.collectives.append(Collective(op, self.axis.name, int(size * factor), why, source))
 

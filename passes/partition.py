@@ -74,6 +74,7 @@ def gradients_of(sharder: Sharder, context: Context) -> Collective:
 
 def result(sharder: Sharder, node: Any, context: Context, written_back: bool) -> Any:
     """Outputs are whole on every rank, unless the spec leaves them cut; buffers always are."""
+    sharder.current = node if isinstance(node, fx.Node) else None
     value = sharder.env[node] if isinstance(node, fx.Node) else None
     if not isinstance(value, Value):
         context.output_shards.append("")
