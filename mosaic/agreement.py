@@ -22,6 +22,7 @@ from mosaic.errors import MosaicError, ShardingError
 from mosaic.torch_private import default_store
 
 TIMEOUT = timedelta(seconds=30)
+FAILED = "failed: "
 _compiles: dict[str, int] = defaultdict(int)
 
 
@@ -37,7 +38,9 @@ def agree(group: dist.ProcessGroup | None, facts: str) -> None:
     """
     if group is None or dist.get_backend(group) == "fake":
         return
-    _compare(dict(zip(dist.get_process_group_ranks(group), exchange(group, facts), strict=True)), facts)
+    _compare(
+        dict(zip(dist.get_process_group_ranks(group), exchange(group, facts), strict=True)), facts
+    )
 
 
 def exchange(group: dist.ProcessGroup, text: str) -> list[str]:
@@ -55,7 +58,13 @@ def exchange(group: dist.ProcessGroup, text: str) -> list[str]:
             ranks=f"this is rank {dist.get_rank()} of {ranks}, compile {_compiles[prefix]}",
             fix="every rank must run the same program with inputs of the same sizes",
         ) from None
-    return [store.get(key).decode() for key in keys.values()]
+    said = {rank: store.get(key).decode() for rank, key in keys.items()}
+    for rank, words in said.items():
+        if words.startswith(FAILED):
+            raise MosaicError(
+                f"rank {rank} could not compile this graph", reason=words.removeprefix(FAILED)
+            )
+    return list(said.values())
 
 
 def _key(group: dist.ProcessGroup) -> str:
@@ -69,13 +78,10 @@ def report_failure(group: dist.ProcessGroup | None, error: BaseException) -> Non
     prefix = _key(group)
     _compiles[prefix] += 1
     store = default_store()
-    store.set(f"{prefix}/{_compiles[prefix]}/{dist.get_rank()}", f"failed: {error}")
+    store.set(f"{prefix}/{_compiles[prefix]}/{dist.get_rank()}", f"{FAILED}{error}")
 
 
 def _compare(said: dict[int, str], mine: str) -> None:
-    failed = {rank: text for rank, text in said.items() if text.startswith("failed: ")}
-    for rank, text in failed.items():
-        raise MosaicError(f"rank {rank} could not compile this graph", reason=text[8:])
     other = {rank: json.loads(text) for rank, text in said.items() if text != mine}
     if not other:
         return
@@ -115,7 +121,8 @@ def check_data(group: dist.ProcessGroup, given: Sequence[tuple[Input, Any]]) -> 
 
 SAME_STATE = "seed the ranks alike before building the model, or broadcast its state_dict"
 SAME_DATA = (
-    "seed your sampler by mosaic.get_context().dp_rank, so that ranks of one group see the same batch"
+    "seed your sampler by mosaic.get_context().dp_rank, "
+    "so that ranks of one group see the same batch"
 )
 
 

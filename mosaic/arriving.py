@@ -62,15 +62,17 @@ def place_of(
         raise ShardingError(
             f"{path} arrives cut, but its local length is built into the program",
             sizes=f"{list(value.shape)}, cut in dim {dim}",
-            fix="make it with mosaic.shard_tensor(whole, dim), or call torch._dynamo."
-            "maybe_mark_dynamic(shard, dim) on it; a model that hard-codes its length cannot take shards",
+            fix="make it with mosaic.shard_tensor(whole, dim), "
+            "or call torch._dynamo.maybe_mark_dynamic(shard, dim) on it; "
+            "a model that hard-codes its length cannot take shards",
         )
     local = int(value.shape[dim].node.hint)
     layout = recorded(node, dim) or even(local, world, group)
-    if layout.lengths[world.rank] != local:
+    mine = layout.lengths[world.rank]
+    if mine != local:
         raise ShardingError(
             f"the shard of {path} is not the part that its layout says",
-            sizes=f"dim {dim} has {local}, the layout {layout.lengths[world.rank]} on rank {world.rank}",
+            sizes=f"dim {dim} has {local}, the layout {mine} on rank {world.rank}",
             fix="cut it as torch.chunk does, or with mosaic.shard_tensor",
         )
     return Place(layout, dim, mesh_axis=world.mesh_axis)
@@ -86,6 +88,7 @@ def recorded(node: fx.Node, dim: int) -> Layout | None:
 
 
 def even(local: int, world: World, group: dist.ProcessGroup | None) -> Layout:
+    assert group is not None  # there are several ranks
     lengths = agreement.exchange(group, str(local))
     return Layout.even(sum(int(n) for n in lengths), world.size)
 

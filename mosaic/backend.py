@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx
 
-import mosaic.attention.op
-import mosaic.collectives  # noqa: F401  registers the ops
 from mosaic import agreement
 from mosaic.arriving import arriving_shards, global_sizes
 from mosaic.capture import capture, read_inputs
@@ -34,22 +32,27 @@ INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
 #: Called with every plan that is made; ``explain`` listens here.
 LISTENERS: list[Callable[[Plan], None]] = []
 
-_seen: set[int] = set()  # the options of every torch.compile that has come here
+#: The options of every torch.compile that has come here; kept alive, so that no id comes twice.
+_seen: dict[int, dict[str, Any] | None] = {}
 
 
 @dataclass(frozen=True)
 class Options:
     """What ``torch.compile(..., options={...})`` may hold."""
 
-    spec: ShardingSpec = ShardingSpec()
+    spec: ShardingSpec = field(default_factory=ShardingSpec)
     inner: str = "inductor"
     is_first_graph: bool = True  # of this torch.compile
 
     def __post_init__(self) -> None:
         if self.inner not in INNER:
-            raise ShardingError(f"there is no inner compiler {self.inner!r}", fix="use 'inductor' or 'eager'")
+            raise ShardingError(
+                f"there is no inner compiler {self.inner!r}", fix="use 'inductor' or 'eager'"
+            )
         if not isinstance(self.spec, ShardingSpec):
-            raise ShardingError(f"spec is a {type(self.spec).__name__}", fix="pass a mosaic.ShardingSpec")
+            raise ShardingError(
+                f"spec is a {type(self.spec).__name__}", fix="pass a mosaic.ShardingSpec"
+            )
 
 
 def mosaic(
@@ -66,7 +69,7 @@ def mosaic(
             f"unknown options: {', '.join(sorted(unknown))}", fix="options are 'spec' and 'inner'"
         )
     first = id(options) not in _seen
-    _seen.add(id(options))
+    _seen[id(options)] = options
     chosen = Options(**(options or {}), is_first_graph=first)
     ranks = context_or_world_of_one()
     group = ranks.group(chosen.spec.mesh_axis) if ranks else None
@@ -76,7 +79,9 @@ def mosaic(
         agreement.report_failure(group, error)
         raise
     agreement.agree(group, plan_digest(context, chosen, plan))
-    compiled = INNER[chosen.inner](local, example_inputs, lambda g, kind: lower(g, kind, context, plan))
+    compiled = INNER[chosen.inner](
+        local, example_inputs, lambda g, kind: lower(g, kind, context, plan)
+    )
     for listener in LISTENERS:
         listener(plan)
     return checked(compiled, context, chosen.spec, group)
@@ -156,7 +161,11 @@ def checked(
     def run(*args: Any) -> Any:
         nonlocal pending
         if pending:
-            whole = [(i, a) for i, a in zip(context.inputs, args, strict=True) if i.index not in context.arriving]
+            whole = [
+                (i, a)
+                for i, a in zip(context.inputs, args, strict=True)
+                if i.index not in context.arriving
+            ]
             agreement.check_data(group, whole)
             pending = spec.check_inputs == "always"
         outputs = compiled(*args)

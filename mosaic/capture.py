@@ -1,8 +1,8 @@
 """From Dynamo's graph to functional pre-dispatch ATen at global sizes, with nothing lost.
 
-``aot_export_module(pre_dispatch=True)`` alone would inline a ``torch.autograd.Function`` (losing its
-backward), stop at a ``torch.utils.checkpoint`` and trace an inner autocast region in float32. So
-Dynamo's graph is run by an interpreter that
+``aot_export_module(pre_dispatch=True)`` alone would inline a ``torch.autograd.Function`` (losing
+its backward), stop at a ``torch.utils.checkpoint`` and trace an inner autocast region in float32.
+So Dynamo's graph is run by an interpreter that
 
 * recurses into checkpointed bodies and marks their nodes, which the partitioner reads later;
 * keeps each autograd.Function as one opaque node that holds both of its bodies;
@@ -88,7 +88,7 @@ AUTOGRAD_FUNCTIONS = AutogradFunctions()
 
 @torch.library.custom_op("mosaic::autograd_function", mutates_args=())
 def autograd_function(tensors: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
-    """A user's autograd.Function in the global graph; never runs: ``partition`` re-emits both bodies."""
+    """A user's autograd.Function in the global graph; ``partition`` re-emits both its bodies."""
     raise AssertionError("mosaic::autograd_function stands for a call and is never run")
 
 
@@ -157,7 +157,7 @@ def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
 
 
 def specialise(module: fx.GraphModule, sizes: Mapping[Any, int]) -> list[Any]:
-    """The placeholders at known sizes; ``sizes`` gives the global lengths of axes that arrive cut."""
+    """The placeholders at known sizes; ``sizes``: the global lengths of axes that arrive cut."""
     values = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
     known = [_known(v, sizes) for v in values]
     # Last, since it makes Dynamo's symbols constants: a guard on each, so that every other (local)
@@ -204,6 +204,7 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
         def forward(self, *args: Any) -> Any:
             return _Interpreter(module, ambient).run(*args)
 
+    traced: fx.GraphModule
     try:
         with no_tracing_context(), preserve_node_meta():
             traced, signature = aot_export_module(
@@ -218,7 +219,9 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
         node.meta["is_state"] = given.is_state
         node.meta["requires_grad"] = isinstance(fake, torch.Tensor) and fake.requires_grad
     names = list(signature.user_inputs)
-    rename_afresh(traced.graph, {n: identifier(i.name) for n, i in zip(placeholders, inputs, strict=True)})
+    rename_afresh(
+        traced.graph, {n: identifier(i.name) for n, i in zip(placeholders, inputs, strict=True)}
+    )
     mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
     return Captured(traced.graph, traced, inputs, mutated)
 

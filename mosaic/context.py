@@ -10,8 +10,8 @@ from mosaic.capture import Input
 from mosaic.layout import Place
 from mosaic.local.attention import Attention
 from mosaic.modes import Modes
-from mosaic.values import Axis, Collective
 from mosaic.spec import ShardingSpec
+from mosaic.values import Axis, Collective
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,19 @@ def shard(
 
     def decorate(target: T) -> T:
         if isinstance(target, torch.nn.Module) or is_module_class(target):
-            target.forward = compiled(target.forward)  # type: ignore[attr-defined]
+            model: Any = target
+            model.forward = compiled(model.forward)
             return target
         if isinstance(target, type) or not callable(target):
             raise ShardingError(
-                f"cannot shard {target!r}", fix="decorate an nn.Module class, an instance or a function"
+                f"cannot shard {target!r}",
+                fix="decorate an nn.Module class, an instance or a function",
             )
-        return compiled(target)  # type: ignore[return-value]
+        return compiled(target)
 
     def compiled(fn: Any) -> Any:
-        return torch.compile(fn, backend=backend, options={"spec": spec, "inner": inner})
+        options: dict[str, Any] = {"spec": spec, "inner": inner}
+        return torch.compile(fn, backend=backend, options=options)
 
     return decorate
 

@@ -12,7 +12,9 @@ class MosaicError(RuntimeError):
       fix    use more rows
     """
 
-    def __init__(self, title: str, *, where: str | None = None, fix: str | None = None, **facts: object):
+    def __init__(
+        self, title: str, *, where: str | None = None, fix: str | None = None, **facts: object
+    ):
         self.title = title
         lines = [title]
         if where:

@@ -28,18 +28,17 @@ def explain(
 ) -> Plan:
     """The plan for ``fn(*args, **kwargs)`` on ``sp_size`` ranks; nothing is computed or sent.
 
-    Needs no ranks: without a process group a fake one is made for the time of the call. The plan has
-    every attention with its source line, axis, method, mask and bytes; every other collective with
-    its reason; every pass with its rewrites, time and what it changed (``plan.diffs``); and the
-    graphs themselves (``plan.graphs``).
+    Needs no ranks: without a process group a fake one is made for the time of the call. The plan
+    has every attention with its source line, axis, method, mask and bytes; every other collective
+    with its reason; every pass with its rewrites, time and what it changed (``plan.diffs``); and
+    the graphs themselves (``plan.graphs``).
 
     Raises what compiling would raise: MosaicError and its subclasses.
     """
     found: list[Plan] = []
+    options: dict[str, Any] = {"spec": spec or ShardingSpec(), "inner": "eager"}
     with ranks(sp_size, rank), listening(found):
-        compiled = torch.compile(
-            fn, backend=_planning, options={"spec": spec or ShardingSpec()}, dynamic=False
-        )
+        compiled = torch.compile(fn, backend=_planning, options=options, dynamic=False)
         reset_dynamo()
         compiled(*args, **kwargs)
         reset_dynamo()
@@ -50,13 +49,15 @@ def merged(found: list[Plan]) -> Plan:
     """The plan with the most attentions speaks for the program; the others are notes to it."""
     best = max(found, key=lambda p: len(p.attentions))
     if len(found) > 1:
-        best.notes.append(f"{len(found)} graphs: the program breaks, and outputs are whole in between")
+        best.notes.append(
+            f"{len(found)} graphs: the program breaks, and outputs are whole in between"
+        )
     return best
 
 
 def _planning(module: Any, example_inputs: Any, *, options: dict[str, Any]) -> Callable[..., Any]:
     """Compile as ``mosaic`` does, and give zeros for results: no kernel and no collective runs."""
-    backend.mosaic(module, example_inputs, options={**options, "inner": "eager"})
+    backend.mosaic(module, example_inputs, options=options)
     outputs = [n.meta.get("example_value") for n in module.graph.output_node().args[0]]
 
     def run(*args: Any) -> Any:

@@ -23,19 +23,17 @@ def multi_head_attention(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``torch._native_multi_head_attention``: ``(batch, seq, embed)`` in and out."""
     parts = zip((query, key, value), qkv_weight.chunk(3), qkv_bias.chunk(3), strict=True)
-    q, k, v = (
-        F.linear(x, w, b).unflatten(-1, (num_head, -1)).transpose(1, 2) for x, w, b in parts
-    )
+    q, k, v = (F.linear(x, w, b).unflatten(-1, (num_head, -1)).transpose(1, 2) for x, w, b in parts)
     bias = additive(mask, mask_type, q)
+    weights = None
     if need_weights:
         scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
         weights = torch.softmax(scores if bias is None else scores + bias, -1)
         out = weights @ v
     else:
-        weights = None
         out = F.scaled_dot_product_attention(q, k, v, bias)
     out = F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
-    return out, weights.mean(1) if need_weights and average_attn_weights else weights
+    return out, weights.mean(1) if weights is not None and average_attn_weights else weights
 
 
 def additive(mask: Tensor | None, mask_type: int | None, like: Tensor) -> Tensor | None:

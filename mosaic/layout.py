@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 
 def _joined(intervals: Iterable[tuple[int, int]]) -> Intervals:
-    """Drop empty intervals and join those that touch: one normal form, so that == means the same."""
+    """Drop empty intervals and join those that touch: one normal form, so that == is equality."""
     out: list[Interval] = []
     for start, stop in intervals:
         if start >= stop:
@@ -177,12 +177,16 @@ class Layout:
 
     @classmethod
     def concat(cls, parts: Sequence[Layout]) -> Layout:
-        """The layout of a local ``cat``: each part's intervals, shifted by what stands before it."""
+        """The layout of a local ``cat``: each part's intervals, shifted by what is before it."""
         offsets = _offsets(part.n for part in parts)
         return cls.of(
             offsets[-1],
             (
-                [(a + o, b + o) for part, o in zip(parts, offsets, strict=False) for a, b in part.ranks[r]]
+                [
+                    (a + o, b + o)
+                    for part, o in zip(parts, offsets, strict=False)
+                    for a, b in part.ranks[r]
+                ]
                 for r in range(parts[0].p)
             ),
         )
@@ -213,7 +217,8 @@ class Layout:
         for rank, intervals in enumerate(self.ranks):
             offsets = _offsets(i.length for i in intervals)
             pieces += [
-                (i.start, rank, Run(o, o + i.length)) for i, o in zip(intervals, offsets, strict=False)
+                (i.start, rank, Run(o, o + i.length))
+                for i, o in zip(intervals, offsets, strict=False)
             ]
         return tuple((rank, run) for _, rank, run in sorted(pieces))
 
@@ -293,7 +298,7 @@ class Place:
         return replace(self, layout=layout)
 
     def refined(self) -> Place:
-        """Read rows of ``inner`` elements as a longer axis; possible when nothing stands outside."""
+        """Read rows of ``inner`` elements as a longer axis; possible when nothing is outside."""
         if self.outer != 1 or self.inner == 1:
             return self
         return replace(self, layout=self.layout.scale(self.inner), inner=1)
@@ -305,7 +310,9 @@ class Place:
         return replace(self, layout=coarse, inner=self.inner * k) if coarse else self
 
     def __str__(self) -> str:
-        block = f" outer={self.outer} inner={self.inner}" if (self.outer, self.inner) != (1, 1) else ""
+        block = (
+            f" outer={self.outer} inner={self.inner}" if (self.outer, self.inner) != (1, 1) else ""
+        )
         return f"{self.layout} dim={self.dim}{block}"
 
 

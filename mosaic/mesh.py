@@ -16,12 +16,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mosaic.errors import ShardingError
+from mosaic.torch_private import reset_dynamo
 
 log = logging.getLogger("mosaic")
 
@@ -84,6 +86,7 @@ class MosaicContext:
         global _context
         if _context is self:
             _context = None
+        reset_dynamo()  # what was compiled for these ranks is not for others
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -125,6 +128,7 @@ def init(
     )
     if _context is None:
         _context = _make(request)
+        reset_dynamo()  # what was compiled for a world of one is not for these ranks
     elif _context._request != request:
         raise ShardingError(
             "mosaic.init was called before, with other arguments",
@@ -259,10 +263,11 @@ def _ready_mesh(request: _Request) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 def _check_no_sp_size(request: _Request, name: str, given: object) -> None:
     if request.sp_size not in (None, 1):  # 1 is the default: nothing was said
+        facts: dict[str, Any] = {name: given}
         raise ShardingError(
             f"sp_size = {request.sp_size} and {name} were both given",
             fix=f"leave sp_size out: {name} says how many ranks each axis has",
-            **{name: given},  # type: ignore[arg-type]
+            **facts,
         )
 
 

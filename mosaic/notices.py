@@ -43,6 +43,7 @@ def announce(plan: Plan, resumed: str | None) -> None:
     left = compiles_left()
     if left is not None and left <= 1 and plan.ranks > 1:
         once(
-            f"{left} more version{'s' * (left != 1)} of this function will be compiled; then Dynamo runs "
-            "it eagerly, unsharded. Pad to a few lengths, or raise torch._dynamo.config.recompile_limit"
+            f"{left} more version{'s' * (left != 1)} of this function will be compiled; "
+            "then Dynamo runs it eagerly, unsharded. "
+            "Pad to a few lengths, or raise torch._dynamo.config.recompile_limit"
         )

@@ -31,7 +31,9 @@ class AttentionReport:
     def __str__(self) -> str:
         attends = f"{self.axis or 'another dim'} ({self.queries} x {self.keys})"
         mask = self.mask or "full"
-        return f"{self.source:<28} {attends:<28} {self.method:<10} {mask:<16} {size(self.bytes):>10}"
+        return (
+            f"{self.source:<28} {attends:<28} {self.method:<10} {mask:<16} {size(self.bytes):>10}"
+        )
 
 
 @dataclass
@@ -74,14 +76,17 @@ class Plan:
         """The collectives, equal ones counted."""
         alike = Counter((c.op, c.axis, c.bytes, c.why, c.source) for c in self.collectives)
         return [
-            f"{op:<11} {axis:<8} {size(n):>10}  {why}  [{source}]" + (f"  x{times}" if times > 1 else "")
+            f"{op:<11} {axis:<8} {size(n):>10}  {why}  [{source}]"
+            + (f"  x{times}" if times > 1 else "")
             for (op, axis, n, why, source), times in alike.items()
         ]
 
     def collectives_as_text(self) -> str:
         """Without source lines: what a test compares with a committed list."""
         alike = Counter((c.op, c.axis, c.bytes, c.why) for c in self.collectives)
-        return "\n".join(f"{n} x {op} {axis} {b} B: {why}" for (op, axis, b, why), n in alike.items())
+        return "\n".join(
+            f"{n} x {op} {axis} {b} B: {why}" for (op, axis, b, why), n in alike.items()
+        )
 
 
 def plan_of(context: Context, passes: list[PassReport]) -> Plan:
@@ -116,9 +121,9 @@ def sent(found: Attention) -> int:
     return 0 if found.method == "local" else found.kv_bytes * (found.key.p - 1) // found.key.p
 
 
-def size(n: int) -> str:
+def size(n: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024  # type: ignore[assignment]
+        n /= 1024
     return f"{n:.2f} GiB"

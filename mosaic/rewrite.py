@@ -14,7 +14,6 @@ from torch.fx.node import map_arg
 
 from mosaic.modes import modes_of
 from mosaic.torch_private import (
-    FakeTensor,
     FakeTensorMode,
     decompositions_for_inductor,
     fake_mode_of,
@@ -40,8 +39,10 @@ def insert(
     val: Any = None,
     meta: dict[str, Any] | None = None,
 ) -> fx.Node:
-    """Add ``target(*args)`` at the graph's insertion point, with a fake value and ``like``'s source line."""
-    node = graph.create_node("call_function", target, args, kwargs or {}, name=name or name_of(target))
+    """Add ``target(*args)`` at the insertion point: a fake value, and ``like``'s source line."""
+    node = graph.create_node(
+        "call_function", target, args, kwargs or {}, name=name or name_of(target)
+    )
     node.meta.update({key: like.meta[key] for key in INHERITED if key in like.meta})
     node.meta.update(meta or {})
     if val is not None:
@@ -55,7 +56,7 @@ def insert(
 
 
 def splice(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Trace ``fn(*args)`` at the fake values of the nodes in ``args``, and write it before ``node``.
+    """Trace ``fn(*args)`` at the fake values of the nodes in ``args``; write it before ``node``.
 
     Gives what ``fn`` gives, with nodes for tensors. ``fn`` may make no tensor constants.
     """
@@ -78,7 +79,7 @@ def splice(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], args: tuple[A
 
 
 def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
-    """What ``fn(*args)`` does; equal calls (the layers of a model) are traced once per compilation."""
+    """What ``fn(*args)`` does; equal calls (a model's layers) are traced once per compilation."""
     flat, tree = pytree.tree_flatten(args)
     values = [x.meta["val"] for x in flat if isinstance(x, fx.Node)]
     mode = fake_mode_of(values)
@@ -111,13 +112,8 @@ def name_of(target: Callable[..., Any]) -> str | None:
     return target._schema.name.split("::")[1] if hasattr(target, "_schema") else None
 
 
-def is_tensor(value: object) -> bool:
-    """Whether ``value`` is a (fake) tensor: what a tensor node has as its ``meta["val"]``."""
-    return isinstance(value, (torch.Tensor, FakeTensor))
-
-
 def rename_all(graph: fx.Graph) -> None:
-    """Names without the numbers that replaced nodes left behind: ``y_1`` is ``y`` again if y is gone."""
+    """Names without the numbers that replaced nodes left: ``y_1`` is ``y`` again if y is gone."""
     rename_afresh(graph, {n: re.sub(r"(_\d+)+$", "", n.name) for n in graph.nodes if is_call(n)})
 
 

@@ -21,10 +21,20 @@ import torch
 from torch import fx
 
 from mosaic.layout import Place
-from mosaic.local import attention, functions, indexing, losses, normalization, randomness, reductions, views
-from mosaic.local.decomposed import decomposable, decomposed
+from mosaic.local import (
+    attention,
+    functions,
+    indexing,
+    losses,
+    normalization,
+    randomness,
+    reductions,
+    views,
+)
+from mosaic.local.decomposed import decomposed
 from mosaic.local.pointwise import pointwise
 from mosaic.sharder import Sharder
+from mosaic.torch_private import has_decomposition
 from mosaic.values import Call, Value, candidates
 
 LocalForm = Callable[[Sharder, Call], Any]
@@ -57,7 +67,7 @@ class Rule:
             return self.broadcast(s, c, lead)
         if axis in self.whole:
             return s.gather_for(c, f"needs its {axis!r} whole")
-        changed = {}
+        changed: dict[str, Any] = {}
         for name in names:
             found = named_dims(dims[name], c[name].ndim)
             at = found.index(axis) if axis in found else None
@@ -73,7 +83,7 @@ class Rule:
         whole = s.gather(c[name], "a length of 1 is broadcast", c.like)
         return s.again(c.replaced({name: whole}))
 
-    def summed(self, s: Sharder, c: Call, axis: str, changed: dict[str, Value]) -> Value:
+    def summed(self, s: Sharder, c: Call, axis: str, changed: dict[str, Any]) -> Value:
         bias = changed.get(self.bias)
         if bias is not None:
             changed = {**changed, self.bias: None}
@@ -262,7 +272,7 @@ def rule_for(target: Any) -> LocalForm:
         return randomness.drawn_once
     if name in POINTWISE or torch.Tag.pointwise in target.tags:
         return pointwise
-    return decomposed if decomposable(target) else unknown
+    return decomposed if has_decomposition(target) else unknown
 
 
 def unknown(s: Sharder, c: Call) -> Any:
@@ -289,7 +299,7 @@ def dropout_of(node: fx.Node) -> float:
 
 
 def pull(s: Sharder, node: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
-    """Where an operand of ``node`` must be cut so that its result is at ``place``; {}: nothing to cut.
+    """Where an operand of ``node`` must be cut to have its result at ``place``; {}: nothing to cut.
 
     There are no backward rules: candidates go through the forward rule, and one that fits is right.
     None: this op cannot be computed in parts; its whole result is sliced.
@@ -307,7 +317,8 @@ def pull(s: Sharder, node: fx.Node, place: Place) -> dict[fx.Node, Place] | None
 
 
 def pull_slice(node: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
-    x, dim, start, stop, step = [*node.args, *(0, None, None, 1)[len(node.args) - 1 :]]
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    x, dim, start, stop, step = tuple(node.args) + defaults[len(node.args) - 1 :]
     shape = x.meta["val"].shape
     if dim % len(shape) != place.dim:
         return {x: place}

@@ -5,14 +5,14 @@ nothing. With a rank it *writes* this rank's local program. Rules (``rules.py``)
 apart, so what is planned is what is written, and every decision is a function of global facts.
 
 A value that is whole stays a recipe (its node in the global graph) until somebody needs it: whole,
-then it is written whole; at a place, then the slice is pushed up through the rules to its leaves and
-only this rank's part is ever computed.
+then it is written whole; at a place, then only this rank's part is ever computed (``hoist.py``).
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -22,16 +22,27 @@ from torch import fx
 
 from mosaic import collectives
 from mosaic.errors import UnsupportedError
-from mosaic.layout import Place, Shard
+from mosaic.hoist import hoist
+from mosaic.layout import Place
 from mosaic.modes import modes_of
 from mosaic.source import innermost, line, where
 from mosaic.torch_private import fake_mode_of, pytree
-from mosaic.values import Axis, Call, Collective, Value, is_whole, needs_gradient, places_of
-from mosaic.values import recipe, result_device
+from mosaic.values import (
+    Axis,
+    Call,
+    Collective,
+    Value,
+    is_whole,
+    map_values,
+    needs_gradient,
+    places_of,
+    recipe,
+    result_device,
+)
 from mosaic.writer import Writer
 
 
-class NotLocal(Exception):
+class NotLocalError(Exception):
     """A probe met a collective: the op is not local under these places."""
 
 
@@ -49,7 +60,7 @@ class Sharder:
     collectives: list[Collective] = field(default_factory=list)
     attentions: list[Any] = field(default_factory=list)
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
-    _hoisted: dict[tuple[fx.Node, Place], Value] = field(default_factory=dict)
+    hoisted: dict[tuple[fx.Node, Place], Value] = field(default_factory=dict)
     _entered: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _written: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _seed: fx.Node | None = None
@@ -102,9 +113,7 @@ class Sharder:
         return Value(val, place, node)
 
     def values(self, arguments: Any) -> Any:
-        return pytree.tree_map(
-            lambda a: self.env[a] if isinstance(a, fx.Node) else a, arguments
-        )
+        return pytree.tree_map(lambda a: self.env[a] if isinstance(a, fx.Node) else a, arguments)
 
     def apply(self, call: Call) -> Any:
         from mosaic.rules import rule_for
@@ -112,7 +121,7 @@ class Sharder:
         return rule_for(call.target)(self, call)
 
     def call(self, like: Call, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run another op in the place of ``like``, by its own rule: what composite rules are made of."""
+        """Run another op in the place of ``like``, by its own rule: so composite rules are."""
         new = Call(target, args, kwargs, None, like.like)
         new.val = self.global_value(new)
         return self.again(new)
@@ -124,10 +133,9 @@ class Sharder:
         return self.apply(call)
 
     def global_value(self, call: Call) -> Any:
-        args, kwargs = call.split(call.bound)
-        args, kwargs = pytree.tree_map(lambda v: v.val if isinstance(v, Value) else v, (args, kwargs))
+        args, kwargs = map_values(lambda v: v.val, call.split(call.bound))
         mode = fake_mode_of(args, kwargs) or fake_mode_of(call.like.meta.get("val"))
-        with mode, modes_of(call.like.meta.get("modes")):
+        with mode or nullcontext(), modes_of(call.like.meta.get("modes")):
             return call.target(*args, **kwargs)
 
     # --- what rules ask for ----------------------------------------------------------------
@@ -138,17 +146,14 @@ class Sharder:
         bound = {**call.bound, **changed}
         node = None
         if self.writer:
-            args, kwargs = call.split(bound)
-            args, kwargs = pytree.tree_map(
-                lambda v: self.operand(v, enter, call.like) if isinstance(v, Value) else v, (args, kwargs)
-            )
-            node = self.writer.op(call.like, call.target, args, kwargs)
+            operands = map_values(lambda v: self.operand(v, enter), call.split(bound))
+            node = self.writer.op(call.like, call.target, *operands)
         if isinstance(call.val, (tuple, list)):
             places = place if isinstance(place, tuple) else (place,) * len(call.val)
-            nodes = [self.writer.item(node, i) if self.writer else None for i in range(len(call.val))]
-            return tuple(
-                Value(v, pl, n) for v, pl, n in zip(call.val, places, nodes, strict=True)
-            )
+            nodes = [
+                self.writer.item(node, i) if self.writer else None for i in range(len(call.val))
+            ]
+            return tuple(Value(v, pl, n) for v, pl, n in zip(call.val, places, nodes, strict=True))
         return Value(call.val, place, node)
 
     def function(
@@ -157,7 +162,7 @@ class Sharder:
         """A helper of ours on local tensors; ``val`` is what it gives at global size."""
         if not self.writer:
             return Value(val, place)
-        nodes = pytree.tree_map(lambda v: self.node(v) if isinstance(v, Value) else v, args)
+        nodes = map_values(self.node, args)
         return Value(val, place, self.writer.function(call.like, target, nodes))
 
     def take(self, call: Call, x: Value, runs: Any, dim: int) -> fx.Node | None:
@@ -180,12 +185,12 @@ class Sharder:
         new.val = self.global_value(new)
         return self.at(self.emit(new, None, enter=False), place.at(0))
 
-    def operand(self, value: Value, enter: bool, like: fx.Node) -> fx.Node:
+    def operand(self, value: Value, enter: bool) -> fx.Node:
         if value.place is not None or not enter:
             return self.node(value)
-        return self.entered(value, like)
+        return self.entered(value)
 
-    def entered(self, value: Value, like: fx.Node) -> fx.Node:
+    def entered(self, value: Value) -> fx.Node:
         """A whole value about to be used by sharded work: its gradient is summed across, once."""
         if self.gives_shares(value):
             return value.origin
@@ -235,9 +240,9 @@ class Sharder:
     def write(self, node: fx.Node) -> fx.Node:
         from mosaic.rules import written_whole
 
+        assert self.writer
         if self.gives_shares(recipe(node)):  # whole work gives the whole gradient on every rank
-            divided = (node, self.axis.p)
-            return self.writer.function(node, collectives.divide_gradient, divided)
+            return self.writer.function(node, collectives.divide_gradient, (node, self.axis.p))
         if node.op != "call_function":
             return node
         special = written_whole(node)
@@ -254,20 +259,21 @@ class Sharder:
         self.record("all_reduce", value.val, why, call.like)
         if not self.writer or self.axis.p == 1:
             return Value(value.val, None, value.node)
+        operands = (value.node, self.writer.group, op)
         node = self.writer.function(
-            call.like, collectives.sum_across, (value.node, self.writer.group, op), name=f"{op}_across"
+            call.like, collectives.sum_across, operands, name=f"{op}_across"
         )
         return Value(value.val, None, node)
 
     def at(self, value: Value, place: Place) -> Value:
         """The value at a place: as it is, hoisted, resharded, or (last) gathered and sliced."""
         if value.place is None:
-            return self.hoist(value, place)
+            return hoist(self, value, place)
         have, want = value.place.refined(), place.refined()
         if have == want:
             return Value(value.val, place, value.node)
         if value.origin is not None:
-            return self.hoist(recipe(value.origin), place)
+            return hoist(self, recipe(value.origin), place)
         if (have.dim, have.outer, have.inner, have.layout.n) != (
             want.dim, want.outer, want.inner, want.layout.n,
         ):  # fmt: skip
@@ -279,7 +285,7 @@ class Sharder:
         self.record("all_to_all", value.val, "two layouts of one axis meet", like)
         if not self.writer:
             return Value(value.val, want)
-        specs = tuple(Shard(pl, self.writer.rank, self.writer.group).encode() for pl in (have, want))
+        specs = (self.writer.shard(have), self.writer.shard(want))
         node = self.writer.function(like, torch.ops.mosaic.reshard.default, (value.node, *specs))
         return Value(value.val, want, node)
 
@@ -293,7 +299,7 @@ class Sharder:
         self.record("all_gather", value.val, why, like)
         if not self.writer or self.axis.p == 1:
             return Value(value.val, None, value.node)
-        spec = Shard(value.place, self.writer.rank, self.writer.group).encode()
+        spec = self.writer.shard(value.place)
         node = self.writer.function(like, torch.ops.mosaic.gather.default, (value.node, spec))
         return Value(value.val, None, node)
 
@@ -303,7 +309,7 @@ class Sharder:
 
     def with_whole_operands(self, call: Call, reason: str) -> Call:
         if self.probing:
-            raise NotLocal
+            raise NotLocalError
         self.gathered.append((f"{call.name} {reason}", call.like))
         if self.on_gather == "error":
             raise UnsupportedError(
@@ -313,65 +319,23 @@ class Sharder:
                 fix='allow it with on_gather="warn" (every rank then computes it whole), '
                 "or keep this op out of the sharded part",
             )
-        whole = pytree.tree_map(
-            lambda v: self.gather(v, f"{call.name} {reason}", call.like) if isinstance(v, Value) else v,
-            call.bound,
-        )
-        return call.replaced(whole)
-
-    # --- slices are hoisted ----------------------------------------------------------------
-
-    def hoist(self, value: Value, place: Place) -> Value:
-        """A whole value at a place: recomputed there from its leaves, or sliced where that stops."""
-        origin = value.origin
-        if not self.writer:
-            return Value(value.val, place)
-        if self.axis.p == 1:
-            return Value(value.val, place, self.node(value))
-        if origin is None:
-            return self.slice(value, place)
-        if (origin, place) not in self._hoisted:
-            self._hoisted[origin, place] = self.recomputed(origin, place) or self.slice(value, place)
-        return self._hoisted[origin, place]
-
-    def recomputed(self, origin: fx.Node, place: Place) -> Value | None:
-        from mosaic.rules import pull
-
-        if origin.op != "call_function" or not hasattr(origin.target, "_schema"):
-            return None
-        places = pull(self, origin, place)
-        if places is None:
-            return None
-        operands = {n: self.hoist(self.whole_form(n), at) for n, at in places.items()}
-        args, kwargs = pytree.tree_map(
-            lambda a: (operands.get(a) or self.whole_form(a)) if isinstance(a, fx.Node) else a,
-            (origin.args, origin.kwargs),
-        )
-        call = Call(origin.target, args, kwargs, origin.meta["val"], origin)
-        return self.at(self.apply(call) if operands else self.created(call, place), place)
-
-    def whole_form(self, node: fx.Node) -> Any:
-        value = self.env[node]
-        return recipe(node) if isinstance(value, Value) and value.origin is not None else value
-
-    def created(self, call: Call, place: Place) -> Value:
-        """zeros, ones, full: made at the local size."""
-        assert self.writer
-        size = place.local_shape(call.val.shape, self.writer.rank)
-        return self.emit(call, place, size=size)
+        why = f"{call.name} {reason}"
+        return call.replaced(map_values(lambda v: self.gather(v, why, call.like), call.bound))
 
     def slice(self, value: Value, place: Place) -> Value:
         """My intervals of a whole value."""
         if not self.writer or self.axis.p == 1:
             return Value(value.val, place, value.node)
-        spec = Shard(place, self.writer.rank, self.writer.group).encode()
+        spec = self.writer.shard(place)
         if self.gives_shares(value):
-            share = self.writer.function(value.origin, collectives.slice_share, (value.origin, spec))
+            leaf = value.origin
+            share = self.writer.function(leaf, collectives.slice_share, (leaf, spec))
             return Value(value.val, place, share)
         node = self.node(value)
         if needs_gradient(value):
             self.record("slice", value.val, "gradient of a whole value that is used in parts", node)
-        return Value(value.val, place, self.writer.function(node, collectives.slice_to, (node, spec)))
+        part = self.writer.function(node, collectives.slice_to, (node, spec))
+        return Value(value.val, place, part)
 
     def probe(self, node: fx.Node, places: dict[fx.Node, Place]) -> Any:
         """The place of ``node``'s result when its operands have these places; None if not local."""
@@ -381,7 +345,7 @@ class Sharder:
             probe.env[n] = Value(n.meta["val"], place)
         try:
             value = probe.value_of(node)
-        except NotLocal:
+        except NotLocalError:
             return None
         return places_of(value)
 
@@ -389,12 +353,12 @@ class Sharder:
 
     def record(self, op: str, val: Any, why: str, like: fx.Node | None) -> None:
         if self.probing:
-            raise NotLocal
+            raise NotLocalError
         if self.axis.p == 1:
             return
         p, size = self.axis.p, prod(val.shape) * val.element_size()
-        factor = {"all_reduce": 2 * (p - 1) / p, "slice": (p - 1) / p}.get(op, (p - 1) / p)
-        # The node at hand is a global fact; a local one (a slice that keeps all) may differ by rank.
+        factor = (p - 1) / p * (2 if op == "all_reduce" else 1)
+        # The node at hand is a global fact; a local one (a slice that keeps all) differs by rank.
         traced = self.current if self.current is not None and innermost(self.current) else like
         source = line(traced) if traced is not None else ""
         self.collectives.append(Collective(op, self.axis.name, int(size * factor), why, source))

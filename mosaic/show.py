@@ -304,7 +304,9 @@ def cut(place: Place) -> str:
 
 def short(dtype: torch.dtype) -> str:
     """``f64``, ``bf16``, ``i64``, ``b8``."""
-    word, bits = re.fullmatch(r"torch\.([a-z]+)(.*)", str(dtype)).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"torch\.([a-z]+)(.*)", str(dtype))
+    assert found
+    word, bits = found.groups()
     return SHORT.get(word, word) + bits
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import fx
 
-FRAME = re.compile(r'  File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)\n\s+(?P<code>.+)')
+FRAME = re.compile(
+    r'  File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)\n\s+(?P<code>.+)'
+)
 HERE = Path(__file__).resolve().parent
 INSIDE = (str(HERE), str(Path(torch.__file__).resolve().parent))
 LIBRARY = ("site-packages", "dist-packages", "<frozen", "<eval_with_key>")

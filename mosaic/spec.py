@@ -1,4 +1,4 @@
-"""What the user asks for: names for the dims of inputs, a method for each axis, and the contract."""
+"""What the user asks for: names for the dims of inputs, a method for each axis, the contract."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class ShardingSpec:
         user would write it: ``x``, ``src[0]``, ``batch["ids"]``.
     axes: a method for each named axis, ``{"rows": "ring", "columns": "local"}``; or, when the only
         tensor argument needs no names, for dims of it: ``{1: "ring", 2: "local"}``. Methods are
-        those of ``mosaic.attention.METHODS``; "local" leaves the axis whole. With neither inputs nor
-        axes the longest attended axis is cut.
+        those of ``mosaic.attention.METHODS``; "local" leaves the axis whole. With neither inputs
+        nor axes the longest attended axis is cut.
     inputs_are: "whole" on every rank, or "shards": the inputs that name a cut axis arrive as this
         rank's part, made by ``mosaic.shard_tensor`` or cut as ``torch.chunk`` does.
-    outputs: "whole" (every rank has the single-device result) or "shards" (what holds the axis stays
-        cut; ``mosaic.layout_of`` and ``mosaic.gather`` read it).
+    outputs: "whole" (every rank has the single-device result) or "shards" (what holds the axis
+        stays cut; ``mosaic.layout_of`` and ``mosaic.gather`` read it).
     on_gather: what to do with an op that has no exact local form: "warn" and run it whole on every
         rank, or "error".
     gradients: "whole" (the single-device gradient on every rank) or "shares" (the sum over the mesh
@@ -72,7 +72,8 @@ class ShardingSpec:
             if isinstance(axis, str) and axis not in named:
                 raise ShardingError(
                     f"axis {axis!r} is named by no input",
-                    inputs=", ".join(f"{k}: {v!r}" for k, v in (self.inputs or {}).items()) or "none",
+                    inputs=", ".join(f"{k}: {v!r}" for k, v in (self.inputs or {}).items())
+                    or "none",
                     fix=f"give the dim a name, as in inputs={{'x': 'batch {axis} features'}}",
                 )
         if self.inputs_are == "shards" and not (self.inputs and self.sharded):

@@ -1,6 +1,6 @@
 """Shards in eager code: what ``outputs="shards"`` gives, and how to go on with it.
 
-Every function is differentiable, and the adjoint of another: the gradient of a whole tensor is whole.
+Every function is differentiable and the adjoint of another: a whole tensor's gradient is whole.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def shard_of(x: Tensor) -> Shard:
         raise ShardingError(
             "this tensor carries no layout",
             sizes=list(x.shape),
-            fix="pass an output of a model compiled with outputs='shards', or of mosaic.shard_tensor; "
-            "what is computed from one is a plain tensor: use mosaic.shard_like(whole, that output)",
+            fix="pass an output of a model compiled with outputs='shards', "
+            "or of mosaic.shard_tensor; what is computed from one is a plain tensor: "
+            "use mosaic.shard_like(whole, that output)",
         )
     return Shard.decode(spec)
 
@@ -49,7 +50,7 @@ def gather(x: Tensor) -> Tensor:
 def shard_tensor(
     x: Tensor, dim: int, *, layout: Layout | None = None, mesh_axis: str = "sp"
 ) -> Tensor:
-    """This rank's part of a whole tensor along ``dim``: cut evenly as ``torch.chunk``, or by ``layout``.
+    """This rank's part of a whole tensor along ``dim``: cut as ``torch.chunk`` or by ``layout``.
 
     Raises ShardingError when the layout is for another length or another number of ranks.
     """

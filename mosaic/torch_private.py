@@ -10,35 +10,35 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._decomp import decomposition_table
 from torch._dynamo import config as dynamo_config
-from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
+from torch._dynamo import maybe_mark_dynamic as may_vary
+from torch._dynamo import reset as reset_dynamo
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import CompileContext, tracing
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
-from torch.fx.graph import _Namespace
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.traceback import preserve_node_meta
 from torch.distributed.distributed_c10d import _get_default_store as default_store
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import _Namespace
+from torch.fx.traceback import preserve_node_meta
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch._dynamo import maybe_mark_dynamic as may_vary
-from torch._dynamo import reset as reset_dynamo
 from torch.utils.checkpoint import CheckpointPolicy
 
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
 
 __all__ = [
+    "RESUMED",
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",
-    "RESUMED",
     "aot_export_module",
     "autograd_function_apply",
     "compile_by_eager",
@@ -81,7 +81,7 @@ def no_tracing_context() -> AbstractContextManager[Any]:
 
 
 def placeholder_source(node: fx.Node) -> tuple[str, bool]:
-    """(Dynamo's name of an input, whether it is a parameter or buffer). Only inside the backend call."""
+    """(Dynamo's name of an input, is it a parameter or buffer). Only inside the backend call."""
     grapharg = node.meta.get("grapharg")
     source = getattr(grapharg, "source", None)
     if source is None:
@@ -95,7 +95,7 @@ _regions = count()
 
 
 def recompute_marks() -> dict[str, Any]:
-    """What ``torch.utils.checkpoint`` puts on the nodes of one region, for AOTAutograd's partitioner."""
+    """What ``torch.utils.checkpoint`` puts on a region's nodes, for AOTAutograd's partitioner."""
     return {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_regions)}
 
 
@@ -119,7 +119,7 @@ def decompositions_for_inductor() -> dict[Any, Any]:
 
 
 def rename_afresh(graph: fx.Graph, names: dict[fx.Node, str]) -> None:
-    """Name nodes as if no other names had been used before; a number is added where one is taken."""
+    """Name nodes as if no name had been used before; a number is added where one is taken."""
     graph._graph_namespace = _Namespace()
     for node in graph.nodes:
         node.name = graph._graph_namespace.create_name(names.get(node, node.name), node)
@@ -142,12 +142,14 @@ AOT_CONFIG = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering"
 Lower = Callable[[fx.Graph, str], None]
 
 
-def compile_by_inductor(module: fx.GraphModule, inputs: Sequence[Any], lower: Lower) -> Callable[..., Any]:
+def compile_by_inductor(
+    module: fx.GraphModule, inputs: Sequence[Any], lower: Lower
+) -> Callable[..., Any]:
     """AOTAutograd, our lowering of both graphs, Inductor.
 
     AOTAutograd's cache does not see our lowering (another rank's code came out of it) and is off;
-    Inductor's own cache is keyed on the lowered graph, rank and all. Reordering for peak memory goes
-    by local sizes, which differ between ranks, so it is off too.
+    Inductor's own cache is keyed on the lowered graph, rank and all. Reordering for peak memory
+    goes by local sizes, which differ between ranks, so it is off too.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -157,12 +159,15 @@ def compile_by_inductor(module: fx.GraphModule, inputs: Sequence[Any], lower: Lo
         return compile_fx_inner(graph, examples, **kwargs)
 
     with functorch_config.patch(AOT_CONFIG):
-        return compile_fx(
+        compiled: Any = compile_fx(
             module, inputs, inner_compile=inner, config_patches={"reorder_for_peak_memory": False}
         )
+    return compiled
 
 
-def compile_by_eager(module: fx.GraphModule, inputs: Sequence[Any], lower: Lower) -> Callable[..., Any]:
+def compile_by_eager(
+    module: fx.GraphModule, inputs: Sequence[Any], lower: Lower
+) -> Callable[..., Any]:
     """AOTAutograd and our lowering of both graphs, run node by node: for tests and for reading."""
 
     def compiler(kind: str) -> Callable[..., Any]:

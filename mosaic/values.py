@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ from mosaic.torch_private import pytree
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """A tensor of the global program: ``val`` at global size, and where the sharded axis sits in it.
+    """A tensor of the global program: ``val`` at global size, and where the axis sits in it.
 
-    ``place`` None means whole. ``node`` is its node in the local program; a whole value whose node is
-    None is a recipe, ``origin`` its node in the global graph.
+    ``place`` None means whole. ``node`` is its node in the local program; a whole value whose node
+    is None is a recipe, ``origin`` its node in the global graph.
     """
 
     val: torch.Tensor
@@ -39,7 +39,9 @@ class Value:
 class Call:
     """One op with its arguments by name. Tensor arguments are ``Value``s."""
 
-    def __init__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any, like: fx.Node):
+    def __init__(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any, like: fx.Node
+    ):
         self.target = target
         self.val = val
         self.like = like
@@ -69,7 +71,11 @@ class Call:
         kwargs: dict[str, Any] = {}
         schema = self.target._schema.arguments
         last = max(
-            (i for i, a in enumerate(schema) if not a.kwarg_only and bound[a.name] is not a.default_value),
+            (
+                i
+                for i, a in enumerate(schema)
+                if not a.kwarg_only and bound[a.name] is not a.default_value
+            ),
             default=-1,
         )
         for i, argument in enumerate(schema):
@@ -110,7 +116,7 @@ class Collective:
 def recipe(node: fx.Node) -> Any:
     val = node.meta.get("val")
     if isinstance(val, (tuple, list)):
-        return Many(node, tuple(val))
+        return Many(node)
     return Value(val, None, None, node) if isinstance(val, torch.Tensor) else val
 
 
@@ -119,7 +125,11 @@ class Many:
     """Several whole results that nobody has asked for yet; ``getitem`` on it is a recipe again."""
 
     origin: fx.Node
-    vals: tuple[torch.Tensor, ...]
+
+
+def map_values(fn: Callable[[Value], Any], tree: Any) -> Any:
+    """``fn`` on every value in nested arguments."""
+    return pytree.tree_map(lambda v: fn(v) if isinstance(v, Value) else v, tree)
 
 
 def is_whole(value: Any) -> bool:
@@ -151,7 +161,7 @@ def candidates(shape: Iterable[int], place: Place) -> list[Place]:
 
 
 def needs_gradient(value: Value) -> bool:
-    """Whether a gradient flows into this value; a value that is no recipe is assumed to have one."""
+    """Whether a gradient flows into this value; one that is no recipe is assumed to have it."""
     if value.origin is None:
         return value.val.is_floating_point()
     return bool(value.origin.meta.get("needs_gradient"))

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mosaic import random
+from mosaic.layout import Place, Shard
 from mosaic.modes import Modes, set_modes
 from mosaic.rewrite import insert
 
@@ -38,6 +39,10 @@ class Writer:
 
     def item(self, node: fx.Node, index: int) -> fx.Node:
         return insert(self.graph, node, operator.getitem, (node, index))
+
+    def shard(self, place: Place) -> str:
+        """This rank's part of a place, as collectives take it."""
+        return Shard(place, self.rank, self.group).encode()
 
     def switch(self, modes: Modes | None) -> None:
         """Grad mode and autocast as the user had them where this node was captured."""

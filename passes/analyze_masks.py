@@ -1,5 +1,5 @@
-"""What each attention's mask means: for now causal comes from ``is_causal``, and any other mask stays
-a tensor of which each rank computes its own rows (``partition`` hoists the slice to its leaves)."""
+"""What each attention's mask means: for now causal comes from ``is_causal``, and any other mask
+stays a tensor of which each rank computes its own rows (``partition`` hoists the slice)."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ With names the axis is a dim of a named input. Without, each attention's query d
 through the program to where it begins, and the longest such axis is taken. Nothing is rewritten but
 ``context.axis``: its length, its method and its seeds (node, dim).
 
-There are no backward rules. To step back over an op, candidate places of each operand go through the
-op's own forward rule, and one that gives the place at hand is a carrier of the axis.
+There are no backward rules. To step back over an op, candidate places of each operand go through
+the op's own forward rule, and one that gives the place at hand is a carrier of the axis.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place
 from mosaic.rules import key
 from mosaic.sharder import Sharder
-from mosaic.values import Axis, candidates
 from mosaic.spec import binds
+from mosaic.values import Axis, candidates
 
 aten = torch.ops.aten
 DEFAULT_METHOD = "ring"
@@ -164,7 +164,7 @@ def axis_name(begin: Begin, context: Context) -> str:
 
 
 def begins(attention: fx.Node) -> list[Begin]:
-    """Where the axis that ``attention`` attends over begins: the longest beginnings that hold data."""
+    """Where the axis that ``attention`` attends over begins: the longest ones that hold data."""
     query = attention.args[0]
     shape = query.meta["val"].shape
     todo = [(query, Place(Layout.even(shape[-2], 2), len(shape) - 2))]
@@ -206,7 +206,9 @@ def carriers(node: fx.Node, place: Place) -> list[tuple[fx.Node, Place]]:
     operands = [n for n in node.all_input_nodes if holds_data(n)]
     name = key(node.target)
     if name in ("slice.Tensor", "cat") and along_axis(node, place):
-        operands = [n for n in operands if whole_length(n, place.dim) >= place.layout.n or name == "cat"]
+        operands = [
+            n for n in operands if whole_length(n, place.dim) >= place.layout.n or name == "cat"
+        ]
         longest = max((whole_length(n, place.dim) for n in operands), default=0)
         same = [n for n in operands if whole_length(n, place.dim) == longest]
         return [(n, replace(place, layout=Layout.even(longest, 2))) for n in same]
@@ -236,4 +238,3 @@ def probe(node: fx.Node, operand: fx.Node, candidate: Place, index: int | None) 
 
 def same_place(found: Place | None, place: Place) -> bool:
     return found is not None and (found.refined() == place.refined())
-

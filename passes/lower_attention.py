@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def lower_attention(graph: fx.Graph, context: Any) -> int:
 
     Only after AOTAutograd's partitioner, which would save every visiting chunk for backward.
     """
-    programs = {
+    programs: dict[Any, Callable[..., Any]] = {
         torch.ops.mosaic.attention.default: forward_program,
         torch.ops.mosaic.attention_backward.default: backward_program,
     }

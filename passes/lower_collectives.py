@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def lower_collectives(graph: fx.Graph, context: Any) -> int:
 
     Only after AOTAutograd's partitioner: it saves the result of each collective that it sees.
     """
-    programs = {
+    programs: dict[Any, Callable[..., Any]] = {
         torch.ops.mosaic.gather.default: _gather,
         torch.ops.mosaic.reshard.default: _reshard,
     }

@@ -12,12 +12,13 @@ every random op.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 from mosaic.context import Context
-from mosaic.rewrite import insert, is_tensor
+from mosaic.rewrite import insert
 
 aten = torch.ops.aten
 DROPPED = {aten._assert_tensor_metadata.default}
@@ -30,7 +31,7 @@ def normalize(graph: fx.Graph, context: Context) -> int:
     changed += merge_common(graph)
     before = len(graph.nodes)
     graph.eliminate_dead_code()
-    mark_gradients(graph, context)
+    mark_gradients(graph)
     for site, node in enumerate(n for n in graph.nodes if is_random(n)):
         node.meta["site"] = site
     return changed + before - len(graph.nodes)
@@ -119,7 +120,7 @@ def is_random_attention(node: fx.Node) -> bool:
     return node.target == aten.scaled_dot_product_attention.default
 
 
-def mark_gradients(graph: fx.Graph, context: Context) -> None:
+def mark_gradients(graph: fx.Graph) -> None:
     for node in graph.nodes:
         node.meta["needs_gradient"] = needs_gradient(node)
 
@@ -130,10 +131,10 @@ def needs_gradient(node: fx.Node) -> bool:
         return bool(node.meta.get("requires_grad"))
     if node.op != "call_function" or node.target == aten.detach.default:
         return False
-    floating = any(is_tensor(v) and v.is_floating_point() for v in as_tuple(val))
+    floating = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in as_tuple(val))
     inside = node.target == operator.getitem or node.meta["modes"].grad
     return floating and inside and any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
 
 
-def as_tuple(val: object) -> tuple[object, ...]:
+def as_tuple(val: Any) -> tuple[Any, ...]:
     return tuple(val) if isinstance(val, (tuple, list)) else (val,)

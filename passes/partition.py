@@ -46,14 +46,14 @@ def partition(graph: fx.Graph, context: Context) -> int:
         written = len(context.mutated)
         results = [result(sharder, r, context, i < written) for i, r in enumerate(output.args[0])]
         del context.output_shards[: len(context.mutated)]
-        write_back(sharder, results, context)
+        write_back(writer, results, context)
         writer.switch(Modes.current())
     output.args = (tuple(results[len(context.mutated) :]),)
     erase(graph, old)
     rename_all(graph)
     context.collectives, context.gathered = sharder.collectives, sharder.gathered
     if sharder.entered_bytes:
-        context.collectives.append(gradients_of(sharder, context))
+        context.collectives.append(gradients_of(sharder))
     return len(sharder.collectives)
 
 
@@ -64,12 +64,12 @@ def nothing_cut(context: Context) -> Axis:
     return Axis("", world.mesh_axis, Layout.whole(1, world.size), "local")
 
 
-def gradients_of(sharder: Sharder, context: Context) -> Collective:
+def gradients_of(sharder: Sharder) -> Collective:
     """What backward sums across the ranks: one all-reduce for each entered tensor, bucketed."""
-    p = context.world.size
+    p = sharder.axis.p
     sent = sharder.entered_bytes * 2 * (p - 1) // p
     why = "gradients of whole tensors, in backward"
-    return Collective("all_reduce", context.axis.name, sent, why, "parameters")
+    return Collective("all_reduce", sharder.axis.name, sent, why, "parameters")
 
 
 def result(sharder: Sharder, node: Any, context: Context, written_back: bool) -> Any:
@@ -88,13 +88,13 @@ def result(sharder: Sharder, node: Any, context: Context, written_back: bool) ->
     return sharder.node(sharder.gather(value, "an output is whole", node))
 
 
-def write_back(sharder: Sharder, results: list[Any], context: Context) -> None:
-    """In-place updates of inputs (BatchNorm's buffers): AOTAutograd keeps a copy_ to an input alive."""
-    placeholders = [n for n in sharder.writer.graph.nodes if n.op == "placeholder"]
+def write_back(writer: Writer, results: list[Any], context: Context) -> None:
+    """In-place updates of inputs (BatchNorm's buffers): AOTAutograd keeps a copy_ to an input."""
+    placeholders = [n for n in writer.graph.nodes if n.op == "placeholder"]
     for index, new in zip(context.mutated, results, strict=False):
         target = placeholders[index]
-        read_from_copy(sharder.writer, target)
-        sharder.writer.op(new, aten.copy_.default, (target, new), {})
+        read_from_copy(writer, target)
+        writer.op(new, aten.copy_.default, (target, new), {})
 
 
 def read_from_copy(writer: Writer, target: fx.Node) -> None:

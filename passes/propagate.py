@@ -6,12 +6,15 @@ choice between even and zigzag needs to know the attentions first.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from mosaic.context import Context
 from mosaic.errors import ShardingError
 from mosaic.sharder import Sharder
-from mosaic.values import places_of
+from mosaic.values import Axis, places_of
+
+CALL, SDPA = "call_function", torch.ops.aten.scaled_dot_product_attention.default
 
 
 def propagate(graph: fx.Graph, context: Context) -> int:
@@ -25,15 +28,17 @@ def propagate(graph: fx.Graph, context: Context) -> int:
         places += node.meta["place"] is not None
     context.attentions = [(found, call.like) for found, call in planner.attentions]
     if context.spec.sharded and not any(a.is_distributed for a, _ in context.attentions):
-        raise nothing_attends(context)
+        raise nothing_attends(graph, context.axis)
     return places
 
 
-def nothing_attends(context: Context) -> ShardingError:
-    axis = context.axis
-    others = sorted({str(a.query.n) for a, _ in context.attentions}) or ["none"]
+def nothing_attends(graph: fx.Graph, axis: Axis) -> ShardingError:
+    lengths = sorted(
+        {n.args[0].meta["val"].shape[-2] for n in graph.find_nodes(op=CALL, target=SDPA)}
+    )
     return ShardingError(
         f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
-        sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: {', '.join(others)}",
+        sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: "
+        + (", ".join(map(str, lengths)) or "none"),
         fix="name the axis that attention runs over, or leave the spec out to have it found",
     )

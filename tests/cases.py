@@ -32,13 +32,21 @@ def llama(batch: int = 1, n: int = 37, **config) -> Built:
 
 def table(batch: int = 3, rows: int = 37, split: int = 26) -> Built:
     model = TableModel().double()
-    return model, (torch.randn(batch, rows, 5).double(), torch.randn(batch, split).double(), split), {}
+    return (
+        model,
+        (torch.randn(batch, rows, 5).double(), torch.randn(batch, split).double(), split),
+        {},
+    )
 
 
 def vit(batch: int = 3, pool: str = "cls") -> Built:
     model = ViT(pool=pool).double()
     size = model_image_size(model)
-    return model, (torch.randn(batch, 3, size, size).double(), torch.zeros(batch, dtype=torch.long)), {}
+    return (
+        model,
+        (torch.randn(batch, 3, size, size).double(), torch.zeros(batch, dtype=torch.long)),
+        {},
+    )
 
 
 def model_image_size(model: nn.Module) -> int:

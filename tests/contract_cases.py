@@ -1,4 +1,4 @@
-"""Programs that a capture could lose something of: each is compared with eager, gradients and all."""
+"""Programs that a capture could lose something of: each is compared with eager, gradients too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Attention(nn.Module):
 
 
 class WrongButTheUsers(torch.autograd.Function):
-    """A backward that is not the derivative of forward: only the user's own gives these gradients."""
+    """A backward that is not the derivative of forward: only the user's gives these gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ class NoGradBlocks(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attention, self.w, self.table = Attention(), nn.Linear(E, E), nn.Parameter(torch.randn(N, E))
+        self.attention, self.w = Attention(), nn.Linear(E, E)
+        self.table = nn.Parameter(torch.randn(N, E))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)
@@ -135,8 +136,9 @@ class Reductions(nn.Module):
         y = self.w(x)
         parts = [
             y.mean(1), y.sum(1), y.std(1), y.var(1, unbiased=False), y.amax(1), y.amin((1, 2)),
-            y.logsumexp(1), y.softmax(1).square().sum(1), y.log_softmax(1)[:, 2], y[:, -1], y[:, 4:9].sum(1),
-            torch.roll(y, 2, 1)[:, 0], F.pad(y, (0, 0, 2, 1))[:, 3], y.cumsum(1)[:, 7], y.flip(1)[:, 2],
+            y.logsumexp(1), y.softmax(1).square().sum(1), y.log_softmax(1)[:, 2], y[:, -1],
+            y[:, 4:9].sum(1), torch.roll(y, 2, 1)[:, 0], F.pad(y, (0, 0, 2, 1))[:, 3],
+            y.cumsum(1)[:, 7], y.flip(1)[:, 2],
         ]  # fmt: skip
         return sum((p * (i + 1)).square().mean() for i, p in enumerate(parts))
 

@@ -1,4 +1,4 @@
-"""What one rank does in the tests of whole models: build, compile, run, return loss and gradients."""
+"""What one rank does in the tests of whole models: build, compile, run, give loss and gradients."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def loss_of(out: Any) -> torch.Tensor:
     return out if out.ndim == 0 else out.square().mean()
 
 
-def run_model(build: Callable[[], tuple[Any, tuple, dict]], options: dict | None, p: int = 1) -> dict:
-    """Loss, gradients and buffers of a model; with ``options`` through Mosaic on p ranks, else plain."""
+def run_model(
+    build: Callable[[], tuple[Any, tuple, dict]], options: dict | None, p: int = 1
+) -> dict:
+    """Loss, gradients and buffers of a model; with ``options`` through Mosaic on p ranks."""
     torch.manual_seed(0)
     model, args, kwargs = build()
     called = model
@@ -33,7 +35,9 @@ def run_model(build: Callable[[], tuple[Any, tuple, dict]], options: dict | None
         called = torch.compile(model, backend="mosaic", options=options)
     loss = loss_of(called(*args, **kwargs))
     loss.backward()
-    inputs = {f"input {i}": a.grad for i, a in enumerate(args) if getattr(a, "requires_grad", False)}
+    inputs = {
+        f"input {i}": a.grad for i, a in enumerate(args) if getattr(a, "requires_grad", False)
+    }
     return {
         "loss": loss.detach(),
         "gradients": {**gradients(model), **inputs},

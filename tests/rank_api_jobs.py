@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from model_jobs import gradients
 
 import mosaic
+from mosaic import backend
 
 EAGER = {"inner": "eager"}
 
@@ -59,7 +60,9 @@ def shares(p: int, name: str) -> dict:
 
 def decorated(p: int, what: str) -> dict:
     mosaic.init(sp_size=p)
-    decorate = mosaic.shard(inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inner="eager")
+    decorate = mosaic.shard(
+        inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inner="eager"
+    )
     torch.manual_seed(0)
     kind = type("Model", (cc.Reductions,), {"forward": cc.Reductions.forward})
     if what == "class":
@@ -188,3 +191,19 @@ def shards_cut_by_the_user(p: int) -> str:
     except Exception as error:
         return str(getattr(error, "inner_exception", error))
     return "no error"
+
+
+def other_ranks_later(p: int) -> tuple[list[int], list[float]]:
+    """One compiled model, called with one rank a group and then with all: (ranks, losses)."""
+    torch.manual_seed(0)
+    model, (x,), _ = cc.built(cc.AnyLength)
+    plans: list[mosaic.Plan] = []
+    backend.LISTENERS.append(plans.append)
+    compiled = torch.compile(model, backend="mosaic", options=EAGER)
+    alone = mosaic.init(sp_size=1)
+    losses = [compiled(x).item()]
+    alone.shutdown()
+    mosaic.init(sp_size=p)
+    losses.append(compiled(x).item())
+    backend.LISTENERS.remove(plans.append)
+    return [plan.ranks for plan in plans], [loss - model(x).item() for loss in losses]

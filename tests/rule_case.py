@@ -1,4 +1,4 @@
-"""One sample program for the rules: a function of tensors, and what each way of cutting them costs."""
+"""One sample program for the rules: a function of tensors, and the ways of cutting them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ class In:
         if self.kind == "bool":
             return torch.rand(self.shape, generator=generator) < 0.6
         if self.kind == "ties":  # integers as floats: equal maxima on several ranks
-            return torch.randint(0, self.high, self.shape, generator=generator).double().requires_grad_()
+            return (
+                torch.randint(0, self.high, self.shape, generator=generator)
+                .double()
+                .requires_grad_()
+            )
         if self.kind == "constant":  # a float input without a gradient (a buffer)
             return torch.rand(self.shape, generator=generator, dtype=torch.float64)
         if self.kind == "unit":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import rule_cases_attention
+import rule_cases_losses
 import rule_cases_pointwise
 import rule_cases_programs
 import rule_cases_values
@@ -14,6 +15,7 @@ for module in (
     rule_cases_pointwise,
     rule_cases_views,
     rule_cases_values,
+    rule_cases_losses,
     rule_cases_attention,
     rule_cases_programs,
 ):

@@ -1,4 +1,4 @@
-"""Pointwise samples: every name that the rules add to torch's own tag, and a broad list of the rest."""
+"""Pointwise samples: every name that the rules add to torch's own tag, and many of the rest."""
 
 from __future__ import annotations
 
@@ -20,18 +20,28 @@ SMOOTH = (
     "deg2rad rad2deg nan_to_num i0 special_i0e special_i1 special_erfcx special_log_ndtr "
     "isnan isfinite isinf isposinf isneginf signbit logical_not"
 ).split()
-POSITIVE = "log log2 log10 log1p sqrt rsqrt reciprocal lgamma digamma acos asin atanh logit erfinv special_entr".split()
+POSITIVE = (
+    "log log2 log10 log1p sqrt rsqrt reciprocal lgamma digamma acos asin atanh logit erfinv "
+    "special_entr"
+).split()
 BINARY = (
     "add.Tensor sub.Tensor mul.Tensor maximum minimum fmin fmax hypot atan2 copysign.Tensor "
     "logaddexp logaddexp2 eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor "
     "logical_and logical_or logical_xor max.other min.other"
 ).split()
-QUOTIENTS = "div.Tensor remainder.Tensor fmod.Tensor pow.Tensor_Tensor xlogy.Tensor true_divide.Tensor float_power.Tensor_Tensor".split()
+QUOTIENTS = (
+    "div.Tensor remainder.Tensor fmod.Tensor pow.Tensor_Tensor xlogy.Tensor "
+    "true_divide.Tensor float_power.Tensor_Tensor"
+).split()
 SCALARS = (
-    "add.Scalar sub.Scalar mul.Scalar div.Scalar pow.Tensor_Scalar remainder.Scalar fmod.Scalar rsub.Scalar "
+    "add.Scalar sub.Scalar mul.Scalar div.Scalar pow.Tensor_Scalar "
+    "remainder.Scalar fmod.Scalar rsub.Scalar "
     "eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar clamp_min clamp_max"
 ).split()
-INTEGER = "bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor gcd lcm __and__.Tensor __or__.Tensor __xor__.Tensor".split()
+INTEGER = (
+    "bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor gcd lcm __and__.Tensor "
+    "__or__.Tensor __xor__.Tensor"
+).split()
 INTEGER_SCALAR = (
     "bitwise_and.Scalar bitwise_or.Scalar bitwise_xor.Scalar bitwise_left_shift.Tensor_Scalar "
     "__and__.Scalar __or__.Scalar __xor__.Scalar"
@@ -62,7 +72,11 @@ add("bitwise_not", aten.bitwise_not.default, b(5, 2))
 add("_to_copy", lambda x: aten._to_copy.default(x, dtype=torch.int64), f(5, 2))
 add("alias", lambda x: aten.alias.default(x) * 2, f(5, 2))
 add("clone", lambda x: x.clone() * 2, f(5, 2))
-add("clone format", lambda x: aten.clone(x.transpose(0, 1), memory_format=torch.contiguous_format), f(5, 2))
+add(
+    "clone format",
+    lambda x: aten.clone(x.transpose(0, 1), memory_format=torch.contiguous_format),
+    f(5, 2),
+)
 add("contiguous", lambda x: x.transpose(0, 1).contiguous() * 2, f(5, 2))
 add("detach", lambda x: x.detach() * x, f(5, 2))
 add("detach_copy", lambda x: aten.detach_copy.default(x) * x, constant(5, 2))
@@ -120,7 +134,12 @@ add("backwards", aten.gelu_backward.default, constant(5, 2), constant(5, 2))
 add("sigmoid_backward", aten.sigmoid_backward.default, constant(5, 2), constant(5, 2))
 add("tanh_backward", aten.tanh_backward.default, constant(5, 2), constant(5, 2))
 add("silu_backward", aten.silu_backward.default, constant(5, 2), constant(5, 2))
-add("threshold_backward", lambda g, x: aten.threshold_backward.default(g, x, 0.5), constant(5, 2), constant(5, 2))
+add(
+    "threshold_backward",
+    lambda g, x: aten.threshold_backward.default(g, x, 0.5),
+    constant(5, 2),
+    constant(5, 2),
+)
 
 # created tensors, used as operands of sharded work
 add("zeros", lambda x: x + torch.zeros(5, 2, dtype=x.dtype), f(5, 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from rule_case import Cases, b, constant, f, i, ties, unit
+from rule_case import Cases, b, constant, f, i, ties
 
 aten = torch.ops.aten
 CASES = Cases()
@@ -53,25 +53,51 @@ add("softmax ties", lambda x: x.softmax(0), ties(2, 5, 4))
 add("_softmax", lambda x: aten._softmax.default(x, 0, False), f(5, 4))
 add("log_softmax", lambda x: (x.log_softmax(-1), x.log_softmax(0)), f(5, 4))
 add("_log_softmax", lambda x: aten._log_softmax.default(x, 0, False), f(5, 4))
-add("softmax masked row", lambda x: x.masked_fill(torch.arange(5).unsqueeze(1) < 3, -float("inf")).softmax(0), f(5, 4))
-add("log_softmax masked", lambda x: x.masked_fill(torch.arange(5).unsqueeze(1) < 3, -float("inf")).log_softmax(0).exp(), f(5, 4))
+add(
+    "softmax masked row",
+    lambda x: x.masked_fill(torch.arange(5).unsqueeze(1) < 3, -float("inf")).softmax(0),
+    f(5, 4),
+)
+add(
+    "log_softmax masked",
+    lambda x: x.masked_fill(torch.arange(5).unsqueeze(1) < 3, -float("inf")).log_softmax(0).exp(),
+    f(5, 4),
+)
 add(
     "batch_norm train",
     lambda x, w, c, m, v: F.batch_norm(x, m, v, w, c, training=True),
-    f(5, 4), f(4), f(4), constant(4), constant(4),
-)  # fmt: skip
-add("batch_norm 3d", lambda x, m, v: F.batch_norm(x, m, v, training=True, momentum=0.3), f(2, 4, 5), constant(4), constant(4))
+    f(5, 4),
+    f(4),
+    f(4),
+    constant(4),
+    constant(4),
+)
+add(
+    "batch_norm 3d",
+    lambda x, m, v: F.batch_norm(x, m, v, training=True, momentum=0.3),
+    f(2, 4, 5),
+    constant(4),
+    constant(4),
+)
 add("batch_norm no stats", lambda x: F.batch_norm(x, None, None, training=True), f(2, 4, 5))
 add(
     "batch_norm eval",
     lambda x, w, c, m, v: F.batch_norm(x, m, v, w, c, training=False),
-    f(2, 4, 5), f(4), f(4), constant(4), constant(4),
-)  # fmt: skip
+    f(2, 4, 5),
+    f(4),
+    f(4),
+    constant(4),
+    constant(4),
+)
 add(
     "_native_batch_norm_legit_functional",
-    lambda x, m, v: aten._native_batch_norm_legit_functional.default(x, None, None, m, v, True, 0.1, 1e-5)[0],
-    f(5, 4), constant(4), constant(4),
-)  # fmt: skip
+    lambda x, m, v: aten._native_batch_norm_legit_functional.default(
+        x, None, None, m, v, True, 0.1, 1e-5
+    )[0],
+    f(5, 4),
+    constant(4),
+    constant(4),
+)
 
 # reductions
 REDUCED = {
@@ -112,7 +138,13 @@ add("min ties", lambda x: x.min(), ties(2, 5, 4))
 add("amax ints", lambda x: x.amax(0), i(9, 5, 4))
 add("min ints", lambda x: x.min(), i(9, 5, 4))
 add("amax bool", lambda x: x.amax(0), b(5, 4))
-add("amax infinite", lambda x: (x.clamp(min=0) / x.clamp(min=0)).nan_to_num(-float("inf"), neginf=-float("inf")).amax(0), constant(5, 4))
+add(
+    "amax infinite",
+    lambda x: (
+        (x.clamp(min=0) / x.clamp(min=0)).nan_to_num(-float("inf"), neginf=-float("inf")).amax(0)
+    ),
+    constant(5, 4),
+)
 add("amax nan", lambda x: (x - 0.5).sqrt().amax(0), constant(5, 4))
 add("any.dim", lambda x: x.any(0), b(5, 2))
 add("any.dims", lambda x: torch.any(x, (0, 1)), b(5, 2))
@@ -120,7 +152,9 @@ add("any floats", lambda x: (x > 0.5).to(x.dtype).any(-1, keepdim=True), constan
 add("all.dim", lambda x: x.all(0, keepdim=True), b(5, 2))
 add("all.dims", lambda x: torch.all(x, (0, -1)), b(5, 2))
 add("all uint8", lambda x: x.to(torch.uint8).all(0), b(5, 2))
-add("logsumexp infinite", lambda x: x.masked_fill(x > -9, -float("inf")).logsumexp(0).exp(), f(5, 4))
+add(
+    "logsumexp infinite", lambda x: x.masked_fill(x > -9, -float("inf")).logsumexp(0).exp(), f(5, 4)
+)
 add("norm", lambda x: torch.linalg.vector_norm(x, dim=-1), f(5, 4))
 add("norm all", lambda x: torch.linalg.vector_norm(x), f(5, 4))
 add("norm dim", lambda x: x.norm(dim=0), f(5, 4))
@@ -149,49 +183,17 @@ add("diff", lambda x: x.diff(dim=0), f(5, 4))
 add("cdist", lambda x, y: ((x.unsqueeze(1) - y) ** 2).sum(-1), f(5, 4), f(7, 4))
 add("numel of a 0-d", lambda x, y: (x.sum() * y).sum(), f(5), f(4))
 
-# losses
-for name, loss in {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss}.items():
-    for reduction in ("none", "mean", "sum"):
-        add(f"{name} {reduction}", lambda x, y, fn=loss, r=reduction: fn(x, y, reduction=r), f(5, 2), f(5, 2))
-add("bce logits", F.binary_cross_entropy_with_logits, f(5, 2), unit(5, 2))
-add("bce logits weight", lambda x, y, w: F.binary_cross_entropy_with_logits(x, y, w, pos_weight=w), f(5, 2), unit(5, 2), constant(2))
-add("bce", F.binary_cross_entropy, unit(5, 2), unit(5, 2))
-add("nll", lambda x, y: F.nll_loss(x.log_softmax(-1), y), f(5, 4), i(4, 5))
-add("kl_div", lambda x, y: F.kl_div(x.log_softmax(-1), y, reduction="batchmean"), f(5, 4), unit(5, 4))
-add("hinge", lambda x, y: F.hinge_embedding_loss(x, y), f(5, 2), constant(5, 2))
-for reduction in ("none", "mean", "sum"):
-    add(f"cross_entropy {reduction}", lambda x, y, r=reduction: F.cross_entropy(x, y, reduction=r), f(7, 4), i(4, 7))
-    add(f"cross_entropy nd {reduction}", lambda x, y, r=reduction: F.cross_entropy(x, y, reduction=r), f(2, 4, 5), i(4, 2, 5))
-    add(
-        f"cross_entropy weights {reduction}",
-        lambda x, y, w, r=reduction: F.cross_entropy(x, y, w, reduction=r, ignore_index=2), f(7, 4), i(4, 7), constant(4),
-    )  # fmt: skip
-    add(
-        f"cross_entropy smooth {reduction}",
-        lambda x, y, w, r=reduction: F.cross_entropy(x, y, w, reduction=r, label_smoothing=0.2, ignore_index=1),
-        f(7, 4), i(4, 7), constant(4),
-    )  # fmt: skip
-    add(f"cross_entropy probabilities {reduction}", lambda x, y, r=reduction: F.cross_entropy(x, y.softmax(-1), reduction=r), f(7, 4), f(7, 4))
-    add(f"cross_entropy probabilities nd {reduction}",
-        lambda x, y, w, r=reduction: F.cross_entropy(x, y.softmax(1), w, label_smoothing=0.1, reduction=r), f(2, 4, 5), f(2, 4, 5), constant(4))  # fmt: skip
-    add(f"cross_entropy vector {reduction}", lambda x, y, r=reduction: F.cross_entropy(x, y, reduction=r), f(5), i(5))
-add("cross_entropy vector probabilities", lambda x, y: F.cross_entropy(x, y.softmax(-1)), f(5), f(5))
-add(
-    "cross_entropy ignored on some rank",
-    lambda x, y: F.cross_entropy(x, torch.where(torch.arange(7) < 4, -100, y)), f(7, 4), i(4, 7),
-)  # fmt: skip
-add("cross_entropy all ignored", lambda x, y: F.cross_entropy(x, y * 0 - 100), f(7, 4), i(4, 7))
-add("cross_entropy shifted", lambda x, y: F.cross_entropy(x[:-1], y[1:]), f(7, 4), i(4, 7))
-add("cross_entropy shifted batch", lambda x, y: F.cross_entropy(x[:, :-1].reshape(-1, 4), y[:, 1:].reshape(-1)), f(2, 7, 4), i(4, 2, 7))
-add("cross_entropy smooth all ignored", lambda x, y: F.cross_entropy(x, y * 0 - 100, label_smoothing=0.1), f(7, 4), i(4, 7))
-add("cross_entropy 5d", lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1), f(2, 4, 5, 2), i(4, 2, 5, 2))
-
 # convolutions
 add("conv1d", lambda x, w, c: F.conv1d(x, w, c, padding=1), f(5, 4, 7), f(2, 4, 3), f(2))
 add("conv1d unbatched", lambda x, w: F.conv1d(x, w), f(4, 7), f(2, 4, 3))
 add("conv2d", lambda x, w, c: F.conv2d(x, w, c, stride=2), f(5, 2, 4, 4), f(3, 2, 2, 2), f(3))
 add("conv3d", lambda x, w: F.conv3d(x, w), f(4, 2, 3, 3, 3), f(3, 2, 2, 2, 2))
-add("convolution", lambda x, w: aten.convolution.default(x, w, None, [1], [0], [1], False, [0], 1), f(5, 4, 7), f(2, 4, 3))
+add(
+    "convolution",
+    lambda x, w: aten.convolution.default(x, w, None, [1], [0], [1], False, [0], 1),
+    f(5, 4, 7),
+    f(2, 4, 3),
+)
 add("conv1d groups", lambda x, w: F.conv1d(x, w, groups=2), f(5, 4, 7), f(2, 2, 3))
 add("avg_pool1d", lambda x: F.avg_pool1d(x, 2), f(2, 4, 6))
 add("max_pool2d", lambda x: F.max_pool2d(x, 2), f(2, 3, 4, 4))

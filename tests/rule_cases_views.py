@@ -60,9 +60,17 @@ add("permute negative", lambda x: x.permute(-1, 0, -2).sin(), f(2, 5, 4))
 add("transpose", lambda x: x.transpose(-1, 0).sin(), f(2, 5, 4))
 add("t", lambda x: x.t().sin(), f(5, 2))
 add("t of a vector", lambda x: x.t().sin(), f(5))
-add("unsqueeze", lambda x: (x.unsqueeze(0).sin(), x.unsqueeze(1).sin(), x.unsqueeze(-1).sin()), f(5, 2))
+add(
+    "unsqueeze",
+    lambda x: (x.unsqueeze(0).sin(), x.unsqueeze(1).sin(), x.unsqueeze(-1).sin()),
+    f(5, 2),
+)
 add("squeeze", lambda x: x.squeeze().sin(), f(1, 5, 1, 2))
-add("squeeze.dim", lambda x: (x.squeeze(0).sin(), x.squeeze(-1).sin(), x.squeeze(1).sin()), f(1, 5, 1))
+add(
+    "squeeze.dim",
+    lambda x: (x.squeeze(0).sin(), x.squeeze(-1).sin(), x.squeeze(1).sin()),
+    f(1, 5, 1),
+)
 add("squeeze.dims", lambda x: x.squeeze((0, 2)).sin(), f(1, 5, 1, 2))
 add("flip", lambda x: (x.flip(0).sin(), x.flip(-1).cos()), f(5, 2))
 add("roll", lambda x: x.roll(2, 0).sin(), f(5, 2))
@@ -127,13 +135,43 @@ add("pad bool", lambda x: ~F.pad(x, (1, 1), value=True), b(5))
 
 # writes
 add("slice_scatter", lambda x, y: aten.slice_scatter.default(x, y, 0, 1, 4).sin(), f(5, 2), f(3, 2))
-add("slice_scatter other", lambda x, y: aten.slice_scatter.default(x, y, 1, 1, 3).sin(), f(5, 4), f(5, 2))
-add("slice_scatter step", lambda x, y: aten.slice_scatter.default(x, y, 0, 0, 5, 2).sin(), f(5, 2), f(3, 2))
-add("slice_scatter whole", lambda x, y: aten.slice_scatter.default(x, y, 0, 0, 5).sin(), f(5, 2), f(5, 2))
-add("slice_scatter nothing", lambda x, y: aten.slice_scatter.default(x, y, 0, 3, 3).sin(), f(5, 2), f(0, 2))
+add(
+    "slice_scatter other",
+    lambda x, y: aten.slice_scatter.default(x, y, 1, 1, 3).sin(),
+    f(5, 4),
+    f(5, 2),
+)
+add(
+    "slice_scatter step",
+    lambda x, y: aten.slice_scatter.default(x, y, 0, 0, 5, 2).sin(),
+    f(5, 2),
+    f(3, 2),
+)
+add(
+    "slice_scatter whole",
+    lambda x, y: aten.slice_scatter.default(x, y, 0, 0, 5).sin(),
+    f(5, 2),
+    f(5, 2),
+)
+add(
+    "slice_scatter nothing",
+    lambda x, y: aten.slice_scatter.default(x, y, 0, 3, 3).sin(),
+    f(5, 2),
+    f(0, 2),
+)
 add("select_scatter", lambda x, y: aten.select_scatter.default(x, y, 0, 3).sin(), f(5, 2), f(2))
-add("select_scatter last", lambda x, y: aten.select_scatter.default(x, y, -1, -1).sin(), f(5, 2), f(5))
-add("select_scatter ints", lambda x, y: aten.select_scatter.default(x, y, 0, 1) * 2, i(9, 5, 2), i(9, 2))
+add(
+    "select_scatter last",
+    lambda x, y: aten.select_scatter.default(x, y, -1, -1).sin(),
+    f(5, 2),
+    f(5),
+)
+add(
+    "select_scatter ints",
+    lambda x, y: aten.select_scatter.default(x, y, 0, 1) * 2,
+    i(9, 5, 2),
+    i(9, 2),
+)
 
 
 def assigned(x, y):

@@ -1,7 +1,7 @@
-"""What each sample sends in forward, for every input (a word) and dim of it (a letter) that is cut.
+"""What each sample sends in forward, for every input (a word) and cut dim of it (a letter).
 
-    .  nothing              1 2 3  so many all-reduces      >  an all-to-all of one layout to another
-    w  an operand is made whole, as the op must have it     G  falls back to a gather, with a warning
+    .  nothing              1 2 3  so many all-reduces      >  an all-to-all between layouts
+    w  an operand is made whole, as it must be              G  falls back to a gather, and warns
     x  refused
 
 Samples that are not here are free along every dim: a new letter here is a promise broken.

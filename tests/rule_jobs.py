@@ -1,11 +1,11 @@
-"""What ranks do in the tests of the rules: cut one sample program every way, and compare with eager."""
+"""What ranks do in the tests of the rules: cut a sample every way, and compare with eager."""
 
 from __future__ import annotations
 
 import traceback
 import zlib
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 import mosaic
 import mosaic.attention.op
-import mosaic.collectives  # noqa: F401  registers the ops
+import mosaic.collectives
 from mosaic.capture import Captured, capture
 from mosaic.context import Context, World
 from mosaic.errors import UnsupportedError
@@ -31,10 +31,10 @@ from mosaic.passes.normalize import normalize
 from mosaic.passes.partition import partition
 from mosaic.passes.raise_attention import raise_attention
 from mosaic.passes.rewrite_attention import rewrite_attention
+from mosaic.rules import key
 from mosaic.sharder import Sharder
 from mosaic.spec import ShardingSpec
 from mosaic.torch_private import compile_by_eager, pytree
-from mosaic.rules import key
 from mosaic.values import Axis, Call
 
 LAYOUTS = {"even": Layout.even, "zigzag": Layout.zigzag}
@@ -53,7 +53,7 @@ class Program(torch.nn.Module):
         return self.case.run(*args)
 
 
-@lru_cache(maxsize=None)  # ranks that are forked later inherit what was captured
+@cache  # ranks that are forked later inherit what was captured
 def captured(name: str) -> Captured:
     """The sample as the backend would see it, without Dynamo: one call of the function."""
     case = CASES[name]
@@ -157,11 +157,19 @@ def differences(want: dict[str, Tensor], got: dict[str, Tensor], tol: float) -> 
     wrong = [f"{sorted(want)} != {sorted(got)}"] if want.keys() != got.keys() else []
     for name in want.keys() & got.keys():
         try:
-            scale = max(1.0, want[name].double().nan_to_num(0, 0, 0).abs().max().item()) if want[name].numel() else 1.0
-            torch.testing.assert_close(got[name], want[name], rtol=tol, atol=tol * scale, equal_nan=True)
+            scale = (
+                max(1.0, want[name].double().nan_to_num(0, 0, 0).abs().max().item())
+                if want[name].numel()
+                else 1.0
+            )
+            torch.testing.assert_close(
+                got[name], want[name], rtol=tol, atol=tol * scale, equal_nan=True
+            )
         except AssertionError as error:
-            wrong.append(f"{name}: {str(error).splitlines()[0]} {want[name].flatten()[:6].tolist()}"
-                         f" got {got[name].flatten()[:6].tolist()}")
+            wrong.append(
+                f"{name}: {str(error).splitlines()[0]} {want[name].flatten()[:6].tolist()}"
+                f" got {got[name].flatten()[:6].tolist()}"
+            )
     return wrong
 
 
@@ -181,7 +189,9 @@ def agreed(failed: bool) -> bool:
     return bool(flag.item())
 
 
-def check_cut(case: Case, cut: Cut, layout: str, world: World, want: dict[str, Tensor]) -> list[str]:
+def check_cut(
+    case: Case, cut: Cut, layout: str, world: World, want: dict[str, Tensor]
+) -> list[str]:
     program, wrong = None, []
     try:
         program = local_program(case, cut, layout, world)
@@ -194,7 +204,9 @@ def check_cut(case: Case, cut: Cut, layout: str, world: World, want: dict[str, T
     try:
         got = outcome(program, case)
     except Exception as error:
-        error.add_note(f"{case.name}, cut {cut}, {layout}, rank {world.rank}\n{getattr(program, 'graph', '')}")
+        error.add_note(
+            f"{case.name}, cut {cut}, {layout}, rank {world.rank}\n{getattr(program, 'graph', '')}"
+        )
         raise
     return differences(want, got, case.tol)
 
@@ -220,7 +232,11 @@ def check(names: list[str], full: bool) -> list[str]:
     wrong: list[str] = []
     for name in names:
         case = CASES[name]
-        reference = local_program(case, case.cuts()[0], "even", World(1, 0, "")) if case.random else case.run
+        reference = (
+            local_program(case, case.cuts()[0], "even", World(1, 0, ""))
+            if case.random
+            else case.run
+        )
         want = outcome(reference, case)
         for cut, layout in runs(case, full):
             found = check_cut(case, cut, layout, world, want)

@@ -21,10 +21,11 @@ def _shard(plan: AttentionPlan) -> Shard:
     return Shard(Place(plan.key, 2), plan.rank, plan.group)
 
 
-def _everything(k: Tensor, v: Tensor, plan: AttentionPlan) -> list[Tensor]:
+def _everything(k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
     """All keys and values, in global order."""
     together = gather_view(torch.cat([k, v], -1), _shard(plan))
-    return list(together.split([k.shape[-1], v.shape[-1]], -1))
+    keys, values = together.split([k.shape[-1], v.shape[-1]], -1)
+    return keys, values
 
 
 def forward(q, k, v, mask: Tensor | None, seed: Tensor | None, plan: AttentionPlan) -> Partial:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Visit:
     mask: Tensor | None = None
     keep: Callable[[Piece], Tensor] | None = None
 
-    def options(self, piece: Piece) -> dict[str, object]:
+    def options(self, piece: Piece) -> dict[str, Any]:
         """The keyword arguments of ``kernels.forward`` for one piece."""
         mask = None if self.mask is None else _tile(self.mask, piece)
         keep = None if self.keep is None else self.keep(piece)
@@ -52,8 +53,9 @@ def visit(
 
 
 def _keep(
-    plan: AttentionPlan, keys: Intervals, q: Tensor, seed: Tensor
+    plan: AttentionPlan, keys: Intervals, q: Tensor, seed: Tensor | None
 ) -> Callable[[Piece], Tensor]:
+    assert seed is not None
     shards = [
         plan.shard_of("batch", q.shape[0]),
         plan.shard_of("heads", q.shape[1]),
@@ -98,7 +100,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visit: Visit, before: Partial | None
         found.append((piece.q_start, piece.q_stop, part))
     if before is None:
         found = _without_needless(found)
-    return _by_rows(found, merge)
+    out, lse = _by_rows(found, merge)
+    return out, lse
 
 
 def _without_needless(found: list[Rows]) -> list[Rows]:
@@ -124,17 +127,17 @@ def attend_backward(
     zeros = [torch.zeros_like(x, dtype=dtype) for x in (q, k, v)]
     dq_rows: list[Rows] = [(0, q.shape[2], (zeros[0],))]
     dkv_rows: list[Rows] = [(0, k.shape[2], (zeros[1], zeros[2]))]
-    dmask = torch.zeros_like(visit.mask, dtype=dtype) if need_dmask else None
+    mask = visit.mask if need_dmask else None
+    dmask = None if mask is None else torch.zeros_like(mask, dtype=dtype)
     for piece in visit.pieces:
-        rows = [_queries(x, piece) for x in (dout, q)]
-        known = [_queries(x, piece) for x in (out, lse)]
+        douts, queries, outs, lses = (_queries(x, piece) for x in (dout, q, out, lse))
         options = {**visit.options(piece), "need_dmask": need_dmask}
-        dq, dk, dv, tile = kernels.backward(
-            *rows, _keys(k, piece), _keys(v, piece), *known, **options
-        )
+        keys, values = _keys(k, piece), _keys(v, piece)
+        dq, dk, dv, tile = kernels.backward(douts, queries, keys, values, outs, lses, **options)
         dq_rows.append((piece.q_start, piece.q_stop, (dq,)))
         dkv_rows.append((piece.k_start, piece.k_stop, (dk, dv)))
-        dmask = dmask + _spread_tile(tile, dmask, piece) if need_dmask else None
+        if dmask is not None and tile is not None:
+            dmask = dmask + _spread_tile(tile, dmask, piece)
     (dq,) = _by_rows(_without_needless(dq_rows), _added)
     dk, dv = _by_rows(_without_needless(dkv_rows), _added)
     return dq, dk, dv, dmask

@@ -114,7 +114,8 @@ def _math_backward(dout, q, k, v, out, lse, *, causal, mask, scale, keep, need_d
     dtype = accumulator(q.dtype)
     if q.numel() == 0 or k.numel() == 0:
         dmask = torch.zeros_like(mask, dtype=dtype) if need_dmask else None
-        return (*(torch.zeros_like(x, dtype=dtype) for x in (q, k, v)), dmask)
+        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+        return dq, dk, dv, dmask
     dout, shape = dout.to(dtype), (*q.shape[:3], k.shape[2])
     weights = torch.exp(_scores(q, k, causal, mask, scale) - finite(lse).unsqueeze(-1))
     dropped = weights if keep is None else weights * keep

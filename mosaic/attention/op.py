@@ -37,7 +37,7 @@ def backward_program(
     method = METHODS[chosen.method]
     *grads, dmask = method.backward(dout, q, k, v, mask, seed, out, lse, chosen, need_dmask)
     dq, dk, dv = (grad.to(x.dtype).contiguous() for grad, x in zip(grads, (q, k, v), strict=True))
-    if dmask is None:
+    if dmask is None or mask is None:
         return dq, dk, dv, q.new_empty([0])
     return dq, dk, dv, dmask.to(mask.dtype).contiguous()
 
@@ -73,7 +73,7 @@ def _(q, k, v, mask, seed, plan):
 )
 def attention_backward(dout, q, k, v, mask, seed, out, lse, plan, need_dmask):
     """dq, dk, dv and dmask, each like its input (dmask has no element where it is not needed)."""
-    inputs = [dout, q, k, v, mask, seed, out, lse]
+    inputs = (dout, q, k, v, mask, seed, out, lse)
     return fresh(backward_program(*inputs, plan, need_dmask), inputs)
 
 

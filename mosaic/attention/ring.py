@@ -41,13 +41,15 @@ def _shift(kv: Tensor, k: Tensor, v: Tensor, owner: int, plan: AttentionPlan) ->
 
 def forward(q, k, v, mask: Tensor | None, seed: Tensor | None, plan: AttentionPlan) -> Partial:
     """out (batch, heads, seq, head_dim) and lse (batch, heads, seq) of this rank's queries."""
-    kv, partial = _pack(k, v), None
+    kv = _pack(k, v)
+    partial: Partial | None = None
     for step in range(plan.p):
         owner, last = (plan.rank - step) % plan.p, step == plan.p - 1
         coming = kv if last else _shift(kv, k, v, owner, plan)
         here = visit(plan, plan.key.ranks[owner], q, mask, seed)
         partial = attend(q, *_unpack(kv, k, v, plan.key.lengths[owner]), here, partial)
         kv = coming if last else wait(coming)
+    assert partial is not None
     return partial
 
 
@@ -64,23 +66,27 @@ def backward(
     need_dmask: bool,
 ) -> Gradients:
     """dq, dk, dv of this rank, and the gradient of its mask rows."""
-    kv, dq, dkv, dmasks = _pack(k, v), None, None, {}
+    kv = _pack(k, v)
+    dq: Tensor | None = None
+    dkv: Tensor | None = None
+    dmasks: dict[int, Tensor] = {}
     for step in range(plan.p):
         owner, last = (plan.rank - step) % plan.p, step == plan.p - 1
         coming = kv if last else _shift(kv, k, v, owner, plan)
         here = visit(plan, plan.key.ranks[owner], q, mask, seed)
         chunk = _unpack(kv, k, v, plan.key.lengths[owner])
-        dq_part, dk, dv, dmasks[owner] = attend_backward(
-            dout, q, *chunk, out, lse, here, need_dmask
-        )
+        dq_part, dk, dv, dmask = attend_backward(dout, q, *chunk, out, lse, here, need_dmask)
+        if dmask is not None:
+            dmasks[owner] = dmask
         dq = dq_part if dq is None else dq + dq_part
         part = _pack(dk, dv)
         dkv = part if dkv is None else wait(dkv) + part
         if plan.p > 1:
             dkv = _shift(dkv, k, v, owner, plan)
         kv = coming if last else wait(coming)
+    assert dq is not None and dkv is not None
     home = dkv if plan.p == 1 else wait(dkv)
-    dmask = _mask_gradient(dmasks, mask, plan) if need_dmask else None
+    dmask = None if mask is None or not need_dmask else _mask_gradient(dmasks, mask, plan)
     return (dq, *_unpack(home, k, v, plan.key.lengths[plan.rank]), dmask)
 
 

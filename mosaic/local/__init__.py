@@ -1,1 +1,1 @@
-"""Local forms: what an op becomes on shards when one string cannot say it. See ``mosaic/rules.py``."""
+"""Local forms: what an op becomes on shards when one string cannot say it (``mosaic/rules.py``)."""

@@ -89,9 +89,9 @@ def whole(s: Sharder, c: Call) -> Value:
     if not c["dropout_p"]:
         return s.emit(c, None, enter=False)
     c = unbroadcast(s, c)
-    layouts = [Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key")]
-    found = attention(s, c, "local", *layouts, None)
-    place = Place(layouts[0], c.val.ndim - 2)
+    query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
+    found = attention(s, c, "local", query, key, None)
+    place = Place(query, c.val.ndim - 2)
     operands = tuple(c[n] for n in ("query", "key", "value", "attn_mask"))
     out = marked(s, c, found, place, operands, enter=False)
     return Value(out.val, None, out.node)
@@ -172,7 +172,7 @@ def marked(
     s.attentions.append((found, c))
     if not s.writer:
         return Value(c.val, place)
-    nodes = [None if x is None else s.operand(x, enter, c.like) for x in operands]
+    nodes = [None if x is None else s.operand(x, enter) for x in operands]
     shape = place.local_shape(c.val.shape, s.writer.rank)
     meta = {"attention": found, "seed": s.dropout_seed(c) if found.dropout else None}
     return Value(c.val, place, s.writer.marked(c.like, aten.scaled_dot_product_attention.default,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,14 +10,8 @@ from torch import fx
 
 from mosaic.modes import modes_of
 from mosaic.sharder import Sharder
-from mosaic.values import Call, Value, recipe
-from mosaic.torch_private import (
-    decompose_op,
-    fake_mode_of,
-    has_decomposition,
-    make_fx,
-    pytree,
-)
+from mosaic.torch_private import decompose_op, fake_mode_of, make_fx, pytree
+from mosaic.values import Call, Value
 
 
 def decomposed(s: Sharder, c: Call) -> Any:
@@ -31,16 +26,18 @@ def decomposed(s: Sharder, c: Call) -> Any:
         )
         return decompose_op(c.target, args, kwargs)
 
-    with fake_mode_of([t.val for t in tensors]), modes_of(c.like.meta.get("modes")):
+    mode = fake_mode_of([t.val for t in tensors])
+    with mode or nullcontext(), modes_of(c.like.meta.get("modes")):
         # Not pre_dispatch: a composite op would only be written down as itself.
         traced = make_fx(program)(*[t.val for t in tensors])
-    if not all(is_usable(n.target, c.target) for n in traced.graph.nodes if n.op == "call_function"):
+    called = [n.target for n in traced.graph.nodes if n.op == "call_function"]
+    if not all(is_usable(target, c.target) for target in called):
         return s.gather_for(c, "has no rule")
     return run(s, c, traced.graph, tensors)
 
 
 def is_usable(target: Any, whole: Any) -> bool:
-    """prims have no derivative; and an op that writes into its operand would miss the other shards."""
+    """prims have no derivative; an op that writes into its operand would miss the other shards."""
     schema = getattr(target, "_schema", None)
     return schema is None or not (
         target is whole or schema.is_mutable or schema.name.startswith("prims::")
@@ -65,7 +62,3 @@ def run(s: Sharder, c: Call, graph: fx.Graph, tensors: list[Value]) -> Any:
         else:
             env[node] = s.call(c, node.target, *args, **kwargs)
     raise AssertionError("a decomposition without an output")
-
-
-decomposable = has_decomposition
-__all__ = ["decomposable", "decomposed", "recipe"]

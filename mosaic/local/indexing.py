@@ -78,9 +78,8 @@ def triangle(s: Sharder, c: Call) -> Value:
     mine = s.positions(c, x.place)
     rest = s.call(c, aten.arange.default, x.shape[other], device=x.val.device)
     i, j = (mine, rest) if other == cols else (rest, mine)
-    apart = s.call(
-        c, aten.sub.Tensor, s.call(c, aten.unsqueeze.default, j, 0), s.call(c, aten.unsqueeze.default, i, 1)
-    )
+    j, i = s.call(c, aten.unsqueeze.default, j, 0), s.call(c, aten.unsqueeze.default, i, 1)
+    apart = s.call(c, aten.sub.Tensor, j, i)
     compare = aten.le.Scalar if "tril" in c.name else aten.ge.Scalar
     keep = s.call(c, compare, apart, c["diagonal"])
     return s.call(c, aten.where.self, keep, x, s.call(c, aten.zeros_like.default, x))

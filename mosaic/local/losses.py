@@ -45,6 +45,7 @@ def counted(s: Sharder, c: Call, target: Value) -> Value:
     if c["weight"] is None:
         return s.call(c, aten.sum.default, used)
     classes = s.call(c, aten.where.ScalarOther, used, target, 0)
-    weights = s.call(c, aten.embedding.default, s.call(c, aten.unsqueeze.default, c["weight"], 1), classes)
+    weights = s.call(c, aten.unsqueeze.default, c["weight"], 1)
+    weights = s.call(c, aten.embedding.default, weights, classes)
     weights = s.call(c, aten.squeeze.dim, weights, -1)
     return s.call(c, aten.sum.default, s.call(c, aten.mul.Tensor, weights, used))

@@ -21,7 +21,7 @@ def layer_norm(s: Sharder, c: Call) -> Value:
     return s.emit(c, x.place, **others_whole(s, c))
 
 
-def others_whole(s: Sharder, c: Call) -> dict[str, Value]:
+def others_whole(s: Sharder, c: Call) -> dict[str, Any]:
     """Weights, biases and buffers: they may be sharded along a dim of their own."""
     return {n: s.gather(v, "a weight that all ranks need", c.like) for n, v in others(c).items()}
 
@@ -62,7 +62,7 @@ def batch_norm(s: Sharder, c: Call) -> Any:
     if x.place is None or (x.place.dim == 1 and 0 in x.place.layout.lengths):
         return s.gather_for(c, "has no channels on some rank")
     if x.place.dim == 1:
-        there = {n: s.at(v, x.place.at(0)) for n, v in others(c).items()}
+        there: dict[str, Any] = {n: s.at(v, x.place.at(0)) for n, v in others(c).items()}
         return s.emit(c, tuple(x.place.at(0) if v.ndim == 1 else x.place for v in c.val), **there)
     if c.bound.get("training", "running_mean" not in c.bound):
         return trained(s, c, x)

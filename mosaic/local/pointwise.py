@@ -6,8 +6,7 @@ from typing import Any
 
 from mosaic.layout import Place
 from mosaic.sharder import Sharder
-from mosaic.values import Call, Value
-from mosaic.torch_private import pytree
+from mosaic.values import Call, Value, map_values
 
 
 def pointwise(s: Sharder, c: Call) -> Any:
@@ -15,14 +14,9 @@ def pointwise(s: Sharder, c: Call) -> Any:
     ndim = result(c).ndim
     place = meeting(s, c, ndim)
     if place is None:  # every sharded operand has length 1 there and is broadcast: make them whole
-        whole = pytree.tree_map(
-            lambda v: s.gather(v, "a length of 1 is broadcast", c.like) if isinstance(v, Value) else v,
-            c.bound,
-        )
+        whole = map_values(lambda v: s.gather(v, "a length of 1 is broadcast", c.like), c.bound)
         return s.emit(c, None, enter=False, **whole)
-    changed = pytree.tree_map(
-        lambda v: aligned(s, v, place, ndim) if isinstance(v, Value) else v, c.bound
-    )
+    changed = map_values(lambda v: aligned(s, v, place, ndim), c.bound)
     return s.emit(c, place, **changed)
 
 

@@ -1,10 +1,11 @@
-"""Random ops: a dropout mask is a function of (seed, global index); the rest is drawn once for all."""
+"""Random ops: a dropout mask is a function of (seed, global index); the rest is drawn once."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mosaic import random
 from mosaic.collectives import broadcast
@@ -22,7 +23,8 @@ def dropout(s: Sharder, c: Call) -> Value:
     x, p = c["input"], float(c["p"])
     if not c["train"] or p == 0:
         return s.call(c, aten.clone.default, x)
-    keep = s.function(c, keep_mask, (s.seed(c), x, s.site(c.like), indices(s, x), p), x.val, x.place)
+    drawn = (s.seed(c), x, s.site(c.like), indices(s, x), p)
+    keep = s.function(c, keep_mask, drawn, x.val, x.place)
     return s.call(c, aten.mul.Tensor, x, keep)
 
 
@@ -38,7 +40,7 @@ def indices(s: Sharder, x: Value) -> str:
     return ";".join(shard.encode() for shard in shards)
 
 
-def keep_mask(seed: torch.Tensor, x: torch.Tensor, site: int, shards: str, p: float) -> torch.Tensor:
+def keep_mask(seed: Tensor, x: Tensor, site: int, shards: str, p: float) -> Tensor:
     """0 where an element is dropped, 1 / (1 - p) where it is kept."""
     vectors = [random.global_indices(Shard.decode(t), x.device) for t in shards.split(";") if t]
     return random.uniform_keep(seed, site, vectors, p, x.dtype)
@@ -46,8 +48,9 @@ def keep_mask(seed: torch.Tensor, x: torch.Tensor, site: int, shards: str, p: fl
 
 #: Their result has no gradient, so one rank's draw can be everybody's.
 DRAWS = frozenset(
-    "bernoulli binomial cauchy exponential geometric log_normal multinomial normal normal_functional "
-    "poisson rand rand_like randint randint_like randn randn_like randperm uniform".split()
+    "bernoulli binomial cauchy exponential geometric log_normal multinomial normal "
+    "normal_functional poisson rand rand_like randint randint_like randn randn_like randperm "
+    "uniform".split()
 )
 
 
@@ -75,7 +78,7 @@ def is_certain(c: Call) -> bool:
 
 
 def computed_with_draws(s: Sharder, c: Call) -> Any:
-    """lstm, rrelu, alpha_dropout ...: a gradient flows through them, which a broadcast would stop."""
+    """lstm, rrelu, alpha_dropout ...: a gradient flows through them; a broadcast would stop it."""
     if is_certain(c):
         return s.gather_for(c, "has no rule")
     if s.axis.p == 1:

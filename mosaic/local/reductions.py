@@ -1,4 +1,4 @@
-"""Reductions: a dim that is not reduced is free; over the axis, local parts meet in an all-reduce."""
+"""Reductions: a dim that is not reduced is free; over the axis, parts meet in an all-reduce."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def total(s: Sharder, c: Call) -> Value:
     return s.sum_across(s.emit(c, None), c, "sum over the axis")
 
 
-def summed(s: Sharder, c: Call, x: Value, dims: list[int], keepdim: bool, dtype: Any = None) -> Value:
+def summed(
+    s: Sharder, c: Call, x: Value, dims: list[int], keepdim: bool, dtype: Any = None
+) -> Value:
     """A sum whose partial results are not rounded to half precision before they meet."""
     wide = torch.float32 if x.val.dtype in (torch.float16, torch.bfloat16) else None
     return s.call(c, aten.sum.dim_IntList, x, dims, keepdim, dtype=dtype or wide)

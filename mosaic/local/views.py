@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def viewed(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
-    """Where the axis sits after a reshape: the run of elements outside x axis x inside must survive.
+    """Where the axis sits after a reshape: the run of elements outside x axis x inside survives.
 
     ``(B, R, C)`` with R sharded -> ``(B*R, C)`` has outer = B; None if the axis is torn apart.
     """
@@ -33,7 +33,7 @@ def viewed(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
 
 
 def split_axis(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
-    """The axis itself is cut in two (n -> n1 x n2): still local if no interval tears a row of n2."""
+    """The axis itself is cut in two (n -> n1 x n2): local if no interval tears a row of n2."""
     if place.outer != 1:
         return None
     outside = prod(before[: place.dim])
@@ -42,7 +42,7 @@ def split_axis(place: Place, before: torch.Size, after: torch.Size) -> Place | N
     for dim, size in enumerate(after):
         if reach == outside and size > 1 and place.layout.n % size == 0:
             coarse = place.layout.coarsen(place.layout.n // size)
-            return coarse and replace(place, dim=dim, layout=coarse, inner=1)
+            return replace(place, dim=dim, layout=coarse, inner=1) if coarse else None
         reach *= size
     return None
 
@@ -137,6 +137,7 @@ def slice_(s: Sharder, c: Call) -> Value:
 
 def cut(s: Sharder, c: Call, x: Value, start: int, stop: int, step: int = 1) -> Value:
     """``x[start:stop:step]`` along the sharded dim: intersect and shift, nothing is sent."""
+    assert x.place is not None
     place = x.place.refined()
     if (place.outer, place.inner) != (1, 1):
         return s.gather_for(c, "cuts a dim in which the sharded axis is only a factor")
@@ -194,10 +195,10 @@ def cat(s: Sharder, c: Call) -> Value:
     if place.dim != dim:
         return s.emit(c, place, tensors=[s.at(t, place) for t in tensors])
     pieces = [piece(s, t, dim, place) for t in tensors]
-    if any(p is None for p in pieces):
+    layouts = [p.place.layout for p in pieces if p and p.place]
+    if len(layouts) < len(pieces):
         return s.gather_for(c, "joins along a dim in which the sharded axis is only a factor")
-    layout = Layout.concat([p.place.layout for p in pieces])
-    return s.emit(c, Place(layout, dim, mesh_axis=place.mesh_axis), tensors=pieces)
+    return s.emit(c, Place(Layout.concat(layouts), dim, mesh_axis=place.mesh_axis), tensors=pieces)
 
 
 def piece(s: Sharder, t: Value, dim: int, like: Place) -> Value | None:
@@ -235,10 +236,8 @@ def pad(s: Sharder, c: Call) -> Value:
     if min(before, after) < 0:
         stop = x.shape[dim] + min(after, 0)
         x = s.call(c, aten.slice.Tensor, x, dim, max(-before, 0), stop, 1)
-    ends = [
-        s.call(c, aten.new_full.default, x, [n if d == dim else k for d, k in enumerate(x.shape)], value)
-        for n in (max(before, 0), max(after, 0))
-    ]
+    shapes = [[*x.shape[:dim], max(n, 0), *x.shape[dim + 1 :]] for n in (before, after)]
+    ends = [s.call(c, aten.new_full.default, x, shape, value) for shape in shapes]
     parts = [t for t in (ends[0], x, ends[1]) if t.shape[dim]] or [x]
     return s.call(c, aten.cat.default, parts, dim)
 

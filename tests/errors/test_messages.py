@@ -42,58 +42,79 @@ class Model(nn.Module):
 
 def test_unknown_axis_name() -> None:
     text = message_of(ShardingSpec, inputs={"x": "batch tokens features"}, axes={"rows": "ring"})
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 axis 'rows' is named by no input
   inputs  x: 'batch tokens features'
-  fix     give the dim a name, as in inputs={'x': 'batch rows features'}""")
+  fix     give the dim a name, as in inputs={'x': 'batch rows features'}""",
+    )
 
 
 def test_unknown_method() -> None:
     text = message_of(ShardingSpec, inputs={"x": "batch rows"}, axes={"rows": "star"})
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 axis 'rows': there is no method 'star'
-  fix  use one of 'ring', 'all_gather', 'local', 'auto'""")
+  fix  use one of 'ring', 'all_gather', 'local', 'auto'""",
+    )
 
 
 def test_unknown_argument_path() -> None:
     spec = ShardingSpec(inputs={"batch['ids']": "batch tokens features"}, axes={"tokens": "ring"})
-    assert_expected_inline(explained(Model(), X, spec=spec), """\
+    assert_expected_inline(
+        explained(Model(), X, spec=spec),
+        """\
 no tensor argument of the compiled function is called "batch['ids']"
   arguments  x
-  fix        use these names (or paths such as batch['ids']) as keys of inputs""")
+  fix        use these names (or paths such as batch['ids']) as keys of inputs""",
+    )
 
 
 def test_a_path_that_is_none() -> None:
     text = message_of(ShardingSpec, inputs={"x[": "batch rows"}, axes={"rows": "ring"})
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 'x[' is not an argument path
-  fix  write it as x, src[0] or batch['ids']""")
+  fix  write it as x, src[0] or batch['ids']""",
+    )
 
 
 def test_names_that_do_not_fit_the_dims() -> None:
     spec = ShardingSpec(inputs={"x": "batch tokens"}, axes={"tokens": "ring"})
-    assert_expected_inline(explained(Model(), X, spec=spec), """\
+    assert_expected_inline(
+        explained(Model(), X, spec=spec),
+        """\
 x has 3 dims, and 2 names were given
   names  batch tokens
-  sizes  [2, 13, 8]""")
+  sizes  [2, 13, 8]""",
+    )
 
 
 def test_nothing_attends_over_the_axis() -> None:
     spec = ShardingSpec(inputs={"x": "batch tokens features"}, axes={"batch": "ring"})
-    assert_expected_inline(explained(Model(), X, spec=spec), """\
+    assert_expected_inline(
+        explained(Model(), X, spec=spec),
+        """\
 nothing attends over axis 'batch', so there is no reason to cut it
   sizes  batch = 2; lengths attended over: 13
-  fix    name the axis that attention runs over, or leave the spec out to have it found""")
+  fix    name the axis that attention runs over, or leave the spec out to have it found""",
+    )
 
 
 def test_two_axes() -> None:
     text = message_of(
         ShardingSpec, inputs={"x": "batch rows columns"}, axes={"rows": "ring", "columns": "ring"}
     )
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 only one axis of a model can be cut for now
   axes  'rows', 'columns'
-  fix   give the others the method 'local'""")
+  fix   give the others the method 'local'""",
+    )
 
 
 def test_an_op_without_an_exact_local_form() -> None:
@@ -102,20 +123,26 @@ def test_an_op_without_an_exact_local_form() -> None:
             return self.attention(x).cumsum(1)
 
     spec = ShardingSpec(on_gather="error")
-    assert_expected_inline(explained(Cumulative(), X, spec=spec), """\
+    assert_expected_inline(
+        explained(Cumulative(), X, spec=spec),
+        """\
 aten.cumsum cannot run on a part of axis 'x.1': works along the axis
   tests/errors/test_messages.py:LINE in forward
     return self.attention(x).cumsum(1)
   sizes  [2, 13, 8]
-  fix    allow it with on_gather="warn" (every rank then computes it whole), or keep this op out of the sharded part""")
+  fix    allow it with on_gather="warn" (every rank then computes it whole), or keep this op out of the sharded part""",  # noqa: E501
+    )
 
 
 def test_dims_of_several_arguments() -> None:
     spec = ShardingSpec(axes={1: "ring"})
-    assert_expected_inline(explained(lambda x, y: cc_attention(x) + y, X, X + 1, spec=spec), """\
+    assert_expected_inline(
+        explained(lambda x, y: cc_attention(x) + y, X, X + 1, spec=spec),
+        """\
 axes={1: ...} needs a single tensor argument
   arguments  x, y
-  fix        name its dims instead: inputs={'x': 'batch rows columns'}, axes={'rows': 'ring'}""")
+  fix        name its dims instead: inputs={'x': 'batch rows columns'}, axes={'rows': 'ring'}""",
+    )
 
 
 def cc_attention(x):
@@ -125,26 +152,38 @@ def cc_attention(x):
 
 def test_unknown_options() -> None:
     compiled = torch.compile(Model(), backend="mosaic", options={"sepc": None})
-    assert_expected_inline(message_of(compiled, X), """\
+    assert_expected_inline(
+        message_of(compiled, X),
+        """\
 unknown options: sepc
-  fix  options are 'spec' and 'inner'""")
+  fix  options are 'spec' and 'inner'""",
+    )
 
 
 def test_wrong_choices() -> None:
-    assert_expected_inline(message_of(ShardingSpec, outputs="pieces"), """\
+    assert_expected_inline(
+        message_of(ShardingSpec, outputs="pieces"),
+        """\
 outputs = 'pieces' is not a choice
-  fix  use one of 'whole', 'shards'""")
+  fix  use one of 'whole', 'shards'""",
+    )
     compiled = torch.compile(Model(), backend="mosaic", options={"inner": "tvm"})
-    assert_expected_inline(message_of(compiled, X), """\
+    assert_expected_inline(
+        message_of(compiled, X),
+        """\
 there is no inner compiler 'tvm'
-  fix  use 'inductor' or 'eager'""")
+  fix  use 'inductor' or 'eager'""",
+    )
 
 
 def test_a_tensor_without_a_layout() -> None:
-    assert_expected_inline(message_of(mosaic.layout_of, X), """\
+    assert_expected_inline(
+        message_of(mosaic.layout_of, X),
+        """\
 this tensor carries no layout
   sizes  [2, 13, 8]
-  fix    pass an output of a model compiled with outputs='shards', or of mosaic.shard_tensor; what is computed from one is a plain tensor: use mosaic.shard_like(whole, that output)""")
+  fix    pass an output of a model compiled with outputs='shards', or of mosaic.shard_tensor; what is computed from one is a plain tensor: use mosaic.shard_like(whole, that output)""",  # noqa: E501
+    )
 
 
 def test_errors_are_named_after_the_package() -> None:

@@ -77,8 +77,8 @@ def test_no_attention_leaves_the_graph_whole() -> None:
 
 def test_the_backend_is_known_without_an_import() -> None:
     code = (
-        "import torch, sys; assert 'mosaic' not in sys.modules; f = torch.compile(lambda x: x.sin(), "
-        "backend='mosaic', options={'inner': 'eager'}); x = torch.randn(3); "
+        "import torch, sys; assert 'mosaic' not in sys.modules; x = torch.randn(3); "
+        "f = torch.compile(lambda x: x.sin(), backend='mosaic', options={'inner': 'eager'}); "
         "assert torch.equal(f(x), x.sin()); assert 'mosaic' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -87,6 +87,7 @@ def test_the_backend_is_known_without_an_import() -> None:
 def test_importing_mosaic_starts_nothing() -> None:
     code = (
         "import mosaic, sys, torch; assert not torch.distributed.is_initialized(); "
-        "assert not torch.cuda.is_initialized(); assert 'torch._inductor.compile_fx' not in sys.modules"
+        "assert not torch.cuda.is_initialized(); "
+        "assert 'torch._inductor.compile_fx' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,10 @@
-"""Every model on real GPUs against one process: ``torchrun --nproc-per-node 2 tests/gpu/check_models.py``.
+"""Every model on real GPUs against one process.
+
+    torchrun --nproc-per-node 2 tests/gpu/check_models.py
 
 Prints a line for each model and inner compiler: the largest difference of the loss and of any
-gradient, relative to the largest gradient, and the time of the first call. Exits 1 if one is too large.
+gradient, relative to the largest gradient, and the time of the first call. Exits 1 if one is too
+large.
 """
 
 from __future__ import annotations
@@ -52,10 +55,14 @@ def main() -> int:
             worst = max(worst, apart)
             if context.rank() == 0:
                 seconds = time.perf_counter() - start
-                print(f"{name:<12} {inner:<9} difference {apart:.1e}  first call {seconds:.1f} s", flush=True)
+                print(
+                    f"{name:<12} {inner:<9} difference {apart:.1e}  first call {seconds:.1f} s",
+                    flush=True,
+                )
             torch._dynamo.reset()
     if context.rank() == 0:
-        print(f"torch {torch.__version__}, {context.size()} ranks on {context.device.type}: worst {worst:.1e}")
+        where = f"{context.size()} ranks on {context.device.type}"
+        print(f"torch {torch.__version__}, {where}: worst {worst:.1e}")
     context.shutdown()
     return int(worst > 1e-10)
 

@@ -19,43 +19,61 @@ def two() -> Iterator[RankPool]:
 
 
 def test_another_length(two: RankPool) -> None:
-    assert_expected_inline(two.run(jobs.other_length, 2)[0], """\
+    assert_expected_inline(
+        two.run(jobs.other_length, 2)[0],
+        """\
 ranks [1] compiled another program than rank 0
   differs  graph, plan
-  fix      give every rank the same model, spec, versions, and inputs of the same sizes""")
+  fix      give every rank the same model, spec, versions, and inputs of the same sizes""",
+    )
 
 
 def test_another_spec(two: RankPool) -> None:
-    assert_expected_inline(two.run(jobs.other_spec, 2)[1], """\
+    assert_expected_inline(
+        two.run(jobs.other_spec, 2)[1],
+        """\
 ranks [0] compiled another program than rank 1
   differs  plan, spec
-  fix      give every rank the same model, spec, versions, and inputs of the same sizes""")
+  fix      give every rank the same model, spec, versions, and inputs of the same sizes""",
+    )
 
 
 def test_other_data(two: RankPool) -> None:
-    assert_expected_inline(two.run(jobs.other_data, 2)[0], """\
+    assert_expected_inline(
+        two.run(jobs.other_data, 2)[0],
+        """\
 ranks of one sequence-parallel group were given different data: argument x
   ranks  [1] differ from rank 0
-  fix    seed your sampler by mosaic.get_context().dp_rank, so that ranks of one group see the same batch""")
+  fix    seed your sampler by mosaic.get_context().dp_rank, so that ranks of one group see the same batch""",  # noqa: E501
+    )
 
 
 def test_other_parameters(two: RankPool) -> None:
-    assert_expected_inline(two.run(jobs.other_parameters, 2)[1], """\
+    assert_expected_inline(
+        two.run(jobs.other_parameters, 2)[1],
+        """\
 ranks of one sequence-parallel group were given different data: parameter or buffer w.bias
   ranks  [0] differ from rank 1
-  fix    seed the ranks alike before building the model, or broadcast its state_dict""")
+  fix    seed the ranks alike before building the model, or broadcast its state_dict""",
+    )
 
 
 def test_a_missing_rank(two: RankPool) -> None:
-    assert_expected_inline(two.run(jobs.one_is_missing, 2)[0], """\
+    assert_expected_inline(
+        two.run(jobs.one_is_missing, 2)[0],
+        """\
 ranks [1] did not compile this graph within 1 s
   ranks  this is rank 0 of [0, 1], compile 1
-  fix    every rank must run the same program with inputs of the same sizes""")
+  fix    every rank must run the same program with inputs of the same sizes""",
+    )
 
 
 def test_a_rank_that_fails(two: RankPool) -> None:
-    assert_expected_inline(two.run(jobs.one_fails, 2)[0], """\
+    assert_expected_inline(
+        two.run(jobs.one_fails, 2)[0],
+        """\
 rank 1 could not compile this graph
   reason  no tensor argument of the compiled function is called 'y'
   arguments  x
-  fix        use these names (or paths such as batch['ids']) as keys of inputs""")
+  fix        use these names (or paths such as batch['ids']) as keys of inputs""",
+    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import rank_api_jobs as jobs
 import torch
-from expecttest import assert_expected_inline
 from cases import gpt
 from compare import assert_close, compare_gradients
 from contract_cases import Encoder, Reductions, built
-from functools import partial
+from expecttest import assert_expected_inline
 from model_jobs import run_model
 
 
@@ -97,7 +98,16 @@ def test_inputs_may_arrive_cut(ranks) -> None:
 
 def test_a_shard_whose_length_is_built_in_is_refused(ranks) -> None:
     text = ranks(2).run(jobs.shards_cut_by_the_user, 2)[1]
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 x arrives cut, but its local length is built into the program
   sizes  [2, 6, 8], cut in dim 1
-  fix    make it with mosaic.shard_tensor(whole, dim), or call torch._dynamo.maybe_mark_dynamic(shard, dim) on it; a model that hard-codes its length cannot take shards""")
+  fix    make it with mosaic.shard_tensor(whole, dim), or call torch._dynamo.maybe_mark_dynamic(shard, dim) on it; a model that hard-codes its length cannot take shards""",  # noqa: E501
+    )
+
+
+def test_code_for_other_ranks_is_not_kept(ranks) -> None:
+    for sizes, apart in ranks(3).run(jobs.other_ranks_later, 3):
+        assert sizes == [1, 3]
+        assert max(map(abs, apart)) < 1e-10

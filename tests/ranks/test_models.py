@@ -1,6 +1,6 @@
 """Unmodified models on real ranks: the loss and every gradient are those of one process.
 
-CI runs every model on three ranks, two of them through Inductor. ``pytest -m full`` runs the matrix.
+CI runs every model on three ranks, two of them through Inductor; ``pytest -m full`` all.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import pytest
 from cases import CASES
 from compare import assert_close, compare_gradients
 from model_jobs import run_model
-
-OURS = [name for name in CASES if not name.startswith("hf_")]
 
 
 def tolerance(name: str) -> float:
@@ -37,7 +35,7 @@ def test_three_ranks(ranks, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt", "table"])
 def test_through_inductor(ranks, name: str) -> None:
-    """Equal shards, which share their compiled kernels: uneven ones take Inductor thrice as long."""
+    """Equal shards, which share their compiled kernels: uneven ones take thrice as long."""
     check(ranks, name, 3, "inductor", **({"rows": 36} if name == "table" else {"n": 36}))
 
 

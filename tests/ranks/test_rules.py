@@ -1,5 +1,5 @@
-"""Every row of the table, whole in float64 and cut along every dim of every operand: the same result,
-the same gradients, and no more sent than was declared."""
+"""Every row of the table, whole in float64 and cut along every dim of every operand: the same
+result, the same gradients, and no more sent than was declared."""
 
 from __future__ import annotations
 
@@ -49,7 +49,12 @@ def test_what_is_sent_and_that_every_row_has_a_sample() -> None:
     assert not set(COSTS) - set(CASES), "declared, but there is no such sample"
     assert not set(TABLE) - MET, f"no sample meets these rows: {sorted(set(TABLE) - MET)}"
     assert not POINTWISE - MET, f"no sample meets {sorted(POINTWISE - MET)}"
-    made = {key(n.target) for name in CASES for n in captured(name).graph.nodes if hasattr(n.target, "_schema")}
+    made = {
+        key(n.target)
+        for name in CASES
+        for n in captured(name).graph.nodes
+        if hasattr(n.target, "_schema")
+    }
     assert made >= CREATED
 
 
@@ -80,7 +85,7 @@ def test_no_string_is_left_out() -> None:
 def test_a_rule_must_be_a_sentence() -> None:
     with pytest.raises(ValueError, match="no '->'"):
         rule("a b, b c")
-    with pytest.raises(ValueError, match="'d'.* is in no operand"):
+    with pytest.raises(ValueError, match=r"'d'.* is in no operand"):
         rule("a b, b c -> a d")
 
 
