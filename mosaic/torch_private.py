@@ -64,6 +64,7 @@ __all__ = [
     "reset_dynamo",
     "set_grad_enabled",
     "tag_activation_checkpoint",
+    "torch_version",
 ]
 
 
@@ -184,3 +185,8 @@ def compile_by_eager(
             bw_compiler=compiler("backward"),
             partition_fn=min_cut_rematerialization_partition,
         )(module, inputs)
+
+
+def torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic.attention.merge import Partial, accumulator, finite, nothing
+from mosaic.torch_private import torch_version
 
 #: dq, dk, dv, and the gradient of a mask that needs one.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -183,11 +184,20 @@ def _fits_cuda_flash(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
 
 
+#: Before torch 2.13 the CPU flash op tells the tracer that its LSE of float64 is float32, and
+#: what is traced then rounds it (2.11: losses off by 1e-8).
+_ROUNDED_LSE = {torch.float64} if torch_version() < (2, 13) else set()
+
+
+def _fits_cpu_flash(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype not in _ROUNDED_LSE
+
+
 MATH = Kernel(lambda q: True, _math_forward, _math_backward)
 
 #: Which kernel does a block: the first that fits. ``MATH`` is right for everything.
 KERNELS = (
     Kernel(_fits_cuda_flash, _cuda_forward, _cuda_backward),
-    Kernel(lambda q: q.device.type == "cpu", _cpu_forward, _cpu_backward),
+    Kernel(_fits_cpu_flash, _cpu_forward, _cpu_backward),
     MATH,
 )
