@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 def cases(methods: tuple[str, ...]) -> Iterator[Case]:
-    names = ("causal", "full", "bool", "float", "padding", "key_bias", "causal_bool")
+    names = ("causal", "full", "bool", "float", "padding", "key_bias", "causal_bool", "finfo_min")
     cuts = ("even", "zigzag", "uneven", "empty")
     for method, mask, kv_heads, cut in itertools.product(methods, names, (HEADS, 2), cuts):
         for n, m in ((16, 16), (11, 17)):
@@ -64,6 +64,10 @@ def make_mask(case: Case) -> Tensor | None:
         return seen
     if case.mask == "float":
         return torch.randn(1, HEADS, n, m, dtype=F64)
+    if case.mask == "finfo_min":  # two rows that see nothing, in the way of transformers
+        mask = torch.zeros(BATCH, 1, n, m, dtype=F64)
+        mask[:, :, [0, n // 2]] = torch.finfo(F64).min
+        return mask
     if case.mask == "padding":
         return torch.arange(m).expand(BATCH, 1, 1, m) < torch.tensor([m - 3, 2]).view(-1, 1, 1, 1)
     return torch.randn(BATCH, 1, 1, m, dtype=F64) if case.mask == "key_bias" else None

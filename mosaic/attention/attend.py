@@ -30,13 +30,16 @@ class Visit:
     pieces: tuple[Piece, ...]
     scale: float
     mask: Tensor | None = None
+    shift: Tensor | None = None
     keep: Callable[[Piece], Tensor] | None = None
 
     def options(self, piece: Piece) -> dict[str, Any]:
         """The keyword arguments of ``kernels.forward`` for one piece."""
         mask = None if self.mask is None else _tile(self.mask, piece)
         keep = None if self.keep is None else self.keep(piece)
-        return {"causal": piece.causal, "scale": self.scale, "mask": mask, "keep": keep}
+        shift = None if self.shift is None else _tile(self.shift, piece)
+        options = {"causal": piece.causal, "scale": self.scale, "mask": mask}
+        return {**options, "keep": keep, "shift": shift}
 
 
 def visit(
@@ -46,10 +49,22 @@ def visit(
 
     ``mask`` (batch|1, heads|1, seq|1, all keys|1) has this rank's rows and every key's column.
     """
+    shift = row_shift(mask) if mask is not None and mask.is_floating_point() else None
     if mask is not None and mask.shape[3] != 1:
         mask = take_runs(mask, [Run(*interval) for interval in keys], 3)
     keep = _keep(plan, keys, q, seed) if plan.dropout else None
-    return Visit(pieces(plan.query.ranks[plan.rank], keys, plan.causal), plan.scale, mask, keep)
+    seen = pieces(plan.query.ranks[plan.rank], keys, plan.causal)
+    return Visit(seen, plan.scale, mask, shift, keep)
+
+
+def row_shift(mask: Tensor) -> Tensor | None:
+    """The largest number of each row of a float mask. A row that is ``finfo.min`` everywhere has
+    equal weights on one device; its log-sum-exp, finfo.min + log(n), would round the count of keys
+    away, and blocks of unequal length could not be merged."""
+    if not mask.numel():
+        return None
+    largest = mask.detach().amax(-1, keepdim=True)
+    return torch.where(largest.isfinite(), largest, torch.zeros_like(largest))
 
 
 def _keep(

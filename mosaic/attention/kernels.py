@@ -8,6 +8,7 @@ log-sum-exp, so that the gradients of blocks add up to the whole one's (research
 
 ``causal`` is the aligned triangle of a square block. ``mask`` is (batch|1, heads|1, s|1, t|1),
 boolean (True attends) or added to the scores. ``keep`` is a dropout mask, 0 or 1 / (1 - p).
+``shift`` (batch|1, heads|1, s|1, 1) is taken off every score of a row, of all blocks alike.
 A row that sees no key has out 0, lse -inf and no gradient.
 """
 
@@ -34,11 +35,19 @@ class Kernel(NamedTuple):
 
 
 def forward(
-    q, k, v, *, causal: bool, mask: Tensor | None, scale: float, keep: Tensor | None
+    q,
+    k,
+    v,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+    keep: Tensor | None,
+    shift: Tensor | None = None,
 ) -> Partial:
     """out and lse of one block."""
-    kernel = _choose(q, k, v, mask, keep)
-    return kernel.forward(q, k, v, causal=causal, mask=mask, scale=scale, keep=keep)
+    options = {"causal": causal, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
+    return _choose(q, k, v, mask, keep).forward(q, k, v, **options)
 
 
 def backward(
@@ -53,6 +62,7 @@ def backward(
     mask: Tensor | None,
     scale: float,
     keep: Tensor | None,
+    shift: Tensor | None = None,
     need_dmask: bool = False,
 ) -> Gradients:
     """This block's part of dq, dk, dv (and of the mask's gradient, in the mask's shape)."""
@@ -61,6 +71,7 @@ def backward(
         "mask": mask,
         "scale": scale,
         "keep": keep,
+        "shift": shift,
         "need_dmask": need_dmask,
     }
     return _choose(q, k, v, mask, keep).backward(dout, q, k, v, out, lse, **options)
@@ -82,7 +93,9 @@ def _grouped(q: Tensor, k: Tensor) -> Tensor:
     return q.reshape(batch, k.shape[1], q.shape[1] // k.shape[1] * s, x)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
+def _scores(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: float, shift: Tensor | None
+) -> Tensor:
     """(batch, heads, s, t) in float32 or float64, -inf where a key is not seen."""
     dtype = accumulator(q.dtype)
     scores = (_grouped(q, k).to(dtype) @ k.to(dtype).mT) * scale
@@ -91,16 +104,17 @@ def _scores(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, scale: floa
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask.to(dtype)
+        scores = scores if shift is None else scores - shift.to(dtype)
     if causal:
         row, column = (torch.arange(n, device=q.device) for n in scores.shape[2:])
         scores = scores.masked_fill(row[:, None] < column[None, :], float("-inf"))
     return scores
 
 
-def _math_forward(q, k, v, *, causal, mask, scale, keep) -> Partial:
+def _math_forward(q, k, v, *, causal, mask, scale, keep, shift) -> Partial:
     if q.numel() == 0 or k.numel() == 0:
         return nothing(q, v)
-    scores = _scores(q, k, causal, mask, scale)
+    scores = _scores(q, k, causal, mask, scale, shift)
     largest = finite(scores.amax(-1))
     weights = torch.exp(scores - largest.unsqueeze(-1))
     total = weights.sum(-1)
@@ -111,14 +125,16 @@ def _math_forward(q, k, v, *, causal, mask, scale, keep) -> Partial:
     return out.reshape(*q.shape[:3], v.shape[3]), largest + torch.log(total)
 
 
-def _math_backward(dout, q, k, v, out, lse, *, causal, mask, scale, keep, need_dmask) -> Gradients:
+def _math_backward(
+    dout, q, k, v, out, lse, *, causal, mask, scale, keep, shift, need_dmask
+) -> Gradients:
     dtype = accumulator(q.dtype)
     if q.numel() == 0 or k.numel() == 0:
         dmask = torch.zeros_like(mask, dtype=dtype) if need_dmask else None
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
         return dq, dk, dv, dmask
     dout, shape = dout.to(dtype), (*q.shape[:3], k.shape[2])
-    weights = torch.exp(_scores(q, k, causal, mask, scale) - finite(lse).unsqueeze(-1))
+    weights = torch.exp(_scores(q, k, causal, mask, scale, shift) - finite(lse).unsqueeze(-1))
     dropped = weights if keep is None else weights * keep
     dv = _grouped(dropped, k).mT @ _grouped(dout, k)
     dweights = (_grouped(dout, k) @ v.to(dtype).mT).reshape(shape)
