@@ -145,7 +145,7 @@ def attention(
         mask="" if mask is None else ("boolean" if mask.val.dtype == torch.bool else "float"),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
-        site=s.site(c.like),
+        site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
         batch=folded(cut, q.shape) if cut and not heads else None,
         heads=heads,
         flops=2 * pairs * (q.shape[-1] + v.shape[-1]),
