@@ -178,22 +178,22 @@ def local_extreme(x: torch.Tensor, dims: list[int], largest: bool) -> torch.Tens
 
 def any_(s: Sharder, c: Call) -> Value:
     """A count of hits meets across ranks."""
-    dims = reduced_dims(c)
-    if c["self"].place.dim not in dims:
-        return free(s, c, dims)
-    hits = s.call(c, aten.ne.Scalar, c["self"], 0)
-    number = s.call(c, aten.sum.dim_IntList, hits, dims, bool(c.bound.get("keepdim")))
-    return cast(s, c, s.call(c, aten.gt.Scalar, number, 0))
+    return by_count(s, c, aten.ne.Scalar, aten.gt.Scalar)
 
 
 def all_(s: Sharder, c: Call) -> Value:
     """A count of misses meets across ranks."""
+    return by_count(s, c, aten.eq.Scalar, aten.eq.Scalar)
+
+
+def by_count(s: Sharder, c: Call, counted: Any, decided: Any) -> Value:
+    """How many elements compare with 0 as ``counted`` says; ``decided`` of that number and 0."""
     dims = reduced_dims(c)
     if c["self"].place.dim not in dims:
         return free(s, c, dims)
-    misses = s.call(c, aten.eq.Scalar, c["self"], 0)
-    number = s.call(c, aten.sum.dim_IntList, misses, dims, bool(c.bound.get("keepdim")))
-    return cast(s, c, s.call(c, aten.eq.Scalar, number, 0))
+    found = s.call(c, counted, c["self"], 0)
+    number = s.call(c, aten.sum.dim_IntList, found, dims, bool(c.bound.get("keepdim")))
+    return cast(s, c, s.call(c, decided, number, 0))
 
 
 def logsumexp(s: Sharder, c: Call) -> Value:
