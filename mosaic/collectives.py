@@ -150,12 +150,7 @@ def slice_to(x: Tensor, spec: str) -> Tensor:
 # --- gradients that stay shares (an outer reducer sums them) ------------------------------------
 
 
-class _SliceShare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, spec: str) -> Tensor:
-        ctx.spec = spec
-        return local_slice(x, _decode(spec))
-
+class _SliceShare(_Slice):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return spread(grad, _decode(ctx.spec)), None

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from mosaic.context import Context
-from mosaic.layout import Layout, Shard
+from mosaic.layout import Layout
 from mosaic.modes import Modes
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
@@ -44,11 +44,13 @@ def partition(graph: fx.Graph, context: Context) -> int:
     with graph.inserting_before(output):
         sharder.run(old)
         written = len(context.mutated)
-        results = [result(sharder, r, context, i < written) for i, r in enumerate(output.args[0])]
-        del context.output_shards[: len(context.mutated)]
-        write_back(writer, results, context)
+        updates = [result(sharder, r, whole=True) for r in output.args[0][:written]]
+        whole = spec.outputs == "whole"
+        outputs = [result(sharder, r, whole) for r in output.args[0][written:]]
+        write_back(writer, [node for node, _ in updates], context)
         writer.switch(Modes.current())
-    output.args = (tuple(results[len(context.mutated) :]),)
+    output.args = (tuple(node for node, _ in outputs),)
+    context.output_shards = [shard for _, shard in outputs]
     erase(graph, old)
     rename_all(graph)
     context.collectives, context.gathered = sharder.collectives, sharder.gathered
@@ -72,26 +74,22 @@ def gradients_of(sharder: Sharder) -> Collective:
     return Collective("all_reduce", sharder.axis.name, sent, why, "parameters")
 
 
-def result(sharder: Sharder, node: Any, context: Context, written_back: bool) -> Any:
-    """Outputs are whole on every rank, unless the spec leaves them cut; buffers always are."""
+def result(sharder: Sharder, node: Any, whole: bool) -> tuple[Any, str]:
+    """The local node of an output, and how it stays cut ("" when it is whole)."""
     sharder.current = node if isinstance(node, fx.Node) else None
     value = sharder.env[node] if isinstance(node, fx.Node) else None
     if not isinstance(value, Value):
-        context.output_shards.append("")
-        return node
-    if value.place is not None and context.spec.outputs == "shards" and not written_back:
-        kept = sharder.node(value)
-        shard = Shard(value.place, context.world.rank, context.world.group)
-        context.output_shards.append(shard.encode())
-        return kept
-    context.output_shards.append("")
-    return sharder.node(sharder.gather(value, "an output is whole", node))
+        return node, ""
+    if value.place is None or whole:
+        return sharder.node(sharder.gather(value, "an output is whole", node)), ""
+    assert sharder.writer
+    return sharder.node(value), sharder.writer.shard(value.place)
 
 
-def write_back(writer: Writer, results: list[Any], context: Context) -> None:
+def write_back(writer: Writer, updates: list[Any], context: Context) -> None:
     """In-place updates of inputs (BatchNorm's buffers): AOTAutograd keeps a copy_ to an input."""
     placeholders = [n for n in writer.graph.nodes if n.op == "placeholder"]
-    for index, new in zip(context.mutated, results, strict=False):
+    for index, new in zip(context.mutated, updates, strict=True):
         target = placeholders[index]
         read_from_copy(writer, target)
         writer.op(new, aten.copy_.default, (target, new), {})
