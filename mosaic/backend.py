@@ -123,9 +123,10 @@ def partitioned(
 
 
 def world_of(ranks: MosaicContext | None, axis: str) -> World:
+    sizes = {} if ranks is None else {name: ranks.size(name) for name in ranks.axes}
     if ranks is None or ranks.size(axis) == 1:
-        return World(1, 0, "", axis)
-    return World(ranks.size(axis), ranks.rank(axis), ranks.group_name(axis), axis)
+        return World(1, 0, "", axis, sizes)
+    return World(ranks.size(axis), ranks.rank(axis), ranks.group_name(axis), axis, sizes)
 
 
 def lower(graph: fx.Graph, kind: str, context: Context, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -22,6 +23,7 @@ class World:
     rank: int
     group: str
     mesh_axis: str = "sp"
+    sizes: Mapping[str, int] = field(default_factory=dict)  # of all mesh axes
 
 
 @dataclass

@@ -46,6 +46,11 @@ def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: st
     return torch.ops._c10d_functional.all_to_all_single.default(x, list(receive), list(send), group)
 
 
+def all_gather(x: Tensor, p: int, group: str) -> Tensor:
+    """Start (do not wait for) joining equal parts along dim 0."""
+    return torch.ops._c10d_functional.all_gather_into_tensor.default(x.contiguous(), p, group)
+
+
 # --- pieces of an axis ----------------------------------------------------------------------
 
 
@@ -115,11 +120,10 @@ def gather_view(x: Tensor, shard: Shard) -> Tensor:
     if layout.ranks == ((Interval(0, layout.n),),):
         return x
     longest = max(layout.lengths)
-    rows = _padded(_axis_first(x, place, layout.lengths[shard.rank]), longest)
+    rows = padded(_axis_first(x, place, layout.lengths[shard.rank]), longest)
     if layout.p > 1:
         carried = rows.to(CARRIERS.get(x.dtype, x.dtype))
-        op = torch.ops._c10d_functional.all_gather_into_tensor.default
-        rows = wait(op(carried, layout.p, shard.group)).to(x.dtype)
+        rows = wait(all_gather(carried, layout.p, shard.group)).to(x.dtype)
     runs = [Run(r * longest + a, r * longest + b) for r, (a, b, _) in layout.gather_order()]
     return _axis_back(take_runs(rows, _joined(runs), 0), place)
 
@@ -134,7 +138,7 @@ def _joined(runs: list[Run]) -> list[Run]:
     return out
 
 
-def _padded(rows: Tensor, length: int) -> Tensor:
+def padded(rows: Tensor, length: int) -> Tensor:
     """Zeros behind dim 0, up to ``length``."""
     if rows.shape[0] == length:
         return rows
@@ -167,7 +171,7 @@ def reduce_scatter_program(x: Tensor, shard: Shard) -> Tensor:
         return local_slice(x, shard)
     longest = max(layout.lengths)
     rows = _axis_first(x, place, layout.n)
-    parts = [_padded(take_runs(rows, [Run(*i) for i in held], 0), longest) for held in layout.ranks]
+    parts = [padded(take_runs(rows, [Run(*i) for i in held], 0), longest) for held in layout.ranks]
     op = torch.ops._c10d_functional.reduce_scatter_tensor.default
     summed = wait(op(torch.cat(parts), "sum", layout.p, shard.group))
     return _axis_back(summed.narrow(0, 0, layout.lengths[shard.rank]), place)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mosaic.attention import METHODS
+from mosaic.methods import NAMED
 from mosaic.errors import ShardingError
 
 PATH = re.compile(r"""[A-Za-z_]\w*|\[\s*(?:\d+|'[^']*'|"[^"]*")\s*\]|\.[A-Za-z_]\w*""")
@@ -21,7 +21,7 @@ class ShardingSpec:
         user would write it: ``x``, ``src[0]``, ``batch["ids"]``.
     axes: a method for each named axis, ``{"rows": "ring", "columns": "local"}``; or, when the only
         tensor argument needs no names, for dims of it: ``{1: "ring", 2: "local"}``. Methods are
-        those of ``mosaic.attention.METHODS``; "local" leaves the axis whole. With neither inputs
+        those of ``mosaic.methods``; "local" leaves the axis whole. With neither inputs
         nor axes the longest attended axis is cut.
     inputs_are: "whole" on every rank, or "shards": the inputs that name a cut axis arrive as this
         rank's part, made by ``mosaic.shard_tensor`` or cut as ``torch.chunk`` does.
@@ -54,10 +54,10 @@ class ShardingSpec:
                     fix=f"use one of {', '.join(map(repr, allowed))}",
                 )
         for axis, method in (self.axes or {}).items():
-            if method not in METHODS and method != "auto":
+            if method not in NAMED:
                 raise ShardingError(
                     f"axis {axis!r}: there is no method {method!r}",
-                    fix=f"use one of {', '.join(map(repr, [*METHODS, 'auto']))}",
+                    fix=f"use one of {', '.join(map(repr, NAMED))}",
                 )
         self._check_names()
 

@@ -1,17 +1,47 @@
-"""How each attention is done: the spec's method, where both sides are cut.
+"""How each attention is done: the spec's method with its numbers filled in, or what it is handed over to.
 
-Whole keys need no exchange: such an attention is "local" whatever the axis's method is, and
-``propagate`` has said so already. A cost model that chooses belongs here.
+    y = sdpa(q, k, v)   # Ulysses(), 6 heads, 4 ranks   ->   ulysses(2) x ring(2)
+
+Whole keys need no exchange: such an attention is "local" whatever the axis's method is. A method that
+cannot do this attention exactly hands it over, and the plan has a line that says why.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
+from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, Way, way_of
 from mosaic.context import Context
+from mosaic.local.attention import Attention
+from mosaic.methods import method_of
 
 
 def choose_method(graph: fx.Graph, context: Context) -> int:
     for found, node in context.attentions:
-        node.meta["method"] = found.method
+        node.meta["way"], note = resolved(found, context)
+        if note and note not in context.notes:
+            context.notes.append(note)
     return sum(found.is_distributed for found, _ in context.attentions)
+
+
+def resolved(found: Attention, context: Context) -> tuple[Way, str]:
+    """How one attention is done, and a note where its axis's method does not do it."""
+    world = context.world
+    if not found.is_distributed or is_whole(found.key):
+        return LOCAL, ""
+    if is_whole(found.query):
+        return SPLIT_KV, ""
+    facts = Facts(
+        p=world.size,
+        heads=found.q_heads,
+        kv_heads=found.kv_heads,
+        kv_bytes=found.kv_bytes // world.size,
+        has_rows=found.has_rows,
+        heads_are_cut=found.heads is not None,
+        sizes=world.sizes,
+    )
+    return way_of(method_of(found.method), facts)
+
+
+def is_whole(layout) -> bool:
+    return layout.p > 1 and not layout.is_partition

@@ -1,6 +1,12 @@
 """Attention nodes that carry a decision become one opaque op with everything it needs in a string.
 
-    y = sdpa(q, k, v, mask)     ->   y, lse = mosaic.attention(q, k, v, mask, seed, plan)
+    y = sdpa(q, k, v, mask)     ->   y, lse = mosaic.attention(q, k, v, mask, ..., seed, plan)
+
+and with Ulysses, which exchanges sequence for heads before it and back after it,
+
+    q, k, v = exchange_heads([q, k, v], to_heads=True)
+    y, lse = mosaic.attention(q, k, v, mask, ..., seed, plan)
+    (y,) = exchange_heads([y], to_heads=False)
 
 The op is opaque to AOTAutograd and has its own backward; ``lower_attention`` opens it afterwards.
 Queries come as ``(batch, heads, seq, head_dim)``: other ranks are folded into it and back.
@@ -8,17 +14,20 @@ Queries come as ``(batch, heads, seq, head_dim)``: other ranks are folded into i
 
 from __future__ import annotations
 
-import operator
 from math import prod
 
 import torch
 from torch import fx
 
+from mosaic.attention.attend import Inputs
+from mosaic.attention.blocks import CAUSAL, FULL
+from mosaic.attention.op import sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.context import Context
 from mosaic.layout import Place, Shard
 from mosaic.local.attention import Attention
-from mosaic.rewrite import insert
+from mosaic.passes.choose_method import resolved
+from mosaic.rewrite import insert, splice
 
 aten = torch.ops.aten
 
@@ -34,19 +43,14 @@ def rewrite_attention(graph: fx.Graph, context: Context) -> int:
 
 
 def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
-    q, k, v, mask = node.args
+    q, k, v, mask, *documents = (*node.args, *[None] * (6 - len(node.args)))
+    operands = tuple(four_dims(graph, node, x) for x in (q, k, v))
+    inputs = Inputs(mask_of(graph, node, mask, q), *documents, node.meta["seed"])
+    last = node.prev
     plan = plan_of(node.meta["attention"], context)
-    operands = [four_dims(graph, node, x) for x in (q, k, v)]
-    mask = mask_of(graph, node, mask, q)
-    both = insert(
-        graph,
-        node,
-        torch.ops.mosaic.attention.default,
-        (*operands, mask, node.meta["seed"], plan.encode()),
-        name="attention",
-    )
-    both.meta.pop("recompute", None)
-    out = insert(graph, node, operator.getitem, (both, 0))
+    out = splice(graph, node, sharded_attention, (*operands, inputs, plan))
+    while (last := last.next) is not node:
+        last.meta.pop("recompute", None)  # what was sent for is kept
     return reshaped(graph, node, out, list(node.meta["val"].shape))
 
 
@@ -54,12 +58,12 @@ def plan_of(found: Attention, context: Context) -> AttentionPlan:
     world = context.world
     cut = [encoded(place, world.rank, world.group) for place in (found.batch, found.heads)]
     return AttentionPlan(
-        method=found.method,
+        way=resolved(found, context)[0],
         rank=world.rank,
         group=world.group,
         query=found.query,
         key=found.key,
-        causal=found.causal,
+        band=CAUSAL if found.causal else FULL,
         scale=found.scale,
         dropout=found.dropout,
         site=found.site,

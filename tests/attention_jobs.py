@@ -11,18 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import mosaic.attention.op  # noqa: F401 (registers the ops)
+from mosaic.attention.attend import Inputs
+from mosaic.attention.blocks import CAUSAL, FULL, Band
+from mosaic.attention.op import sharded_attention
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, way_of
 from mosaic.collectives import enter
 from mosaic.layout import Layout
+from mosaic.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.random import uniform_keep
 
 F64 = torch.float64
-BATCH, HEADS, DIM, V_DIM = 2, 4, 4, 4
+BATCH, HEADS, DIM, V_DIM = 2, 4, 4, 3
+MASKS = ("full", "causal", "bool", "float", "padding", "key_bias", "causal_bool", "finfo_min",
+         "window", "documents", "documents_float")  # fmt: skip
+CUTS = ("even", "zigzag", "uneven", "empty")
 
 
 class Case(NamedTuple):
-    method: str
+    method: Method | str
     mask: str
     kv_heads: int
     cut: str
@@ -33,13 +40,36 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return " ".join(str(field) for field in self)
 
+    @property
+    def band(self) -> Band:
+        if self.mask.startswith("causal"):
+            return CAUSAL
+        return Band(4, 2) if self.mask == "window" else FULL
 
-def cases(methods: tuple[str, ...]) -> Iterator[Case]:
-    names = ("causal", "full", "bool", "float", "padding", "key_bias", "causal_bool", "finfo_min")
-    cuts = ("even", "zigzag", "uneven", "empty")
-    for method, mask, kv_heads, cut in itertools.product(methods, names, (HEADS, 2), cuts):
-        for n, m in ((16, 16), (11, 17)):
-            yield Case(method, mask, kv_heads, cut, n, m)
+
+def methods_for(p: int) -> list[Method | str]:
+    """Every method in every form that p ranks allow."""
+    found: list[Method | str] = ["local", "split_kv", AllGather(), Ulysses(), Ring(stages=p)]
+    found += [Ring(stages=stages) for stages in range(2, p)]
+    grids = [(rows, p // rows) for rows in range(2, p) if p % rows == 0]
+    found += [Mesh2D(rows, cols) for rows, cols in [*grids, (1, p)]]
+    for nodes, size in grids:
+        found += [Hierarchical(size, intra, "ring") for intra in ("local", "ring", "ulysses")]
+        found += [Composed(Ulysses(mesh="h"), Ring(mesh=f"s{nodes}", stages=1))]
+    if p in (4, 8):
+        found += [Hierarchical(2, intra, "mesh2d") for intra in ("local", "mesh2d", "ring")]
+        found += [Hierarchical(p // 2, "mesh2d", "ring")]
+    return found
+
+
+def cases(p: int, full: bool) -> Iterator[Case]:
+    """All of them, or a sample in which every pair of mask and cut comes by for some method."""
+    number = 0
+    for method, mask, kv_heads in itertools.product(methods_for(p), MASKS, (HEADS, 2, 1)):
+        for cut, (n, m) in itertools.product(CUTS, ((16, 16), (11, 11), (11, 17))):
+            number += 1
+            if full or number % 7 == 0:
+                yield Case(method, mask, kv_heads, cut, n, m)
 
 
 def layout(cut: str, n: int, p: int) -> Layout:
@@ -62,7 +92,7 @@ def make_mask(case: Case) -> Tensor | None:
         seen = torch.rand(BATCH, 1, n, m) > 0.5
         seen[:, :, 1] = False
         return seen
-    if case.mask == "float":
+    if case.mask.endswith("float"):
         return torch.randn(1, HEADS, n, m, dtype=F64)
     if case.mask == "finfo_min":  # two rows that see nothing, in the way of transformers
         mask = torch.zeros(BATCH, 1, n, m, dtype=F64)
@@ -73,12 +103,26 @@ def make_mask(case: Case) -> Tensor | None:
     return torch.randn(BATCH, 1, 1, m, dtype=F64) if case.mask == "key_bias" else None
 
 
+def documents(case: Case) -> tuple[Tensor, Tensor]:
+    """Ids (batch, n) and (batch, m); one query's document has no keys."""
+    ids = torch.tensor([[0, 3, 7], [0, 5, 6]])
+    queries, keys = (torch.searchsorted(ids, torch.arange(size).expand(2, size).contiguous(),
+                                        right=True) for size in (case.n, case.m))  # fmt: skip
+    queries[0, 2] = 9
+    return queries, keys
+
+
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, case: Case, seed: Tensor) -> Tensor:
     """Attention in one process: (batch, heads, n, v_dim)."""
     k, v = (x.repeat_interleave(HEADS // case.kv_heads, 1) for x in (k, v))
     scores = q @ k.mT * 0.5
     seen = torch.ones(case.n, case.m, dtype=torch.bool)
-    seen = seen.tril() if case.mask.startswith("causal") else seen
+    if case.band.right is not None:
+        seen = seen.tril(case.band.right)
+    if case.band.left is not None:
+        seen = seen.triu(-case.band.left)
+    for queries, keys in [documents(case)] if case.mask.startswith("documents") else []:
+        seen = seen & (queries[:, None, :, None] == keys[:, None, None, :])
     if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask
     elif mask is not None:
@@ -101,6 +145,7 @@ class Problem(NamedTuple):
     out: Tensor
     grads: list[Tensor]
     seed: Tensor
+    documents: tuple[Tensor | None, Tensor | None]
 
 
 def problem(case: Case, group: str) -> Problem:
@@ -116,10 +161,24 @@ def problem(case: Case, group: str) -> Problem:
     grads = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], dout)
     query, key = layout(case.cut, case.n, p), layout(case.cut, case.m, p)
     key = Layout.whole(case.m, p) if case.method == "local" else key
-    causal = case.mask.startswith("causal")
-    plan = AttentionPlan(case.method, rank, group, query, key, causal, 0.5, case.dropout, site=5)
+    query = Layout.whole(case.n, p) if case.method == "split_kv" else query
+    has_rows = mask is not None and mask.shape[2] > 1
+    plan = AttentionPlan(
+        way(case, p, has_rows), rank, group, query, key, case.band, 0.5, case.dropout, site=5
+    )
     rows, keys = query.indices(rank), key.indices(rank)
-    return Problem(inputs, plan, rows, keys, dout, out.detach(), list(grads), seed)
+    ids = documents(case) if case.mask.startswith("documents") else (None, None)
+    return Problem(inputs, plan, rows, keys, dout, out.detach(), list(grads), seed, ids)
+
+
+def way(case: Case, p: int, has_rows: bool):
+    if isinstance(case.method, str):
+        return {"local": LOCAL, "split_kv": SPLIT_KV}[case.method]
+    sizes = {"h": 1}
+    if isinstance(case.method, Composed):
+        nodes = int(case.method.sequence.mesh[1:])
+        sizes = {"h": p // nodes, case.method.sequence.mesh: nodes}
+    return way_of(case.method, Facts(p, HEADS, case.kv_heads, 0, has_rows, sizes=sizes))[0]
 
 
 def my_rows(x: Tensor, rows: list[int]) -> Tensor:
@@ -135,13 +194,13 @@ def local_inputs(known: Problem) -> list[Tensor]:
 
 def op_of(known: Problem) -> Callable[..., Tensor]:
     """The op with this problem's plan."""
-    plan, group, local = known.plan.encode(), known.plan.group, known.plan.method == "local"
-    seed = known.seed if known.plan.dropout else None
+    plan, group = known.plan, known.plan.group
+    seed = known.seed if plan.dropout else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if local:  # the keys are whole, and used by every rank's queries
+        if plan.way == LOCAL:  # the keys are whole, and used by every rank's queries
             k, v = enter(k, group), enter(v, group)
-        return torch.ops.mosaic.attention(q, k, v, mask, seed, plan)[0]
+        return sharded_attention(q, k, v, Inputs(mask, *known.documents, seed), plan)
 
     return run
 
@@ -165,7 +224,8 @@ def found(known: Problem, fn: Callable[..., Tensor]) -> list[Tensor]:
         out, [x for x in leaves if x.requires_grad], known.dout[:, :, known.rows], allow_unused=True
     )
     got = [out.detach(), *grads]
-    if len(got) == 5 and known.inputs[3].shape[2] == 1:  # one row of mask for all queries: shares
+    shared = known.plan.way.everywhere or (len(got) == 5 and known.inputs[3].shape[2] == 1)
+    if len(got) == 5 and shared:  # one row of mask for all queries: shares
         dist.all_reduce(got[4])
     return got
 
@@ -186,9 +246,9 @@ def group_name() -> str:
     return dist.group.WORLD.group_name
 
 
-def all_cases(methods: tuple[str, ...]) -> dict[str, float]:
+def all_cases(full: bool = False) -> dict[str, float]:
     errors = {}
-    for case in cases(methods):
+    for case in cases(dist.get_world_size(), full):
         known = problem(case, group_name())
         got = found(known, op_of(known))
         errors[str(case)] = difference(got, expected(known))
@@ -197,9 +257,8 @@ def all_cases(methods: tuple[str, ...]) -> dict[str, float]:
 
 def dropout_cases() -> dict[str, float]:
     errors = {}
-    for method, mask, cut in itertools.product(
-        ("ring", "all_gather", "local"), ("causal", "float"), ("zigzag", "empty")
-    ):
+    p = dist.get_world_size()
+    for method, mask, cut in itertools.product(methods_for(p), ("causal", "float"), CUTS[1::2]):
         case = Case(method, mask, 2, cut, 16, 16, dropout=0.3)
         known = problem(case, group_name())
         got = found(known, op_of(known))
@@ -211,9 +270,11 @@ def dropout_cases() -> dict[str, float]:
 
 
 LOWERED = (
-    ("ring", "causal", 0.0),
-    ("ring", "float", 0.3),
-    ("all_gather", "causal", 0.0),
+    (Ring(stages=3), "causal", 0.0),
+    (Ring(stages=2), "float", 0.3),
+    (AllGather(), "causal", 0.0),
+    (Mesh2D(1, 3), "causal", 0.3),
+    (Ulysses(), "documents", 0.0),
     ("local", "float", 0.0),
 )
 
@@ -230,7 +291,8 @@ def lowered_cases(inner: str) -> dict[str, Compiled]:
     # Inductor's C++ takes long; with equal shards the ranks share what they compile.
     chosen, n, m = (LOWERED, 11, 17) if inner == "eager" else (LOWERED[:1], 12, 12)
     for method, mask, dropout in chosen:
-        case = Case(method, mask, 2, "zigzag", n, m, dropout)
+        heads = HEADS if method == Ulysses() else 2
+        case = Case(method, mask, heads, "zigzag", n, m, dropout)
         known = problem(case, group_name())
         backend, seen = lowering_backend(inner)
         torch._dynamo.reset()

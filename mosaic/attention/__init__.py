@@ -1,13 +1,10 @@
-"""Attention over sharded axes: one op, and one module for each method.
+"""Attention over sharded axes: every method is one program with another schedule.
 
-A method has ``forward(q, k, v, mask, seed, plan) -> (out, lse)`` and
-``backward(dout, q, k, v, mask, seed, out, lse, plan, need_dmask) -> (dq, dk, dv, dmask | None)``,
-in plain torch ops and functional collectives.
+way.py        a method with every number filled in
+schedule.py   who hears from whom, in which order
+hops.py       carrying a hop out, and gradients back
+heads.py      sequence for heads and back (Ulysses)
+program.py    forward and backward
+attend.py     this rank's queries against the keys that are here: blocks.py, kernels.py, merge.py
+plan.py, op.py  the op that stands for all of it in a graph
 """
-
-from __future__ import annotations
-
-from mosaic.attention import all_gather, local, ring
-
-#: The methods that a plan can name.
-METHODS = {"ring": ring, "all_gather": all_gather, "local": local}

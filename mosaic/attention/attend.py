@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,30 +31,75 @@ class Visit:
     scale: float
     mask: Tensor | None = None
     shift: Tensor | None = None
+    documents: tuple[Tensor, Tensor] | None = None
     keep: Callable[[Piece], Tensor] | None = None
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Piece, ...]:
+        """The pieces, cut further for kernels that have no bands."""
+        case = kernels.Case.of(q, k, v, self.mask, self.keep is not None)
+        if self.documents is not None and self.mask is None:
+            case = case._replace(mask=torch.bool)
+        return kernels.cut(case, self.pieces)
 
     def options(self, piece: Piece) -> dict[str, Any]:
         """The keyword arguments of ``kernels.forward`` for one piece."""
-        mask = None if self.mask is None else _tile(self.mask, piece)
+        mask = self.mask_of(piece)
         keep = None if self.keep is None else self.keep(piece)
         shift = None if self.shift is None else _tile(self.shift, piece)
-        options = {"causal": piece.causal, "scale": self.scale, "mask": mask}
+        options = {"band": piece.band, "scale": self.scale, "mask": mask}
         return {**options, "keep": keep, "shift": shift}
+
+    def mask_of(self, piece: Piece) -> Tensor | None:
+        """(batch|1, heads|1, s|1, t|1): the mask's tile, where documents are the same."""
+        mask = None if self.mask is None else _tile(self.mask, piece)
+        if self.documents is None:
+            return mask
+        queries, keys = self.documents
+        queries, keys = (
+            queries[:, piece.q_start : piece.q_stop],
+            keys[:, piece.k_start : piece.k_stop],
+        )
+        same = (queries[:, :, None] == keys[:, None, :]).unsqueeze(1)
+        if mask is None:
+            return same
+        return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, float("-inf"))
+
+
+class Inputs(NamedTuple):
+    """What an attention has beside q, k and v.
+
+    mask (batch|1, heads|1, seq|1, all keys|1): this rank's rows and every key's column, boolean or
+    added to the scores. ``documents``: ids of all queries (batch|1, n) and of all keys, equal ones
+    attend. seed: int64 scalar, for dropout.
+    """
+
+    mask: Tensor | None = None
+    query_documents: Tensor | None = None
+    key_documents: Tensor | None = None
+    seed: Tensor | None = None
 
 
 def visit(
-    plan: AttentionPlan, keys: Intervals, q: Tensor, mask: Tensor | None, seed: Tensor | None
+    plan: AttentionPlan, rows: Intervals, keys: Intervals, q: Tensor, inputs: Inputs
 ) -> Visit:
-    """What ``plan``'s rank sees of the keys at global intervals ``keys``.
-
-    ``mask`` (batch|1, heads|1, seq|1, all keys|1) has this rank's rows and every key's column.
-    """
+    """What the queries at global intervals ``rows`` see of the keys at ``keys``."""
+    mask = inputs.mask
     shift = row_shift(mask) if mask is not None and mask.is_floating_point() else None
     if mask is not None and mask.shape[3] != 1:
-        mask = take_runs(mask, [Run(*interval) for interval in keys], 3)
-    keep = _keep(plan, keys, q, seed) if plan.dropout else None
-    seen = pieces(plan.query.ranks[plan.rank], keys, plan.causal)
-    return Visit(seen, plan.scale, mask, shift, keep)
+        mask = take_runs(mask, _runs(keys), 3)
+    documents = None
+    if inputs.query_documents is not None and inputs.key_documents is not None:
+        documents = (
+            take_runs(inputs.query_documents, _runs(rows), 1),
+            take_runs(inputs.key_documents, _runs(keys), 1),
+        )
+    keep = _keep(plan, rows, keys, q, inputs.seed) if plan.dropout else None
+    seen = pieces(rows, keys, plan.band)
+    return Visit(seen, plan.scale, mask, shift, documents, keep)
+
+
+def _runs(intervals: Intervals) -> list[Run]:
+    return [Run(*interval) for interval in intervals]
 
 
 def row_shift(mask: Tensor) -> Tensor | None:
@@ -68,23 +113,23 @@ def row_shift(mask: Tensor) -> Tensor | None:
 
 
 def _keep(
-    plan: AttentionPlan, keys: Intervals, q: Tensor, seed: Tensor | None
+    plan: AttentionPlan, rows: Intervals, keys: Intervals, q: Tensor, seed: Tensor | None
 ) -> Callable[[Piece], Tensor]:
     assert seed is not None
     shards = [
         plan.shard_of("batch", q.shape[0]),
         plan.shard_of("heads", q.shape[1]),
-        Shard(Place(plan.query, 2), plan.rank, ""),
+        Shard(Place(Layout(plan.query.n, (rows,)), 2), 0, ""),
         Shard(Place(Layout(plan.key.n, (keys,)), 3), 0, ""),
     ]
-    batch, heads, rows, columns = (global_indices(shard, q.device) for shard in shards)
+    batch, heads, row, column = (global_indices(shard, q.device) for shard in shards)
 
     def keep(piece: Piece) -> Tensor:
         cut = [
             batch,
             heads,
-            rows[piece.q_start : piece.q_stop],
-            columns[piece.k_start : piece.k_stop],
+            row[piece.q_start : piece.q_stop],
+            column[piece.k_start : piece.k_stop],
         ]
         return uniform_keep(seed, plan.site, cut, plan.dropout, accumulator(q.dtype))
 
@@ -109,7 +154,7 @@ def _keys(x: Tensor, piece: Piece) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, visit: Visit, before: Partial | None = None) -> Partial:
     """out and lse of all local rows, merged with what they saw ``before``; at least float32."""
     found: list[Rows] = [(0, q.shape[2], before or nothing(q, v))]
-    for piece in visit.pieces:
+    for piece in visit.parts(q, k, v):
         k_piece, v_piece = _keys(k, piece), _keys(v, piece)
         part = kernels.forward(_queries(q, piece), k_piece, v_piece, **visit.options(piece))
         found.append((piece.q_start, piece.q_stop, part))
@@ -144,7 +189,7 @@ def attend_backward(
     dkv_rows: list[Rows] = [(0, k.shape[2], (zeros[1], zeros[2]))]
     mask = visit.mask if need_dmask else None
     dmask = None if mask is None else torch.zeros_like(mask, dtype=dtype)
-    for piece in visit.pieces:
+    for piece in visit.parts(q, k, v):
         douts, queries, outs, lses = (_queries(x, piece) for x in (dout, q, out, lse))
         options = {**visit.options(piece), "need_dmask": need_dmask}
         keys, values = _keys(k, piece), _keys(v, piece)
@@ -173,9 +218,10 @@ def _total(tensors: list[Tensor]) -> Tensor:
 
 def _spread_tile(tile: Tensor, mask: Tensor, piece: Piece) -> Tensor:
     """A piece's mask gradient in the shape of the visit's mask."""
+    few = [min(a, b) for a, b in zip(tile.shape, mask.shape, strict=True)]
     rows = (0, 0) if mask.shape[2] == 1 else (piece.q_start, mask.shape[2] - piece.q_stop)
     columns = (0, 0) if mask.shape[3] == 1 else (piece.k_start, mask.shape[3] - piece.k_stop)
-    return torch.constant_pad_nd(tile, [*columns, *rows])
+    return torch.constant_pad_nd(tile.sum_to_size(few), [*columns, *rows])
 
 
 def _by_rows(found: list[Rows], combine: Callable) -> tuple[Tensor, ...]:

@@ -12,7 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mosaic.attention import METHODS
+from mosaic.attention import program
+from mosaic.attention.attend import Inputs
+from mosaic.attention.heads import exchange_of
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.moves import fresh
@@ -20,22 +22,42 @@ from mosaic.moves import fresh
 decode = lru_cache(maxsize=None)(AttentionPlan.decode)
 
 
+def sharded_attention(
+    q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, plan: AttentionPlan
+) -> Tensor:
+    """out (batch, heads, seq, v_dim) of this rank's queries: the op, and for Ulysses the exchange
+    of sequence for heads around it. Differentiable; arguments as those of ``attention``."""
+    mask, *rest = inputs
+    if plan.way.heads == 1:
+        return torch.ops.mosaic.attention(q, k, v, mask, *rest, plan.encode())[0]
+    inner = plan.after_heads(q.shape[1])
+    there = exchange_of(
+        plan, [(plan.query, q.shape[1]), (plan.key, k.shape[1]), (plan.key, v.shape[1])]
+    )
+    if mask is not None and mask.shape[1] > 1:
+        mine = there.heads_of(there.slot, mask.shape[1])
+        mask = mask[:, mine.start : mine.stop]
+    q, k, v = torch.ops.mosaic.exchange_heads([q, k, v], there.encode(), True)
+    out = torch.ops.mosaic.attention(q, k, v, mask, *rest, inner.encode())[0]
+    back = exchange_of(plan, [(plan.query, there.heads[0])])
+    return torch.ops.mosaic.exchange_heads([out], back.encode(), False)[0]
+
+
 def forward_program(
-    q, k, v, mask: Tensor | None, seed: Tensor | None, plan: str
+    q, k, v, mask, query_documents, key_documents, seed, plan: str
 ) -> tuple[Tensor, Tensor]:
     """``attention`` in aten ops and collectives: what the op runs and the lowering traces."""
-    chosen = decode(plan)
-    out, lse = METHODS[chosen.method].forward(q, k, v, mask, seed, chosen)
+    inputs = Inputs(mask, query_documents, key_documents, seed)
+    out, lse = program.forward(q, k, v, inputs, decode(plan))
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
 def backward_program(
-    dout, q, k, v, mask: Tensor | None, seed: Tensor | None, out, lse, plan: str, need_dmask: bool
+    dout, q, k, v, mask, query_documents, key_documents, seed, out, lse, plan: str, need_dmask: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``attention_backward`` in aten ops and functional collectives."""
-    chosen = decode(plan)
-    method = METHODS[chosen.method]
-    *grads, dmask = method.backward(dout, q, k, v, mask, seed, out, lse, chosen, need_dmask)
+    inputs = Inputs(mask, query_documents, key_documents, seed)
+    *grads, dmask = program.backward(dout, q, k, v, inputs, out, lse, decode(plan), need_dmask)
     dq, dk, dv = (grad.to(x.dtype).contiguous() for grad, x in zip(grads, (q, k, v), strict=True))
     if dmask is None or mask is None:
         return dq, dk, dv, q.new_empty([0])
@@ -45,22 +67,24 @@ def backward_program(
 @torch.library.custom_op(
     "mosaic::attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, str plan) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? query_documents, "
+    "Tensor? key_documents, Tensor? seed, str plan) -> (Tensor, Tensor)",
 )
-def attention(q, k, v, mask, seed, plan):
+def attention(q, k, v, mask, query_documents, key_documents, seed, plan):
     """Attention of this rank's queries over all ranks' keys.
 
     q (batch, heads, seq, head_dim), k (batch, kv_heads, keys, head_dim), v (batch, kv_heads, keys,
     v_dim): local shards. ``mask`` (batch|1, heads|1, seq|1, all keys|1): this rank's rows, boolean
-    or added to the scores. ``seed``: int64 scalar, for dropout. ``plan``: an encoded
+    or added to the scores. ``query_documents`` (batch|1, all queries) and ``key_documents``
+    (batch|1, all keys): ids, equal ones attend. ``seed``: int64 scalar, for dropout. ``plan``: an encoded
     ``AttentionPlan``. Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
     """
-    return fresh(forward_program(q, k, v, mask, seed, plan), [q, k, v, mask, seed])
+    inputs = (q, k, v, mask, query_documents, key_documents, seed)
+    return fresh(forward_program(*inputs, plan), inputs)
 
 
 @attention.register_fake
-def _(q, k, v, mask, seed, plan):
+def _(q, k, v, mask, query_documents, key_documents, seed, plan):
     out = q.new_empty([*q.shape[:3], v.shape[3]])
     return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
@@ -68,38 +92,42 @@ def _(q, k, v, mask, seed, plan):
 @torch.library.custom_op(
     "mosaic::attention_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, Tensor out, "
-    "Tensor lse, str plan, bool need_dmask) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? query_documents, "
+    "Tensor? key_documents, Tensor? seed, Tensor out, Tensor lse, str plan, bool need_dmask) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-def attention_backward(dout, q, k, v, mask, seed, out, lse, plan, need_dmask):
+def attention_backward(
+    dout, q, k, v, mask, query_documents, key_documents, seed, out, lse, plan, need_dmask
+):
     """dq, dk, dv and dmask, each like its input (dmask has no element where it is not needed)."""
-    inputs = (dout, q, k, v, mask, seed, out, lse)
+    inputs = (dout, q, k, v, mask, query_documents, key_documents, seed, out, lse)
     return fresh(backward_program(*inputs, plan, need_dmask), inputs)
 
 
 @attention_backward.register_fake
-def _(dout, q, k, v, mask, seed, out, lse, plan, need_dmask):
+def _(dout, q, k, v, mask, query_documents, key_documents, seed, out, lse, plan, need_dmask):
     dmask = mask.new_empty(mask.shape) if need_dmask else q.new_empty([0])
     return (*(x.new_empty(x.shape) for x in (q, k, v)), dmask)
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, mask, seed, ctx.plan = inputs
+    *tensors, ctx.plan = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, mask, seed, out, lse)
+    ctx.save_for_backward(*tensors, out, lse)
 
 
 def _backward(ctx, dout, dlse):
     if dout is None:
-        return None, None, None, None, None, None
-    q, k, v, mask, seed, out, lse = ctx.saved_tensors
+        return (None,) * 8
+    *inputs, out, lse = ctx.saved_tensors
+    mask = inputs[3]
     need_dmask = mask is not None and mask.is_floating_point() and ctx.needs_input_grad[3]
     dq, dk, dv, dmask = torch.ops.mosaic.attention_backward(
-        dout, q, k, v, mask, seed, out, lse, ctx.plan, need_dmask
+        dout, *inputs, out, lse, ctx.plan, need_dmask
     )
-    return dq, dk, dv, dmask if need_dmask else None, None, None
+    return dq, dk, dv, dmask if need_dmask else None, None, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_setup)

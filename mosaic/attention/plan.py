@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from mosaic.attention.blocks import FULL, Band
+from mosaic.attention.hops import Side
+from mosaic.attention.schedule import head_group, same_heads
+from mosaic.attention.way import Way
 from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place, Shard
 
@@ -13,27 +17,31 @@ from mosaic.layout import Layout, Place, Shard
 class AttentionPlan:
     """How one rank does one attention.
 
-    ``query`` and ``key`` are layouts over the global positions; query i sees key j <= i where
-    ``causal``. ``batch`` and ``heads`` are encoded ``Shard``s where another mesh axis cuts that dim
-    of q, and "" where it is whole: dropout needs global indices.
+    ``query`` and ``key`` are layouts over the global positions, for the ranks ``members`` of the
+    group (all ``world`` of them where it is empty); ``rank`` is this one's number among them. Query
+    i sees keys i - band.left ... i + band.right. ``batch`` and ``heads`` are encoded ``Shard``s
+    where that dim of q is cut, and "" where it is whole: dropout needs global indices.
     """
 
-    method: str
+    way: Way
     rank: int
     group: str
     query: Layout
     key: Layout
-    causal: bool
-    scale: float
+    band: Band = FULL
+    scale: float = 1.0
     dropout: float = 0.0
     site: int = 0
     batch: str = ""
     heads: str = ""
+    members: tuple[int, ...] = ()
+    world: int = 0
 
     def __post_init__(self) -> None:
-        if self.method != "local" and not (self.query.is_partition and self.key.is_partition):
+        moved = [self.key] if self.way.everywhere else [self.key, self.query]
+        if self.way.ranks > 1 and not all(layout.is_partition for layout in moved):
             raise UnsupportedError(
-                f"{self.method!r} needs queries and keys that are each held once",
+                f"{self.way} needs queries and keys that are each held once",
                 query=self.query,
                 key=self.key,
             )
@@ -41,6 +49,11 @@ class AttentionPlan:
     @property
     def p(self) -> int:
         return self.key.p
+
+    @property
+    def side(self) -> Side:
+        members = self.members or tuple(range(self.p))
+        return Side(self.rank, members, self.world or self.p, self.group)
 
     def encode(self) -> str:
         """All of it, readable, the same on every run."""
@@ -50,12 +63,44 @@ class AttentionPlan:
     def decode(cls, text: str) -> AttentionPlan:
         fields = json.loads(text)
         fields.update({name: Layout.parse(fields[name]) for name in ("query", "key")})
-        return cls(**fields)
+        fields["way"], fields["band"] = Way.decode(fields["way"]), Band(*fields["band"])
+        return cls(**{**fields, "members": tuple(fields["members"])})
 
     def shard_of(self, dim: str, size: int) -> Shard:
         """How the ``batch`` or ``heads`` dim of local length ``size`` is cut."""
         text = self.batch if dim == "batch" else self.heads
         return Shard.decode(text) if text else whole_shard(size)
+
+    # --- heads before sequence -------------------------------------------------------------
+
+    @property
+    def head_group(self) -> tuple[int, ...]:
+        """The ranks with which this one exchanges sequence for heads."""
+        return head_group(self.way, self.rank, self.p)
+
+    def after_heads(self, heads: int) -> AttentionPlan:
+        """What is left to do after the exchange: fewer heads (of ``heads``), longer shards."""
+        members = same_heads(self.way, self.rank, self.p)
+        groups = [head_group(self.way, member, self.p) for member in members]
+        slot = self.head_group.index(self.rank)
+        cut = Shard(Place(Layout.even(heads, self.way.heads), 0), slot, "")
+        return replace(
+            self,
+            way=replace(self.way, heads=1),
+            rank=members.index(self.rank),
+            query=together(self.query, groups),
+            key=together(self.key, groups),
+            heads=cut.encode(),
+            members=members,
+            world=self.p,
+        )
+
+
+def together(layout: Layout, groups: list[tuple[int, ...]]) -> Layout:
+    """The layout over groups of ranks: each holds what its ranks hold, in global order."""
+    return Layout.of(
+        layout.n, (sorted(i for rank in group for i in layout.ranks[rank]) for group in groups)
+    )
 
 
 def whole_shard(size: int) -> Shard:

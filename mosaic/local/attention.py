@@ -33,6 +33,9 @@ class Attention:
     heads: Place | None
     flops: float  # of the whole forward
     kv_bytes: int  # of all keys and values
+    q_heads: int
+    kv_heads: int
+    has_rows: bool  # a mask with a row for each query
 
     @property
     def is_distributed(self) -> bool:
@@ -150,6 +153,9 @@ def attention(
         heads=heads,
         flops=2 * pairs * (q.shape[-1] + v.shape[-1]),
         kv_bytes=sum(x.val.numel() * x.val.element_size() for x in (c["key"], v)),
+        q_heads=q.shape[-3] if q.ndim > 3 else 1,
+        kv_heads=v.shape[-3] if q.ndim > 3 else 1,
+        has_rows=mask is not None and mask.shape[-2] > 1,
     )
 
 

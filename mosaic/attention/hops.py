@@ -1,0 +1,278 @@
+"""Carrying out a hop: chunks of an axis go to the ranks that want them, and gradients come home.
+
+Tensors are ``(batch, heads, seq, dim)``; several travel in one buffer. All ranks of a group take part
+in every exchange, with nothing for those that they do not talk to, so no rank needs a group of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mosaic.attention.schedule import Hop
+from mosaic.layout import Interval, Intervals, Layout, Run
+from mosaic.moves import all_gather, all_to_all, padded, take_runs, wait
+
+Tensors = tuple[Tensor, ...]
+#: (receiver, what the sender holds) -> what of it the receiver wants.
+Wanted = Callable[[int, Intervals], Intervals]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One rank's side: its number among the ranks that share an axis, and theirs in the group."""
+
+    rank: int
+    members: tuple[int, ...]
+    world: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A hop between known layouts. ``before``: what each rank holds, in the order of its memory."""
+
+    side: Side
+    hop: Hop
+    before: Layout
+    wanted: Wanted | None = None
+
+    # --- who gets what: global facts ---------------------------------------------------------
+
+    def parts(self, receiver: int) -> list[tuple[int, Intervals]]:
+        """What ``receiver`` gets from each of its sources, in order of arrival."""
+        found = []
+        for source in self.hop[receiver]:
+            held = self.before.ranks[source]
+            if self.wanted is not None and source != receiver:
+                held = self.wanted(receiver, held)
+            found.append((source, held))
+        return found
+
+    @cached_property
+    def after(self) -> Layout:
+        """What each rank then holds: sorted, so that what a row sees of it is in few stretches."""
+        if self.is_identity:
+            return self.before
+        ranks = ((i for _, held in self.parts(r) for i in held) for r in range(self.before.p))
+        return Layout.of(self.before.n, (sorted(held) for held in ranks))
+
+    @cached_property
+    def is_identity(self) -> bool:
+        return all(sources == (rank,) for rank, sources in enumerate(self.hop))
+
+    @cached_property
+    def is_silent(self) -> bool:
+        """Whether no rank gets anything at all, its own included."""
+        return not any(self.after.lengths)
+
+    @cached_property
+    def is_gather(self) -> bool:
+        """Whether everybody gets everything: then it is one all-gather."""
+        p = self.before.p
+        everything = all(sorted(sources) == list(range(p)) for sources in self.hop)
+        return everything and p > 1 and p == self.side.world and self.wanted is None
+
+    # --- there ---------------------------------------------------------------------------------
+
+    def start(self, xs: Tensors) -> Tensor | None:
+        """Start sending; None where nothing has to travel."""
+        me = self.side.rank
+        if self.is_identity:
+            return None
+        if self.is_gather:
+            mine = _flat(xs)
+            longest = max(self.before.lengths) * _per_row(xs)
+            return all_gather(padded(mine, longest), self.before.p, self.side.group)
+        chunks, send = [], [0] * self.before.p
+        receive = [0] * self.before.p
+        for receiver in range(self.before.p):
+            for source, held in self.parts(receiver):
+                if source == me != receiver:
+                    chunks.append(_flat(_take(xs, self.before, me, held)))
+                    send[receiver] = chunks[-1].numel()
+                if receiver == me != source:
+                    receive[source] = _length(held) * _per_row(xs)
+        return self._exchange(chunks, send, receive, xs[0])
+
+    def finish(self, pending: Tensor | None, xs: Tensors) -> Tensors:
+        """All that this rank holds afterwards, in the order of ``after``."""
+        if self.is_identity:
+            return xs
+        me, per_row = self.side.rank, _per_row(xs)
+        flat = None if pending is None else wait(pending)
+        apart = max(self.before.lengths) * per_row if self.is_gather else None
+        blocks, offset = [], 0
+        # A buffer holds the chunks by the number of their source; ``parts`` may have another order.
+        for source, held in sorted(self.parts(me)):
+            if source == me:
+                block = _take(xs, self.before, me, held)
+            else:
+                start = offset if apart is None else source * apart
+                block = _unflat(flat, start, xs, _length(held))
+                offset += _length(held) * per_row
+            blocks.append((held, block))
+        return _sorted(blocks)
+
+    # --- and back ------------------------------------------------------------------------------
+
+    def start_back(self, grads: Tensors) -> Tensor | None:
+        """Start sending what belongs to the sources: each gets its part."""
+        me = self.side.rank
+        if self.is_identity:
+            return None
+        chunks, send, receive = [], [0] * self.before.p, [0] * self.before.p
+        for source, held in sorted(self.parts(me)):
+            if source != me:
+                chunks.append(_flat(_take(grads, self.after, me, held)))
+                send[source] = chunks[-1].numel()
+        for receiver in range(self.before.p):
+            for source, held in self.parts(receiver):
+                if source == me != receiver:
+                    receive[receiver] = _length(held) * _per_row(grads)
+        return self._exchange(chunks, send, receive, grads[0])
+
+    def finish_back(
+        self, pending: Tensor | None, own: Tensors
+    ) -> list[tuple[tuple[Run, ...], Tensors]]:
+        """What came back for the chunk that this rank held before: stretches of it, and their part.
+
+        ``own``: what was here, of which its own part did not travel; maybe in a better dtype.
+        """
+        me = self.side.rank
+        everything = (Run(0, self.before.lengths[me]),)
+        if self.is_identity:
+            return [(everything, own)]
+        flat = None if pending is None else wait(pending)
+        found, offset = [], 0
+        for receiver in range(self.before.p):
+            for source, held in self.parts(receiver):
+                if source != me:
+                    continue
+                where = _runs(self.before, me, held)
+                if receiver == me:
+                    found.append((where, _take(own, self.after, me, held)))
+                    continue
+                found.append((where, _unflat(flat, offset, own, _length(held))))
+                offset += _length(held) * _per_row(own)
+        return found
+
+    def _exchange(
+        self, chunks: list[Tensor], send: list[int], receive: list[int], like: Tensor
+    ) -> Tensor | None:
+        """One all-to-all over the whole group; none where all ranks know that nobody sends."""
+        if not any(
+            held
+            for receiver in range(self.before.p)
+            for source, held in self.parts(receiver)
+            if source != receiver
+        ):
+            return None
+        splits = [[0] * self.side.world, [0] * self.side.world]
+        for peer, member in enumerate(self.side.members):
+            splits[0][member], splits[1][member] = receive[peer], send[peer]
+        buffer = torch.cat(chunks) if chunks else like.new_empty([0])
+        return all_to_all(buffer, *splits, self.side.group)
+
+
+def summed(parts: Sequence[tuple[tuple[Run, ...], Tensors]], length: int, like: Tensors) -> Tensors:
+    """Gradients for ``length`` rows from all that came back, in ``like``'s dtypes."""
+    totals: list[Tensor | None] = [None] * len(like)
+    for where, tensors in parts:
+        for i, tensor in enumerate(tensors):
+            spread = _spread(tensor.to(like[i].dtype), where, length)
+            before = totals[i]
+            totals[i] = spread if before is None else before + spread
+    return tuple(
+        x.new_zeros([*x.shape[:2], length, x.shape[3]]) if total is None else total
+        for x, total in zip(like, totals, strict=True)
+    )
+
+
+def _spread(x: Tensor, where: tuple[Run, ...], length: int) -> Tensor:
+    """Rows put where they belong among ``length`` rows of zeros."""
+    pieces, offset, done = [], 0, 0
+    for start, stop, _ in where:
+        pieces += [_zeros(x, start - done), x.narrow(2, offset, stop - start)]
+        offset, done = offset + stop - start, stop
+    pieces.append(_zeros(x, length - done))
+    pieces = [piece for piece in pieces if piece.shape[2]]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2) if pieces else x
+
+
+def _zeros(x: Tensor, rows: int) -> Tensor:
+    return x.new_zeros([*x.shape[:2], rows, x.shape[3]])
+
+
+# --- rows and buffers ------------------------------------------------------------------------------
+
+
+def _length(held: Intervals) -> int:
+    return sum(interval.length for interval in held)
+
+
+def _per_row(xs: Tensors) -> int:
+    return sum(x.shape[0] * x.shape[1] * x.shape[3] for x in xs)
+
+
+def _runs(layout: Layout, rank: int, held: Intervals) -> tuple[Run, ...]:
+    """Where ``held`` lies in ``rank``'s memory, neighbours joined."""
+    out: list[Run] = []
+    for start, stop in held:
+        for run in layout.runs(rank, start, stop):
+            if out and out[-1].stop == run.start:
+                out[-1] = Run(out[-1].start, run.stop)
+            else:
+                out.append(run)
+    return tuple(out)
+
+
+def _take(xs: Tensors, layout: Layout, rank: int, held: Intervals) -> Tensors:
+    runs = _runs(layout, rank, held)
+    return tuple(take_runs(x, runs, 2) for x in xs)
+
+
+def _flat(xs: Tensors) -> Tensor:
+    parts = [x.reshape(-1) for x in xs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _unflat(flat: Tensor | None, offset: int, like: Tensors, rows: int) -> Tensors:
+    """Tensors of ``rows`` rows from a buffer; ``like`` gives the other sizes and nothing else."""
+    out = []
+    for x in like:
+        shape = [*x.shape[:2], rows, x.shape[3]]
+        count = shape[0] * shape[1] * shape[2] * shape[3]
+        out.append(x.new_empty(shape) if flat is None else flat[offset : offset + count].view(shape))
+        offset += count
+    return tuple(out)
+
+
+def _sorted(blocks: list[tuple[Intervals, Tensors]]) -> Tensors:
+    """Blocks of rows joined in global order, with as few copies as can be."""
+    found: list[tuple[Interval, int, int]] = []
+    for number, (held, _) in enumerate(blocks):
+        offset = 0
+        for interval in held:
+            found.append((interval, number, offset))
+            offset += interval.length
+    pieces: list[tuple[int, Run]] = []
+    for interval, number, offset in sorted(found):
+        run = Run(offset, offset + interval.length)
+        if pieces and pieces[-1][0] == number and pieces[-1][1].stop == run.start:
+            pieces[-1] = (number, Run(pieces[-1][1].start, run.stop))
+        else:
+            pieces.append((number, run))
+    if not pieces:
+        return blocks[0][1]
+    joined = []
+    for i in range(len(blocks[0][1])):
+        parts = [
+            blocks[number][1][i].narrow(2, run.start, run.stop - run.start) for number, run in pieces
+        ]
+        joined.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
+    return tuple(joined)

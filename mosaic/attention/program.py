@@ -1,0 +1,245 @@
+"""One attention over several ranks: the program that every method is, in aten ops and collectives.
+
+Queries are gathered over a few ranks (most methods: none but its own), keys visit in portions, each
+starting to travel before the last is attended to, and partial outputs go home to be merged. Nothing is
+kept for backward but q, k, v, out and lse: what visited visits again, and the gradients go back the way
+it came (research/attention.md 4.2 and 4.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby, zip_longest
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from mosaic.attention.attend import Inputs, attend, attend_backward, visit
+from mosaic.attention.blocks import visible
+from mosaic.attention.hops import Crossing, Tensors, summed
+from mosaic.attention.kernels import Gradients
+from mosaic.attention.merge import Partial, accumulator, finite, merge, nothing
+from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.schedule import schedule
+from mosaic.layout import Intervals, Layout
+from mosaic.moves import all_reduce
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Keys on a visit: the two hops that brought them, and whether they are the window's last."""
+
+    window: Crossing
+    step: Crossing
+    is_last: bool
+
+    @property
+    def keys(self) -> Intervals:
+        return self.step.after.ranks[self.step.side.rank]
+
+
+@dataclass(frozen=True)
+class Route:
+    """All hops of one rank's attention, with their layouts."""
+
+    queries: Crossing
+    stops: tuple[Stop, ...]
+
+    @property
+    def rows(self) -> Intervals:
+        """Whose queries are attended here."""
+        return self.queries.after.ranks[self.queries.side.rank]
+
+
+def route_of(plan: AttentionPlan) -> Route:
+    hops, side = schedule(plan.way, plan.p), plan.side
+    queries = Crossing(side, hops.queries, plan.query)
+    halo = partial(_seen_by, queries.after, plan) if plan.band.left is not None else None
+    stops = []
+    for window in hops.windows:
+        to_node = Crossing(side, window.hop, plan.key)
+        steps = [Crossing(side, hop, to_node.after, halo) for hop in window.steps]
+        steps = [step for step in steps if not step.is_silent]
+        stops += [Stop(to_node, step, step is steps[-1]) for step in steps]
+    return Route(queries, tuple(stops))
+
+
+def _seen_by(queries: Layout, plan: AttentionPlan, receiver: int, keys: Intervals) -> Intervals:
+    """Of a window's keys only those that the receiver's queries see: a halo."""
+    return visible(queries.ranks[receiver], keys, plan.band)
+
+
+def visits(route: Route, own: Tensors) -> Iterator[tuple[Stop, Tensors]]:
+    """Keys and values as they come. The next are on their way while these are attended to."""
+    windows = [list(stops) for _, stops in groupby(route.stops, lambda stop: stop.window)]
+    coming = windows[0][0].window.start(own) if windows else None
+    for number, stops in enumerate(windows):
+        held = stops[0].window.finish(coming, own)
+        if number + 1 < len(windows):
+            coming = windows[number + 1][0].window.start(own)
+        next_step = stops[0].step.start(held)
+        for stop, following in zip_longest(stops, stops[1:]):
+            here = stop.step.finish(next_step, held)
+            next_step = following.step.start(held) if following else None
+            yield stop, here
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, plan: AttentionPlan) -> Partial:
+    """out (batch, heads, seq, v_dim) and lse (batch, heads, seq) of this rank's queries."""
+    route = route_of(plan)
+    (rows,) = route.queries.finish(route.queries.start((q,)), (q,))
+    found: Partial | None = None
+    for stop, (keys, values) in visits(route, (k, v)):
+        here = visit(plan, route.rows, stop.keys, rows, inputs)
+        found = attend(rows, keys, values, here, found)
+    found = found or nothing(rows, v)
+    return everywhere(found, plan) if plan.way.everywhere else home(found, q, route)
+
+
+def home(found: Partial, q: Tensor, route: Route) -> Partial:
+    """Partial outputs return to the ranks whose queries they are, and are merged there."""
+    if route.queries.is_identity:
+        return found
+    sent = packed(found, q.dtype)
+    back = route.queries.finish_back(route.queries.start_back(sent), sent)
+    return merge([unpacked(part, found[1].dtype) for _, part in back])
+
+
+def packed(found: Partial, dtype: torch.dtype) -> Tensors:
+    """out in the dtype of q, and lse's bits as numbers of that dtype: one buffer for both."""
+    out, lse = found
+    bits = lse.unsqueeze(-1).contiguous()
+    return out.to(dtype), bits if bits.dtype == dtype else bits.view(dtype)
+
+
+def unpacked(sent: Tensors, dtype: torch.dtype) -> Partial:
+    out, bits = sent
+    lse = bits if bits.dtype == dtype else bits.contiguous().view(dtype)
+    return out, lse.squeeze(-1)
+
+
+def everywhere(found: Partial, plan: AttentionPlan) -> Partial:
+    """Merge partial attentions of the same queries over all ranks; whole on each (split-KV)."""
+    out, lse = found
+    if plan.p == 1:
+        return found
+    largest = finite(all_reduce(lse, plan.group, "max"))
+    weight = torch.exp(lse - largest).unsqueeze(-1)
+    total = all_reduce(torch.cat([out * weight, weight], -1), plan.group)
+    out, weight = total.split([out.shape[-1], 1], -1)
+    divisor = torch.where(weight == 0, torch.ones_like(weight), weight)
+    return out / divisor, largest + torch.log(weight.squeeze(-1))
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    plan: AttentionPlan,
+    need_dmask: bool,
+) -> Gradients:
+    """dq, dk, dv of this rank, and the gradient of its mask rows."""
+    route = route_of(plan)
+    douts, rows, outs, lses = gathered((dout, q, out, lse), route)
+    returns = Returns(route, (k, v), plan.way.grad_dtype)
+    dq = torch.zeros_like(rows, dtype=accumulator(q.dtype))
+    dmasks: list[tuple[Intervals, Tensor]] = []
+    for stop, (keys, values) in visits(route, (k, v)):
+        here = visit(plan, route.rows, stop.keys, rows, inputs)
+        part, dk, dv, dmask = attend_backward(
+            douts, rows, keys, values, outs, lses, here, need_dmask
+        )
+        dq = dq + part
+        if dmask is not None:
+            dmasks.append((stop.keys, dmask))
+        returns.send(stop, (dk, dv))
+    dk, dv = returns.total()
+    dq = all_reduce(dq, plan.group) if plan.way.everywhere else home_gradient(dq, q, route)
+    return dq, dk, dv, mask_gradient(dmasks, inputs.mask, plan) if need_dmask else None
+
+
+def gathered(mine: Tensors, route: Route) -> Tensors:
+    """dout, q, out and lse of all rows that are attended here."""
+    if route.queries.is_identity:
+        return mine
+    dout, q, out, lse = mine
+    sent = (dout.to(q.dtype), q, *packed((out, lse), q.dtype))
+    douts, rows, *partial = route.queries.finish(route.queries.start(sent), sent)
+    return (douts, rows, *unpacked(tuple(partial), lse.dtype))
+
+
+def home_gradient(dq: Tensor, q: Tensor, route: Route) -> Tensor:
+    sent = (dq.to(q.dtype),)
+    back = route.queries.finish_back(route.queries.start_back(sent), (dq,))
+    (total,) = summed(back, q.shape[2], (dq,))
+    return total
+
+
+class Returns:
+    """dK and dV on their way home: each visit's go back to whoever sent the keys, while the next
+    visit is at work, and are added up there in float32 (float64 for float64)."""
+
+    def __init__(self, route: Route, own: Tensors, grad_dtype: str):
+        self.own = own
+        self.dtype = getattr(torch, grad_dtype) if grad_dtype else own[0].dtype
+        self.window: list = []  # what came home within the window
+        self.found: list = []  # and from the windows before
+        self.pending: tuple[Crossing, Tensor | None, Tensors, list] | None = None
+
+    def send(self, stop: Stop, grads: Tensors) -> None:
+        self._go(stop.step, grads, self.window)
+        if stop.is_last:
+            self._arrive()
+            held = stop.window.after.lengths[stop.window.side.rank]
+            total = summed(self.window, held, grads)
+            self.window = []
+            self._go(stop.window, total, self.found)
+
+    def total(self) -> Tensors:
+        self._arrive()
+        zeros = tuple(x.new_empty(x.shape, dtype=accumulator(x.dtype)) for x in self.own)
+        return summed(self.found, self.own[0].shape[2], zeros)
+
+    def _go(self, crossing: Crossing, grads: Tensors, to: list) -> None:
+        sent = grads if crossing.is_identity else tuple(x.to(self.dtype) for x in grads)
+        started = crossing.start_back(sent)
+        self._arrive()
+        self.pending = (crossing, started, grads, to)
+
+    def _arrive(self) -> None:
+        if self.pending is None:
+            return
+        crossing, started, grads, to = self.pending
+        to += crossing.finish_back(started, grads)
+        self.pending = None
+
+
+def mask_gradient(
+    found: list[tuple[Intervals, Tensor]], mask: Tensor | None, plan: AttentionPlan
+) -> Tensor | None:
+    """The visits' columns side by side in global order; their sum where one column serves all."""
+    assert mask is not None
+    blank = mask.new_zeros([*mask.shape[:3], 1], dtype=accumulator(mask.dtype))
+    if mask.shape[3] == 1:
+        return torch.stack([blank, *(part for _, part in found)]).sum(0)
+    columns = [
+        (interval, part.narrow(3, offset, interval.length))
+        for keys, part in found
+        for interval, offset in zip(keys, _offsets(keys), strict=True)
+    ]
+    pieces, done = [], 0
+    for (start, stop), part in sorted(columns, key=itemgetter(0)):
+        pieces += [blank.expand(-1, -1, -1, start - done), part]
+        done = stop
+    return torch.cat([*pieces, blank.expand(-1, -1, -1, plan.key.n - done)], 3)
+
+
+def _offsets(keys: Intervals) -> list[int]:
+    return [0, *accumulate(interval.length for interval in keys)][:-1]

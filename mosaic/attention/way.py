@@ -1,0 +1,249 @@
+"""A method with every number filled in: the one form in which all methods are carried out.
+
+Two levels of grids, and heads in front:
+
+    heads   groups of ranks that exchange sequence for heads first (Ulysses); 1: nobody does
+    inter   a grid of nodes, intra: a grid of the ranks of one node. In a grid of rows x cols the
+            ranks of a row gather each other's queries, and those of a column each other's keys,
+            in ``stages`` portions. Partial outputs go home and are merged.
+
+    method                       heads   inter           intra
+    Ring(stages=k)               1       1 x 1           p x 1, k stages
+    AllGather                    1       1 x 1           p x 1, 1 stage
+    Mesh2D(r, c)                 1       1 x 1           r x c, 1 stage
+    Ulysses                      p       1 x 1           1 x 1
+    Ulysses, u heads divide      u       1 x 1           p/u x 1, a ring
+    Hierarchical(w, "local")     1       p/w x 1, p/w    w x 1, 1 stage
+    Hierarchical(w, "ring")      1       p/w x 1, p/w    w x 1, w stages
+    Hierarchical(w, "ulysses")   w       p/w x 1, p/w    1 x 1
+    Composed(Ulysses, Ring)      h       1 x 1           s x 1, a ring
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mosaic.errors import ShardingError
+from mosaic.methods import (
+    AllGather,
+    Auto,
+    Composed,
+    Hierarchical,
+    Local,
+    Mesh2D,
+    Method,
+    Ring,
+    Ulysses,
+)
+
+#: A visiting portion of keys and values grows no larger than this, in bytes, by itself: links reach
+#: their full rate well below it, and memory is what a ring is for.
+PORTION = 256 << 20
+
+
+@dataclass(frozen=True)
+class Level:
+    """A grid of ranks (or nodes); keys come down the columns in ``stages`` portions."""
+
+    rows: int = 1
+    cols: int = 1
+    stages: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one attention is carried out on p = heads x inter.size x intra.size ranks.
+
+    ``is_outer``: the ranks of a head group are not neighbours but as far apart as can be.
+    ``everywhere``: queries are whole, and so is the merged output, on every rank (split-KV).
+    ``grad_dtype``: in which dK and dV go home ("" is the dtype of K).
+    """
+
+    name: str
+    heads: int = 1
+    is_outer: bool = False
+    inter: Level = Level()
+    intra: Level = Level()
+    everywhere: bool = False
+    grad_dtype: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share the keys; 1 where every rank has all of them."""
+        return self.heads * self.inter.size * self.intra.size
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def decode(cls, fields: Mapping[str, Any]) -> Way:
+        levels = {name: Level(**fields[name]) for name in ("inter", "intra")}
+        return cls(**{**fields, **levels})
+
+
+LOCAL = Way("local")
+SPLIT_KV = Way("split_kv", everywhere=True)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method's numbers depend on: global facts about one attention.
+
+    ``p`` ranks share the axis; ``sizes`` are those of the mesh axes. ``kv_bytes`` is one rank's
+    share of K and V. ``has_rows``: a dense mask with a row for each query, which stays with its
+    rows. ``heads_are_cut``: by another axis.
+    """
+
+    p: int
+    heads: int
+    kv_heads: int
+    kv_bytes: int = 0
+    has_rows: bool = False
+    heads_are_cut: bool = False
+    sizes: Mapping[str, int] | None = None
+
+
+def way_of(method: Method, facts: Facts) -> tuple[Way, str]:
+    """How ``method`` is carried out, and a note where it had to be handed over to another one.
+
+    Raises ShardingError where its numbers do not fit the ranks.
+    """
+    way, note = RESOLVE[type(method)](method, facts)
+    moves_queries = way.heads > 1 or way.inter.cols > 1 or way.intra.cols > 1
+    if facts.has_rows and moves_queries:
+        why = "a dense mask stays with its queries"
+        return ring(facts), f"{way.name} is done by {ring(facts).name}: {why}"
+    return way, note
+
+
+def ring(facts: Facts, stages: int | str = "auto", p: int | None = None) -> Way:
+    p = facts.p if p is None else p
+    if stages == "auto":
+        others = -(-facts.kv_bytes * (p - 1) // PORTION)
+        stages = min(p, 1 + max(1, others)) if p > 1 else 1
+    assert isinstance(stages, int)
+    if stages > p:
+        raise ShardingError(
+            f"Ring(stages={stages}) on {p} ranks: there are no more stages than ranks",
+            fix=f'use 1 to {p}, or "auto"',
+        )
+    return Way(f"ring({stages})", intra=Level(p, 1, stages))
+
+
+def _ring(method: Ring, facts: Facts) -> tuple[Way, str]:
+    dtype = "" if method.grad_dtype is None else str(method.grad_dtype).removeprefix("torch.")
+    return replace(ring(facts, method.stages), grad_dtype=dtype), ""
+
+
+def _all_gather(method: AllGather, facts: Facts) -> tuple[Way, str]:
+    return replace(ring(facts, 1), name="all_gather"), ""
+
+
+def _mesh2d(method: Mesh2D, facts: Facts) -> tuple[Way, str]:
+    rows, cols = method.rows, method.cols
+    if rows * cols != facts.p:
+        raise ShardingError(
+            f"Mesh2D({rows}, {cols}) does not fit {facts.p} ranks",
+            sizes=f"{rows} x {cols} = {rows * cols}, ranks = {facts.p}",
+            fix="choose rows x cols equal to the ranks of the mesh axis",
+        )
+    return Way(f"mesh2d({rows}, {cols})", intra=Level(rows, cols)), ""
+
+
+def head_groups(facts: Facts, p: int) -> int:
+    """The most ranks (a divisor of p) among which heads can be cut; KV heads that are fewer are
+    sent to several ranks."""
+    fits = (
+        u
+        for u in range(p, 0, -1)
+        if p % u == 0
+        and facts.heads % u == 0
+        and (facts.kv_heads % u == 0 or u % facts.kv_heads == 0)
+    )
+    return 1 if facts.heads_are_cut else next(fits)
+
+
+def why_no_heads(facts: Facts) -> str:
+    if facts.heads_are_cut:
+        return "another axis cuts the heads"
+    return f"{facts.heads} heads and {facts.kv_heads} KV heads do not divide by it"
+
+
+def _ulysses(method: Ulysses, facts: Facts) -> tuple[Way, str]:
+    u, p = head_groups(facts, facts.p), facts.p
+    if u == p:
+        return Way(f"ulysses({p})", heads=p), ""
+    rest = ring(facts, p=p // u)
+    if u == 1:
+        return rest, f"ulysses({p}) is done by {rest.name}: {why_no_heads(facts)}"
+    way = replace(rest, name=f"ulysses({u}) x {rest.name}", heads=u)
+    return way, f"ulysses({p}) is done by {way.name}: {why_no_heads(facts)}"
+
+
+def squarest(n: int, facts: Facts) -> tuple[int, int]:
+    """rows x cols = n that send least: cols near sqrt(n kv_heads / heads), as K and V of grouped
+    heads are smaller than Q and the output (research: mesh2d optimum)."""
+    ideal = math.sqrt(n * facts.kv_heads / facts.heads)
+    cols = min((c for c in range(1, n + 1) if n % c == 0), key=lambda c: abs(math.log(c / ideal)))
+    return n // cols, cols
+
+
+def _hierarchical(method: Hierarchical, facts: Facts) -> tuple[Way, str]:
+    w, p = method.intra_node_size, facts.p
+    if p % w:
+        raise ShardingError(
+            f"Hierarchical({w}) does not divide {p} ranks into nodes",
+            sizes=f"{p} = {p // w} x {w} + {p % w}",
+            fix="choose a node size that divides the ranks of the mesh axis",
+        )
+    nodes, note, heads, left = p // w, "", 1, w
+    if method.intra == "ulysses":
+        heads = head_groups(facts, w)
+        left = w // heads
+        if left > 1:
+            note = f"ulysses({w}) in a node is done by {heads} x {left}: {why_no_heads(facts)}"
+    stages = w if method.intra == "ring" else 1
+    grid = squarest(w, facts) if method.intra == "mesh2d" else (left, 1)
+    between = squarest(nodes, facts) if method.inter == "mesh2d" else (nodes, 1)
+    inter = Level(*between, stages=nodes if method.inter == "ring" else 1)
+    name = f"hierarchical({w}, {method.intra}, {method.inter})"
+    return Way(name, heads=heads, inter=inter, intra=Level(*grid, stages=stages)), note
+
+
+def _composed(method: Composed, facts: Facts) -> tuple[Way, str]:
+    assert facts.sizes is not None
+    u = facts.sizes[method.heads.mesh]
+    rest = replace(facts, p=facts.p // u)
+    way, note = way_of(method.sequence, rest)
+    name = f"ulysses({u}) x {way.name}"
+    if head_groups(facts, u) != u:
+        whole = ring(facts)
+        return whole, f"{name} is done by {whole.name}: {why_no_heads(facts)}"
+    return replace(way, name=name, heads=u, is_outer=True), note
+
+
+def _local(method: Local, facts: Facts) -> tuple[Way, str]:
+    return LOCAL, ""
+
+
+def _auto(method: Auto, facts: Facts) -> tuple[Way, str]:
+    return ring(facts), ""
+
+
+RESOLVE: dict[type[Method], Any] = {
+    Local: _local,
+    Auto: _auto,
+    Ring: _ring,
+    AllGather: _all_gather,
+    Mesh2D: _mesh2d,
+    Ulysses: _ulysses,
+    Hierarchical: _hierarchical,
+    Composed: _composed,
+}
