@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mosaic.attention import kernels
-from mosaic.attention.blocks import Piece, pieces
+from mosaic.attention.blocks import CAUSAL, FULL, Piece, pieces
 from mosaic.attention.kernels import Gradients
 from mosaic.attention.merge import Partial, accumulator, merge, nothing
 from mosaic.attention.plan import AttentionPlan
@@ -33,12 +33,17 @@ class Visit:
     shift: Tensor | None = None
     keep: Callable[[Piece], Tensor] | None = None
 
+    def parts(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Piece, ...]:
+        """The pieces, cut further for kernels that have no bands."""
+        case = kernels.Case.of(q, k, v, self.mask, self.keep is not None)
+        return kernels.cut(case, self.pieces)
+
     def options(self, piece: Piece) -> dict[str, Any]:
         """The keyword arguments of ``kernels.forward`` for one piece."""
         mask = None if self.mask is None else _tile(self.mask, piece)
         keep = None if self.keep is None else self.keep(piece)
         shift = None if self.shift is None else _tile(self.shift, piece)
-        options = {"causal": piece.causal, "scale": self.scale, "mask": mask}
+        options = {"band": piece.band, "scale": self.scale, "mask": mask}
         return {**options, "keep": keep, "shift": shift}
 
 
@@ -53,7 +58,7 @@ def visit(
     if mask is not None and mask.shape[3] != 1:
         mask = take_runs(mask, [Run(*interval) for interval in keys], 3)
     keep = _keep(plan, keys, q, seed) if plan.dropout else None
-    seen = pieces(plan.query.ranks[plan.rank], keys, plan.causal)
+    seen = pieces(plan.query.ranks[plan.rank], keys, CAUSAL if plan.causal else FULL)
     return Visit(seen, plan.scale, mask, shift, keep)
 
 
@@ -109,7 +114,7 @@ def _keys(x: Tensor, piece: Piece) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, visit: Visit, before: Partial | None = None) -> Partial:
     """out and lse of all local rows, merged with what they saw ``before``; at least float32."""
     found: list[Rows] = [(0, q.shape[2], before or nothing(q, v))]
-    for piece in visit.pieces:
+    for piece in visit.parts(q, k, v):
         k_piece, v_piece = _keys(k, piece), _keys(v, piece)
         part = kernels.forward(_queries(q, piece), k_piece, v_piece, **visit.options(piece))
         found.append((piece.q_start, piece.q_stop, part))
@@ -144,7 +149,7 @@ def attend_backward(
     dkv_rows: list[Rows] = [(0, k.shape[2], (zeros[1], zeros[2]))]
     mask = visit.mask if need_dmask else None
     dmask = None if mask is None else torch.zeros_like(mask, dtype=dtype)
-    for piece in visit.pieces:
+    for piece in visit.parts(q, k, v):
         douts, queries, outs, lses = (_queries(x, piece) for x in (dout, q, out, lse))
         options = {**visit.options(piece), "need_dmask": need_dmask}
         keys, values = _keys(k, piece), _keys(v, piece)

@@ -1,49 +1,144 @@
 """Which parts of a block of attention are seen: pure Python, no torch.
 
-A causal block of any two layouts is cut into rectangles where everything is seen and aligned
-triangles: what kernels can do without a mask tensor.
+Queries see a band of keys: all of them, those before them, or a window. For any two layouts the
+part that is seen is cut into few pieces that are bands themselves, in local memory: what kernels
+can do without a mask tensor. A kernel that has no bands gets a piece in smaller ones.
 
->>> for piece in pieces([(4, 8)], [(0, 8)], causal=True):
-...     print(piece)
-Piece(q_start=0, q_stop=4, k_start=4, k_stop=8, causal=True)
-Piece(q_start=0, q_stop=4, k_start=0, k_stop=4, causal=False)
+>>> pieces([(4, 8)], [(0, 8)], CAUSAL)
+(Piece(q_start=0, q_stop=4, k_start=0, k_stop=8, lower=None, upper=4),)
+>>> triangle, left = simple(*_)
+>>> triangle
+Piece(q_start=0, q_stop=4, k_start=4, k_stop=8, lower=None, upper=0)
+>>> left
+Piece(q_start=0, q_stop=4, k_start=0, k_stop=4, lower=None, upper=None)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, permutations, product
+from itertools import accumulate, product
 from typing import NamedTuple
+
+from mosaic.layout import Interval, Intervals, Layout
+
+
+class Band(NamedTuple):
+    """The query at global position i sees the keys i - left ... i + right; None is unbounded."""
+
+    left: int | None
+    right: int | None
+
+
+FULL = Band(None, None)
+CAUSAL = Band(None, 0)
 
 
 class Piece(NamedTuple):
-    """Rows [q_start, q_stop) see keys [k_start, k_stop), in local memory: all, or the triangle."""
+    """Rows [q_start, q_stop) and keys [k_start, k_stop) of local memory.
+
+    Row q_start + i sees key k_start + j where lower <= j - i <= upper; None is unbounded, and is
+    written where a bound would cut nothing off. Every row sees a key, every key is seen.
+    """
 
     q_start: int
     q_stop: int
     k_start: int
     k_stop: int
-    causal: bool = False
+    lower: int | None = None
+    upper: int | None = None
 
     @property
-    def is_empty(self) -> bool:
-        return self.q_start >= self.q_stop or self.k_start >= self.k_stop
+    def rows(self) -> int:
+        return self.q_stop - self.q_start
+
+    @property
+    def keys(self) -> int:
+        return self.k_stop - self.k_start
+
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        return self.lower, self.upper
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is the triangle that every kernel knows: square, with the whole diagonal."""
+        return self.band == (None, 0) and self.rows == self.keys
+
+    @property
+    def area(self) -> int:
+        """How many pairs of a row and a key are seen."""
+        low, high = self._reach()
+        return _below(self.rows, self.keys, high) - _below(self.rows, self.keys, low - 1)
+
+    def _reach(self) -> tuple[int, int]:
+        """The smallest and the largest j - i that is seen."""
+        low = 1 - self.rows if self.lower is None else self.lower
+        return low, self.keys - 1 if self.upper is None else self.upper
 
 
 def pieces(
-    queries: Sequence[tuple[int, int]], keys: Sequence[tuple[int, int]], causal: bool
+    queries: Sequence[tuple[int, int]], keys: Sequence[tuple[int, int]], band: Band
 ) -> tuple[Piece, ...]:
-    """The cuts for the queries and keys at these global intervals, in the order of their memory."""
-    if not causal:
-        whole = Piece(0, sum(b - a for a, b in queries), 0, sum(d - c for c, d in keys))
-        return () if whole.is_empty else (whole,)
-    cuts = [
-        piece
-        for q, k in product(_placed(queries), _placed(keys))
-        for piece in _cut(*q, *k)
-        if not piece.is_empty
+    """What the queries at these global intervals, in the order of their memory, see of the keys."""
+    done: list[Piece] = []
+    for q, k in product(_placed(queries), _placed(keys)):
+        piece = _seen(q, k, band)
+        while piece and (match := _first_union(piece, done)):
+            other, piece = match
+            done.remove(other)
+        done += [piece] if piece else []
+    return tuple(done)
+
+
+def visible(queries: Intervals, keys: Intervals, band: Band) -> Intervals:
+    """The keys, in their order, that at least one of the queries sees."""
+    found: list[Interval] = []
+    for c, d in keys:
+        reaches = sorted(
+            (
+                c if band.left is None else max(c, a - band.left),
+                d if band.right is None else min(d, b + band.right),
+            )
+            for a, b in queries
+            if a < b
+        )
+        for start, stop in reaches:
+            start = max(start, c)
+            if start < stop:
+                found.append(Interval(start, stop))
+                c = stop
+    return Layout.of(0, [found]).ranks[0]  # those that touch are joined
+
+
+def simple(piece: Piece) -> tuple[Piece, ...]:
+    """A piece without a lower bound, as rectangles and at most one square triangle."""
+    if piece.upper is None or piece.causal:
+        return (piece,)
+    q_middle = piece.q_start + piece.keys - piece.upper
+    k_middle = piece.k_start + piece.upper
+    found = [
+        Piece(piece.q_start, q_middle, k_middle, piece.k_stop, None, 0),
+        Piece(piece.q_start, q_middle, piece.k_start, k_middle),
+        Piece(q_middle, piece.q_stop, piece.k_start, piece.k_stop),
     ]
-    return tuple(_joined(_joined(cuts, _join_triangles), _join_rectangles))
+    return tuple(part for part in found if part.rows and part.keys)
+
+
+def row_blocks(piece: Piece, most: int = 8) -> tuple[Piece, ...]:
+    """A piece in at most ``most`` blocks of rows, each with the keys that it sees: what is computed
+    grows with the band, not with rows x keys."""
+    low, high = piece._reach()
+    count = max(1, min(most, -(-piece.rows // (high - low + 1)), piece.rows))
+    step = -(-piece.rows // count)
+    found = []
+    for start in range(0, piece.rows, step):
+        stop = min(start + step, piece.rows)
+        k_start, k_stop = max(0, start + low), min(piece.keys, stop + high)
+        rows = (piece.q_start + start, piece.q_start + stop)
+        keys = (piece.k_start + k_start, piece.k_start + k_stop)
+        shift = start - k_start
+        found.append(_piece(*rows, *keys, low + shift, high + shift))
+    return tuple(found)
 
 
 def _placed(intervals: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int, int]]:
@@ -52,43 +147,53 @@ def _placed(intervals: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int, in
     return [(a, b, offset - a) for (a, b), offset in zip(intervals, offsets, strict=False)]
 
 
-def _cut(a: int, b: int, q_shift: int, c: int, d: int, k_shift: int) -> list[Piece]:
-    """Queries [a, b) and keys [c, d): rows before c see nothing, rows from d on see everything."""
-    first, last = max(a, c), min(b, d)
-    below = max(a, d)
-    rows = (first + q_shift, last + q_shift)
-    return [
-        Piece(*rows, first + k_shift, last + k_shift, True),
-        Piece(*rows, c + k_shift, first + k_shift),
-        Piece(below + q_shift, b + q_shift, c + k_shift, d + k_shift),
+def _seen(q: tuple[int, int, int], k: tuple[int, int, int], band: Band) -> Piece | None:
+    """What queries [a, b) see of keys [c, d), without rows and keys that have nothing to do."""
+    (a, b, q_shift), (c, d, k_shift) = q, k
+    if a >= b or c >= d:
+        return None
+    low = c - b if band.left is None else -band.left
+    high = d - a if band.right is None else band.right
+    a, b = max(a, c - high), min(b, d - low)
+    c, d = max(c, a + low), min(d, b + high)
+    if low > high or a >= b or c >= d:
+        return None
+    rows, keys = (a + q_shift, b + q_shift), (c + k_shift, d + k_shift)
+    return _piece(*rows, *keys, low - c + a, high - c + a)
+
+
+def _piece(q_start: int, q_stop: int, k_start: int, k_stop: int, low: int, high: int) -> Piece:
+    """low <= j - i <= high, and None where that cuts nothing off."""
+    lower = low if low > q_start - q_stop + 1 else None
+    upper = high if high < k_stop - k_start - 1 else None
+    return Piece(q_start, q_stop, k_start, k_stop, lower, upper)
+
+
+def _first_union(piece: Piece, others: list[Piece]) -> tuple[Piece, Piece] | None:
+    unions = ((other, _union(piece, other)) for other in others)
+    return next(((other, union) for other, union in unions if union), None)
+
+
+def _union(a: Piece, b: Piece) -> Piece | None:
+    """Two disjoint pieces as one, if that is a piece: a rectangle of two, the triangle of zigzag
+    with itself. The smallest piece that holds both must hold nothing else."""
+    q_start, q_stop = min(a.q_start, b.q_start), max(a.q_stop, b.q_stop)
+    k_start, k_stop = min(a.k_start, b.k_start), max(a.k_stop, b.k_stop)
+    reaches = [
+        (reach + x.k_start - x.q_start) - (k_start - q_start)
+        for x in (a, b)
+        for reach in x._reach()
     ]
+    both = _piece(q_start, q_stop, k_start, k_stop, min(reaches), max(reaches))
+    return both if both.area == a.area + b.area else None
 
 
-def _joined(found: list[Piece], join) -> list[Piece]:
-    """Apply ``join`` until it finds nothing more."""
-    while (smaller := join(found)) is not None:
-        found = smaller
-    return found
+def _below(rows: int, keys: int, high: int) -> int:
+    """How many 0 <= i < rows, 0 <= j < keys have j - i <= high."""
 
+    def sum_up_to(x: int) -> int:
+        return x * (x - 1) // 2 if x > 0 else 0
 
-def _join_triangles(found: list[Piece]) -> list[Piece] | None:
-    """Two triangles and the square below the first are one triangle (zigzag with itself)."""
-    triangles = [piece for piece in found if piece.causal]
-    for a, b in permutations(triangles, 2):
-        square = Piece(b.q_start, b.q_stop, a.k_start, a.k_stop)
-        if (a.q_stop, a.k_stop) == (b.q_start, b.k_start) and square in found:
-            joined = Piece(a.q_start, b.q_stop, a.k_start, b.k_stop, True)
-            return [joined, *(piece for piece in found if piece not in (a, b, square))]
-    return None
-
-
-def _join_rectangles(found: list[Piece]) -> list[Piece] | None:
-    """Two rectangles side by side, or one above the other, are one."""
-    rectangles = [piece for piece in found if not piece.causal]
-    for a, b in permutations(rectangles, 2):
-        beside = a[:2] == b[:2] and a.k_stop == b.k_start
-        above = a[2:4] == b[2:4] and a.q_stop == b.q_start
-        if beside or above:
-            joined = Piece(a.q_start, b.q_stop, a.k_start, b.k_stop)
-            return [*(piece for piece in found if piece not in (a, b)), joined]
-    return None
+    first, last = high + 1, high + 1 + rows
+    over = sum_up_to(last - keys) - sum_up_to(first - keys)
+    return sum_up_to(last) - sum_up_to(first) - over
