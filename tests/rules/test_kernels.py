@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from mosaic.attention import kernels
+from mosaic.attention.attend import Visit, attend, attend_backward
+from mosaic.attention.blocks import CAUSAL, Band, pieces
 from mosaic.attention.merge import merge
+from mosaic.layout import Layout
 
 F64 = torch.float64
+FULL = (None, None)
 
 
 def plain(
@@ -30,6 +34,12 @@ def plain(
     return out, scores.logsumexp(-1).masked_fill(~seen.any(-1), float("-inf"))
 
 
+def in_band(s: int, t: int, band: tuple[int | None, int | None]) -> Tensor:
+    lower, upper = band
+    ahead = torch.arange(t) - torch.arange(s)[:, None]
+    return (ahead >= (-s if lower is None else lower)) & (ahead <= (t if upper is None else upper))
+
+
 def tensors(s: int, t: int, heads: int, kv_heads: int, e: int = 4, dtype=F64) -> list[Tensor]:
     torch.manual_seed(0)
     shapes = [(2, heads, s, 4), (2, kv_heads, t, 4), (2, kv_heads, t, e), (2, heads, s, e)]
@@ -48,16 +58,14 @@ def masks(s: int, t: int) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("e", [4, 3])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (-2, 0), (-3, 1), (0, None)])
 @pytest.mark.parametrize("mask_name", ["none", "bool", "float", "padding"])
-def test_block(mask_name: str, causal: bool, e: int, kv_heads: int, dropout: bool) -> None:
-    s, t = (5, 5) if causal else (5, 6)
+def test_block(mask_name: str, band, e: int, kv_heads: int, dropout: bool) -> None:
+    s, t = (5, 5) if band == (None, 0) else (5, 6)
     q, k, v, dout = tensors(s, t, 4, kv_heads, e)
     mask = masks(s, t)[mask_name]
     keep = (torch.rand(2, 4, s, t) > 0.3).to(F64) / 0.7 if dropout else None
-    seen = (
-        torch.ones(s, t, dtype=torch.bool).tril() if causal else torch.ones(s, t, dtype=torch.bool)
-    )
+    seen = in_band(s, t, band)
     bias = mask if mask_name == "float" else None
     if bias is not None:
         seen = seen & (bias > float("-inf"))
@@ -70,7 +78,7 @@ def test_block(mask_name: str, causal: bool, e: int, kv_heads: int, dropout: boo
     )
     grads = torch.autograd.grad(want, [*inputs, *([] if bias is None else [bias])], dout)
 
-    options = {"causal": causal, "mask": mask, "scale": 0.3, "keep": keep}
+    options = {"band": band, "mask": mask, "scale": 0.3, "keep": keep}
     out, lse = kernels.forward(q, k, v, **options)
     torch.testing.assert_close(out, want.detach())
     torch.testing.assert_close(lse, want_lse.detach().expand(lse.shape))
@@ -82,7 +90,7 @@ def test_block(mask_name: str, causal: bool, e: int, kv_heads: int, dropout: boo
 @pytest.mark.parametrize(("s", "t"), [(0, 3), (3, 0), (0, 0)])
 def test_empty_block(s: int, t: int) -> None:
     q, k, v, dout = tensors(s, t, 4, 2)
-    options = {"causal": False, "mask": None, "scale": 1.0, "keep": None}
+    options = {"band": FULL, "mask": None, "scale": 1.0, "keep": None}
     out, lse = kernels.forward(q, k, v, **options)
     assert out.shape == q.shape and not out.any() and (lse == float("-inf")).all()
     grads = kernels.backward(dout, q, k, v, out, lse, **options)[:3]
@@ -95,7 +103,7 @@ def test_empty_block(s: int, t: int) -> None:
 def test_low_precision_keeps_float32_lse(dtype: torch.dtype) -> None:
     q, k, v, _ = tensors(5, 6, 4, 2, dtype=dtype)
     for mask in (None, torch.ones(1, 1, 5, 6, dtype=torch.bool)):
-        out, lse = kernels.forward(q, k, v, causal=False, mask=mask, scale=0.5, keep=None)
+        out, lse = kernels.forward(q, k, v, band=FULL, mask=mask, scale=0.5, keep=None)
         assert lse.dtype == torch.float32
         exact = plain(q.double(), k.double(), v.double(), torch.ones(5, 6) > 0, None, 0.5, None)[0]
         torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=2e-2)
@@ -103,7 +111,7 @@ def test_low_precision_keeps_float32_lse(dtype: torch.dtype) -> None:
 
 def test_merge_of_parts_is_the_whole_and_empty_parts_weigh_nothing() -> None:
     q, k, v, _ = tensors(5, 9, 4, 2)
-    options = {"causal": False, "scale": 0.5, "keep": None}
+    options = {"band": FULL, "scale": 0.5, "keep": None}
     mask = torch.rand(1, 1, 5, 9) > 0.5
     mask[:, :, 2] = False
     cuts = [(0, 4), (4, 4), (4, 7), (7, 9)]
@@ -114,3 +122,32 @@ def test_merge_of_parts_is_the_whole_and_empty_parts_weigh_nothing() -> None:
     whole = kernels.forward(q, k, v, mask=mask, **options)
     torch.testing.assert_close(merge(parts), whole)
     torch.testing.assert_close(merge([merge(parts[:2]), merge(parts[2:])]), whole)
+
+
+@pytest.mark.parametrize("layout", [Layout.even(22, 3), Layout.zigzag(22, 3)], ids=str)
+@pytest.mark.parametrize("band", [CAUSAL, Band(4, 0), Band(2, 3), Band(9, None)], ids=str)
+def test_blocks_of_a_band_add_up(layout: Layout, band: Band) -> None:
+    q, k, v, dout = tensors(22, 22, 4, 2)
+    order = [i for rank in range(3) for i in layout.indices(rank)]
+    low, high = (None if b is None else sign * b for b, sign in zip(band, (-1, 1), strict=True))
+    seen = in_band(22, 22, (low, high))[order][:, order]
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    want, _ = plain(*inputs, seen, None, 0.5, None)
+    grads = torch.autograd.grad(want, inputs, dout)
+
+    cuts = [slice(sum(layout.lengths[:r]), sum(layout.lengths[: r + 1])) for r in range(3)]
+    found = [torch.zeros_like(x) for x in (q, k, v)]
+    for mine, rows in zip(layout.ranks, cuts, strict=True):
+        visits = [Visit(pieces(mine, theirs, band), 0.5) for theirs in layout.ranks]
+        q_here, dout_here = q[:, :, rows], dout[:, :, rows]
+        partial = None
+        for here, columns in zip(visits, cuts, strict=True):
+            partial = attend(q_here, k[:, :, columns], v[:, :, columns], here, partial)
+        torch.testing.assert_close(partial[0], want[:, :, rows].detach())
+        for here, columns in zip(visits, cuts, strict=True):
+            visiting = (q_here, k[:, :, columns], v[:, :, columns])
+            dq, dk, dv, _ = attend_backward(dout_here, *visiting, *partial, here, False)
+            found[0][:, :, rows] += dq
+            found[1][:, :, columns] += dk
+            found[2][:, :, columns] += dv
+    torch.testing.assert_close(found, list(grads))
