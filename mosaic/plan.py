@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from mosaic.attention.cost import cost_of
 from mosaic.context import Context
 from mosaic.local.attention import Attention
 from mosaic.pipeline import PassReport
@@ -110,15 +111,10 @@ def report(found: Attention, node: fx.Node) -> AttentionReport:
         axis=found.axis,
         queries=found.query.n,
         keys=found.key.n,
-        method=found.method,
+        method=str(node.meta["way"]),
         mask=node.meta.get("mask", ""),
-        bytes=sent(found),
+        bytes=int(cost_of(node.meta["way"], found.shape, max(found.key.p, 1)).forward),
     )
-
-
-def sent(found: Attention) -> int:
-    """What leaves each rank in forward: its shard of K and V, p - 1 times."""
-    return 0 if found.method == "local" else found.kv_bytes * (found.key.p - 1) // found.key.p
 
 
 def size(n: float) -> str:

@@ -11,7 +11,6 @@ the global graph only; on a rank's own graph sizes are that rank's.
 from __future__ import annotations
 
 import difflib
-import json
 import operator
 import re
 import textwrap
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mosaic.attention.heads import HeadExchange
+from mosaic.attention.plan import AttentionPlan
 from mosaic.capture import Input
 from mosaic.context import Context
 from mosaic.layout import Layout, Place, Shard
@@ -312,27 +313,30 @@ def short(dtype: torch.dtype) -> str:
 
 def decisions(node: fx.Node) -> str:
     """What passes decided about an attention."""
-    found = [node.meta[key] for key in ("method", "mask") if node.meta.get(key)]
+    found = [str(node.meta[key]) for key in ("way", "mask") if node.meta.get(key)]
     if "attention" in node.meta:
         decided = node.meta["attention"]
-        found = [decided.method, f"{decided.query.n} x {decided.key.n}"]
+        found.append(f"{decided.query.n} x {decided.key.n}")
     return f"  # {', '.join(found)}" if found else ""
 
 
 def decoded(text: str) -> str:
     """The strings in which passes write down layouts and attentions, in short; others in quotes."""
-    if text.startswith("{"):
-        return attention_plan(json.loads(text))
+    if text.startswith('{"way"'):
+        return attention_plan(AttentionPlan.decode(text))
+    if text.startswith('{"slot"'):
+        exchange = HeadExchange.decode(text)
+        return f"heads({exchange.slot} of {exchange.u}, {' '.join(map(str, exchange.layouts))})"
     if "=" in text and text.count(" ") == 6:
         return f"shard({Shard.decode(text).place})"
     return repr(text)
 
 
-def attention_plan(plan: dict[str, Any]) -> str:
-    """``plan(ring causal q,k=37=0:10|10:20|20:30|30:37 scale=0.5)``."""
-    same = plan["query"] == plan["key"]
-    layouts = [f"q,k={plan['query']}"] if same else [f"q={plan['query']}", f"k={plan['key']}"]
-    words = [plan["method"], *(["causal"] if plan["causal"] else []), *layouts]
-    words.append(f"scale={plan['scale']:.4g}")
-    words += [f"dropout={plan['dropout']:.4g}"] if plan["dropout"] else []
+def attention_plan(plan: AttentionPlan) -> str:
+    """``plan(ring(stages=2) causal q,k=37=0:10|10:20|20:30|30:37 scale=0.5)``."""
+    same = plan.query == plan.key
+    layouts = [f"q,k={plan.query}"] if same else [f"q={plan.query}", f"k={plan.key}"]
+    words = [str(plan.way), *([str(plan.band)] if str(plan.band) else []), *layouts]
+    words.append(f"scale={plan.scale:.4g}")
+    words += [f"dropout={plan.dropout:.4g}"] if plan.dropout else []
     return f"plan({' '.join(words)})"

@@ -1,9 +1,9 @@
-"""How each attention is done: the spec's method with its numbers filled in, or what it is handed over to.
+"""How each attention is done: its axis's method with the numbers filled in, or another one.
 
-    y = sdpa(q, k, v)   # Ulysses(), 6 heads, 4 ranks   ->   ulysses(2) x ring(2)
+    y = sdpa(q, k, v)   # Ulysses(), 6 heads, 4 ranks   ->   ulysses(2) x ring(stages=2)
 
-Whole keys need no exchange: such an attention is "local" whatever the axis's method is. A method that
-cannot do this attention exactly hands it over, and the plan has a line that says why.
+Whole keys need no exchange: such an attention is "local" whatever the axis's method is. A method
+that cannot do an attention exactly hands it over, and the plan has a line that says why.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import fx
 
 from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, Way, way_of
 from mosaic.context import Context
+from mosaic.layout import Layout
 from mosaic.local.attention import Attention
 from mosaic.methods import method_of
 
@@ -33,9 +34,9 @@ def resolved(found: Attention, context: Context) -> tuple[Way, str]:
         return SPLIT_KV, ""
     facts = Facts(
         p=world.size,
-        heads=found.q_heads,
-        kv_heads=found.kv_heads,
-        kv_bytes=found.kv_bytes // world.size,
+        heads=found.shape.heads,
+        kv_heads=found.shape.kv_heads,
+        kv_bytes=found.shape.kv_bytes // world.size,
         has_rows=found.has_rows,
         heads_are_cut=found.heads is not None,
         sizes=world.sizes,
@@ -43,5 +44,5 @@ def resolved(found: Attention, context: Context) -> tuple[Way, str]:
     return way_of(method_of(found.method), facts)
 
 
-def is_whole(layout) -> bool:
+def is_whole(layout: Layout) -> bool:
     return layout.p > 1 and not layout.is_partition

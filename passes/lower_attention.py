@@ -1,4 +1,5 @@
-"""``mosaic::attention`` and its backward become explicit: collectives, kernels and merges."""
+"""``mosaic::attention``, its backward and ``mosaic::exchange_heads`` become explicit: collectives,
+kernels and merges."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mosaic.attention import heads
 from mosaic.attention.op import backward_program, forward_program
 from mosaic.rewrite import splice
 
@@ -21,6 +23,7 @@ def lower_attention(graph: fx.Graph, context: Any) -> int:
     programs: dict[Any, Callable[..., Any]] = {
         torch.ops.mosaic.attention.default: forward_program,
         torch.ops.mosaic.attention_backward.default: backward_program,
+        torch.ops.mosaic.exchange_heads.default: heads.program,
     }
     found = [node for node in graph.nodes if node.target in programs]
     for node in found:

@@ -21,7 +21,7 @@ from torch import fx
 
 from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import CAUSAL, FULL
-from mosaic.attention.op import sharded_attention
+from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.context import Context
 from mosaic.layout import Place, Shard
@@ -43,12 +43,13 @@ def rewrite_attention(graph: fx.Graph, context: Context) -> int:
 
 
 def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
-    q, k, v, mask, *documents = (*node.args, *[None] * (6 - len(node.args)))
+    q, k, v, mask, *documents = [*node.args, None, None][:6]
     operands = tuple(four_dims(graph, node, x) for x in (q, k, v))
-    inputs = Inputs(mask_of(graph, node, mask, q), *documents, node.meta["seed"])
+    inputs = Inputs(mask_of(graph, node, mask, q), documents[0], documents[1], node.meta["seed"])
     last = node.prev
-    plan = plan_of(node.meta["attention"], context)
-    out = splice(graph, node, sharded_attention, (*operands, inputs, plan))
+    heads = [x.meta["val"].shape[1] for x in operands]
+    calls = calls_of(plan_of(node.meta["attention"], context), *heads[:2])
+    out = splice(graph, node, sharded_attention, (*operands, inputs, calls))
     while (last := last.next) is not node:
         last.meta.pop("recompute", None)  # what was sent for is kept
     return reshaped(graph, node, out, list(node.meta["val"].shape))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import CAUSAL, FULL, Band
-from mosaic.attention.op import sharded_attention
+from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, way_of
 from mosaic.collectives import enter
@@ -22,7 +22,7 @@ from mosaic.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ri
 from mosaic.random import uniform_keep
 
 F64 = torch.float64
-BATCH, HEADS, DIM, V_DIM = 2, 4, 4, 3
+BATCH, HEADS, DIM, V_DIM = 2, 6, 4, 3
 MASKS = ("full", "causal", "bool", "float", "padding", "key_bias", "causal_bool", "finfo_min",
          "window", "documents", "documents_float")  # fmt: skip
 CUTS = ("even", "zigzag", "uneven", "empty")
@@ -196,11 +196,13 @@ def op_of(known: Problem) -> Callable[..., Tensor]:
     """The op with this problem's plan."""
     plan, group = known.plan, known.plan.group
     seed = known.seed if plan.dropout else None
+    calls = calls_of(plan, known.inputs[0].shape[1], known.inputs[1].shape[1])
+    is_local, documents = plan.way == LOCAL, known.documents
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if plan.way == LOCAL:  # the keys are whole, and used by every rank's queries
+        if is_local:  # the keys are whole, and used by every rank's queries
             k, v = enter(k, group), enter(v, group)
-        return sharded_attention(q, k, v, Inputs(mask, *known.documents, seed), plan)
+        return sharded_attention(q, k, v, Inputs(mask, *documents, seed), calls)
 
     return run
 

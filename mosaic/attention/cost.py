@@ -39,6 +39,12 @@ class Shape:
     area: float = 1.0
 
     @property
+    def kv_bytes(self) -> int:
+        """Of all keys and values."""
+        dims = self.dim + self.v_dim
+        return self.batch * self.keys * self.kv_heads * dims * self.itemsize
+
+    @property
     def flops(self) -> float:
         """Of the forward; the backward has 2.5 times as many."""
         pairs = self.batch * self.heads * self.queries * self.keys * self.area
@@ -99,8 +105,8 @@ def _shards(shape: Shape, p: int) -> tuple[float, float, float, float]:
 
 
 def _exchange(shape: Shape, u: int, q: float, kv: float, out: float) -> tuple[float, float]:
-    """Bytes sent to exchange sequence for heads and back, and K and V of a rank afterwards. KV heads
-    that are fewer than u go to several ranks."""
+    """Bytes sent to exchange sequence for heads and back, and K and V of a rank afterwards. KV
+    heads that are fewer than u go to several ranks."""
     if u == 1:
         return 0, kv
     copies = max(1, u // shape.kv_heads)

@@ -1,8 +1,8 @@
 """Sequence for heads and back: the all-to-all of Ulysses, as a registered op.
 
-A group of u ranks holds a sequence in u parts with all heads; afterwards it holds 1/u of the heads with
-the whole sequence, in global order. KV heads that are fewer than u go to several ranks, and their
-gradients are added up on the way back (Jacobs et al., "DeepSpeed Ulysses", 2023).
+A group of u ranks holds a sequence in u parts with all heads; afterwards each of them holds 1/u of
+the heads with the whole sequence, in global order. KV heads that are fewer than u go to several
+ranks, and their gradients are added up on the way back (Jacobs et al., "DeepSpeed Ulysses", 2023).
 """
 
 from __future__ import annotations
@@ -139,10 +139,10 @@ def _cut(flat: Tensor, offset: int, shape: tuple[int, int, int, int]) -> Tensor:
 
 
 def _exchanged(x: Tensor, receive: list[int], send: list[int], exchange: HeadExchange) -> Tensor:
-    splits = [[0] * exchange.world, [0] * exchange.world]
+    receives, sends = [0] * exchange.world, [0] * exchange.world
     for peer, received, sent in zip(exchange.peers, receive, send, strict=True):
-        splits[0][peer], splits[1][peer] = received, sent
-    return wait(all_to_all(x, *splits, exchange.group))
+        receives[peer], sends[peer] = received, sent
+    return wait(all_to_all(x, receives, sends, exchange.group))
 
 
 def _in_order(blocks: list[Tensor], layout: Layout) -> Tensor:

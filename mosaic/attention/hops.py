@@ -1,7 +1,7 @@
 """Carrying out a hop: chunks of an axis go to the ranks that want them, and gradients come home.
 
-Tensors are ``(batch, heads, seq, dim)``; several travel in one buffer. All ranks of a group take part
-in every exchange, with nothing for those that they do not talk to, so no rank needs a group of its own.
+Tensors are ``(batch, heads, seq, dim)``; several travel in one buffer. All ranks of a group take
+part in every exchange, with nothing for those that they do not talk to: one group is enough.
 """
 
 from __future__ import annotations
@@ -88,12 +88,14 @@ class Crossing:
             mine = _flat(xs)
             longest = max(self.before.lengths) * _per_row(xs)
             return all_gather(padded(mine, longest), self.before.p, self.side.group)
-        chunks, send = [], [0] * self.before.p
-        receive = [0] * self.before.p
+        chunks, send, receive = [], [0] * self.before.p, [0] * self.before.p
+        flat: dict[Intervals, Tensor] = {}  # several ranks may get the same
         for receiver in range(self.before.p):
             for source, held in self.parts(receiver):
                 if source == me != receiver:
-                    chunks.append(_flat(_take(xs, self.before, me, held)))
+                    if held not in flat:
+                        flat[held] = _flat(_take(xs, self.before, me, held))
+                    chunks.append(flat[held])
                     send[receiver] = chunks[-1].numel()
                 if receiver == me != source:
                     receive[source] = _length(held) * _per_row(xs)
@@ -172,11 +174,11 @@ class Crossing:
             if source != receiver
         ):
             return None
-        splits = [[0] * self.side.world, [0] * self.side.world]
+        receives, sends = [0] * self.side.world, [0] * self.side.world
         for peer, member in enumerate(self.side.members):
-            splits[0][member], splits[1][member] = receive[peer], send[peer]
+            receives[member], sends[member] = receive[peer], send[peer]
         buffer = torch.cat(chunks) if chunks else like.new_empty([0])
-        return all_to_all(buffer, *splits, self.side.group)
+        return all_to_all(buffer, receives, sends, self.side.group)
 
 
 def summed(parts: Sequence[tuple[tuple[Run, ...], Tensors]], length: int, like: Tensors) -> Tensors:
@@ -208,7 +210,7 @@ def _zeros(x: Tensor, rows: int) -> Tensor:
     return x.new_zeros([*x.shape[:2], rows, x.shape[3]])
 
 
-# --- rows and buffers ------------------------------------------------------------------------------
+# --- rows and buffers ------------------------------------------------------------------------
 
 
 def _length(held: Intervals) -> int:
@@ -247,7 +249,9 @@ def _unflat(flat: Tensor | None, offset: int, like: Tensors, rows: int) -> Tenso
     for x in like:
         shape = [*x.shape[:2], rows, x.shape[3]]
         count = shape[0] * shape[1] * shape[2] * shape[3]
-        out.append(x.new_empty(shape) if flat is None else flat[offset : offset + count].view(shape))
+        out.append(
+            x.new_empty(shape) if flat is None else flat[offset : offset + count].view(shape)
+        )
         offset += count
     return tuple(out)
 
@@ -272,7 +276,8 @@ def _sorted(blocks: list[tuple[Intervals, Tensors]]) -> Tensors:
     joined = []
     for i in range(len(blocks[0][1])):
         parts = [
-            blocks[number][1][i].narrow(2, run.start, run.stop - run.start) for number, run in pieces
+            blocks[number][1][i].narrow(2, run.start, run.stop - run.start)
+            for number, run in pieces
         ]
         joined.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
     return tuple(joined)

@@ -8,6 +8,7 @@ sees are always saved. So q, k, v, out and lse are all that is kept.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,25 +23,38 @@ from mosaic.moves import fresh
 decode = lru_cache(maxsize=None)(AttentionPlan.decode)
 
 
-def sharded_attention(
-    q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, plan: AttentionPlan
-) -> Tensor:
+class Calls(NamedTuple):
+    """The strings of the ops that one attention is: of the attention itself, and for Ulysses of the
+    exchanges before and after it, with the heads that this rank then has."""
+
+    attention: str
+    there: str = ""
+    back: str = ""
+    heads: tuple[int, int] = (0, 0)
+
+
+def calls_of(plan: AttentionPlan, heads: int, kv_heads: int) -> Calls:
+    """For q with ``heads`` and k, v with ``kv_heads``."""
+    if plan.way.heads == 1:
+        return Calls(plan.encode())
+    there = exchange_of(plan, [(plan.query, heads), (plan.key, kv_heads), (plan.key, kv_heads)])
+    back = exchange_of(plan, [(plan.query, heads)])
+    mine = there.heads_of(there.slot, heads)
+    inner = plan.after_heads(heads).encode()
+    return Calls(inner, there.encode(), back.encode(), (mine.start, mine.stop))
+
+
+def sharded_attention(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, calls: Calls) -> Tensor:
     """out (batch, heads, seq, v_dim) of this rank's queries: the op, and for Ulysses the exchange
     of sequence for heads around it. Differentiable; arguments as those of ``attention``."""
     mask, *rest = inputs
-    if plan.way.heads == 1:
-        return torch.ops.mosaic.attention(q, k, v, mask, *rest, plan.encode())[0]
-    inner = plan.after_heads(q.shape[1])
-    there = exchange_of(
-        plan, [(plan.query, q.shape[1]), (plan.key, k.shape[1]), (plan.key, v.shape[1])]
-    )
+    if not calls.there:
+        return torch.ops.mosaic.attention(q, k, v, mask, *rest, calls.attention)[0]
     if mask is not None and mask.shape[1] > 1:
-        mine = there.heads_of(there.slot, mask.shape[1])
-        mask = mask[:, mine.start : mine.stop]
-    q, k, v = torch.ops.mosaic.exchange_heads([q, k, v], there.encode(), True)
-    out = torch.ops.mosaic.attention(q, k, v, mask, *rest, inner.encode())[0]
-    back = exchange_of(plan, [(plan.query, there.heads[0])])
-    return torch.ops.mosaic.exchange_heads([out], back.encode(), False)[0]
+        mask = mask[:, slice(*calls.heads)]
+    q, k, v = torch.ops.mosaic.exchange_heads([q, k, v], calls.there, True)
+    out = torch.ops.mosaic.attention(q, k, v, mask, *rest, calls.attention)[0]
+    return torch.ops.mosaic.exchange_heads([out], calls.back, False)[0]
 
 
 def forward_program(
@@ -76,8 +90,8 @@ def attention(q, k, v, mask, query_documents, key_documents, seed, plan):
     q (batch, heads, seq, head_dim), k (batch, kv_heads, keys, head_dim), v (batch, kv_heads, keys,
     v_dim): local shards. ``mask`` (batch|1, heads|1, seq|1, all keys|1): this rank's rows, boolean
     or added to the scores. ``query_documents`` (batch|1, all queries) and ``key_documents``
-    (batch|1, all keys): ids, equal ones attend. ``seed``: int64 scalar, for dropout. ``plan``: an encoded
-    ``AttentionPlan``. Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
+    (batch|1, all keys): ids, equal ones attend. ``seed``: int64 scalar, for dropout. ``plan``: an
+    encoded ``AttentionPlan``. Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
     """
     inputs = (q, k, v, mask, query_documents, key_documents, seed)
     return fresh(forward_program(*inputs, plan), inputs)

@@ -1,9 +1,9 @@
 """One attention over several ranks: the program that every method is, in aten ops and collectives.
 
 Queries are gathered over a few ranks (most methods: none but its own), keys visit in portions, each
-starting to travel before the last is attended to, and partial outputs go home to be merged. Nothing is
-kept for backward but q, k, v, out and lse: what visited visits again, and the gradients go back the way
-it came (research/attention.md 4.2 and 4.4).
+starting to travel before the last is attended to, and partial outputs go home to be merged. Nothing
+is kept for backward but q, k, v, out and lse: what visited visits again, and the gradients go back
+the way it came. Sources: Liu et al., "Ring Attention", 2023; "Mesh-Attention", arXiv 2512.20968.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Who hears from whom: every method as a few hops between ranks. Pure Python, no torch.
 
 A hop says for each rank whose chunks it gets, in order; its own it keeps. Keys reach a rank in two
-hops, from node to node (a window) and within the node (a step), and are attended to after each step.
+hops, from node to node (a window) and within the node (a step), and are attended to after each
+step.
 Chunks come straight from whoever holds them, so a ring of p is p - 1 shifts by 1, 2, ... ranks.
 
 >>> for window in schedule(Way("ring(3)", intra=Level(3, 1, 3)), 3).windows:
@@ -12,7 +13,7 @@ Chunks come straight from whoever holds them, so a ring of p is p - 1 shifts by 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 from mosaic.attention.way import Level, Way
 
@@ -69,7 +70,7 @@ def portions(level: Level) -> list[range]:
         return [range(level.rows)]
     groups = level.stages - 1
     cuts = [1 + i * (level.rows - 1) // groups for i in range(groups + 1)]
-    return [range(1), *(range(a, b) for a, b in zip(cuts, cuts[1:], strict=False))]
+    return [range(1), *(range(a, b) for a, b in pairwise(cuts))]
 
 
 def head_group(way: Way, rank: int, world: int) -> tuple[int, ...]:

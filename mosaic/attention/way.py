@@ -134,7 +134,7 @@ def ring(facts: Facts, stages: int | str = "auto", p: int | None = None) -> Way:
             f"Ring(stages={stages}) on {p} ranks: there are no more stages than ranks",
             fix=f'use 1 to {p}, or "auto"',
         )
-    return Way(f"ring({stages})", intra=Level(p, 1, stages))
+    return Way(f"ring(stages={stages})", intra=Level(p, 1, stages))
 
 
 def _ring(method: Ring, facts: Facts) -> tuple[Way, str]:

@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 
+from mosaic.attention.cost import Shape
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
 from mosaic.sharder import Sharder
@@ -31,11 +32,12 @@ class Attention:
     site: int
     batch: Place | None  # where the sharded axis sits in the folded batch dim, or in the heads
     heads: Place | None
-    flops: float  # of the whole forward
-    kv_bytes: int  # of all keys and values
-    q_heads: int
-    kv_heads: int
+    shape: Shape
     has_rows: bool  # a mask with a row for each query
+
+    @property
+    def flops(self) -> float:
+        return self.shape.flops
 
     @property
     def is_distributed(self) -> bool:
@@ -137,7 +139,6 @@ def attention(
 ) -> Attention:
     q, v, mask = c["query"], c["value"], c["attn_mask"]
     causal = bool(c["is_causal"])
-    pairs = prod(q.shape[:-1]) * key.n * (0.5 if causal else 1.0)
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
     return Attention(
         axis="" if cut else s.axis.name,
@@ -151,10 +152,17 @@ def attention(
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
         batch=folded(cut, q.shape) if cut and not heads else None,
         heads=heads,
-        flops=2 * pairs * (q.shape[-1] + v.shape[-1]),
-        kv_bytes=sum(x.val.numel() * x.val.element_size() for x in (c["key"], v)),
-        q_heads=q.shape[-3] if q.ndim > 3 else 1,
-        kv_heads=v.shape[-3] if q.ndim > 3 else 1,
+        shape=Shape(
+            batch=prod(q.shape[:-3] if q.ndim > 3 else q.shape[:-2]),
+            heads=q.shape[-3] if q.ndim > 3 else 1,
+            kv_heads=v.shape[-3] if q.ndim > 3 else 1,
+            queries=query.n,
+            keys=key.n,
+            dim=q.shape[-1],
+            v_dim=v.shape[-1],
+            itemsize=v.val.element_size(),
+            area=0.5 if causal else 1.0,
+        ),
         has_rows=mask is not None and mask.shape[-2] > 1,
     )
 
@@ -180,6 +188,10 @@ def marked(
         return Value(c.val, place)
     nodes = [None if x is None else s.operand(x, enter) for x in operands]
     shape = place.local_shape(c.val.shape, s.writer.rank)
-    meta = {"attention": found, "seed": s.dropout_seed(c) if found.dropout else None}
+    meta = {
+        "attention": found,
+        "way": c.like.meta.get("way"),
+        "seed": s.dropout_seed(c) if found.dropout else None,
+    }
     return Value(c.val, place, s.writer.marked(c.like, aten.scaled_dot_product_attention.default,
                                                nodes, c.val.new_empty(shape), meta))  # fmt: skip

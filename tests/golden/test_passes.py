@@ -184,7 +184,7 @@ def test_choose_method(planned, check):
 ...
  slice_2: f64[2, 3, 6/sp, 8] | 6=0:3|3:6|| = transpose[:, :, :6]
 -sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)
-+sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)  # ring
++sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)  # ring(stages=2)
  return [sdpa_1]
 """,
     )
@@ -216,8 +216,8 @@ def test_partition(planned, check):
 +weight_entered: f64[5, 8] = enter(weight, sp)
 +linear: f64[2, 2, 5] = linear(add, weight_entered)
  # y = sdpa(y, y, y, is_causal=True)
--sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # ring, causal
-+sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # ring, 11 x 11
+-sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # ring(stages=2), causal
++sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # ring(stages=2), 11 x 11
  # return y.mean(dim=1)
 -mean: f64[2, 5] = mean(sdpa, [1])
 -return [mean]
@@ -235,12 +235,12 @@ def test_rewrite_attention(planned, check):
         plan.diffs["rewrite_attention"],
         """\
  # y = sdpa(y, y, y, is_causal=True)
--sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # ring, 11 x 11
+-sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # ring(stages=2), 11 x 11
 +reshape: f64[2, 1, 2, 5] = reshape(linear)
 +reshape_1: f64[2, 1, 2, 5] = reshape(linear)
 +reshape_2: f64[2, 1, 2, 5] = reshape(linear)
 +attention: (f64[2, 1, 2, 5], f64[2, 1, 2]) = mosaic.attention(reshape, reshape_1, reshape_2,
-+    plan(ring causal q,k=11=0:2|2:4|4:6,10:11|6:10 scale=0.4472))
++    plan(ring(stages=2) causal q,k=11=0:2|2:4|4:6,10:11|6:10 scale=0.4472))
 +getitem: f64[2, 1, 2, 5] = attention[0]
 +reshape_3: f64[2, 2, 5] = reshape(getitem)
  # return y.mean(dim=1)
@@ -260,7 +260,7 @@ def test_lower_collectives(planned, check):
         plan.diffs["lower_collectives"],
         """\
  attention: (f64[2, 1, 3, 8], f64[2, 1, 3]) = mosaic.attention(x[:, 3:6], x[:, 3:6], x[:, 3:6],
-     plan(ring q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
+     plan(ring(stages=2) q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
 -reshard: f64[2, 3, 8] = mosaic.reshard(attention[0], shard(10=0:3|3:6|6:9|9:10 dim=1),
 -    shard(10=0:2|2:5|5:8|8:10 dim=1))
 +cat: f64[3, 2, 1, 1, 8] = cat([attention[0][:2], attention[0][2:3]])
@@ -286,26 +286,18 @@ def test_lower_attention(planned, check):
         """\
  # return sdpa(x, x, x)
 -attention: (f64[2, 5, 3, 8], f64[2, 5, 3]) = mosaic.attention(x[:, :, 3:6], x[:, :, 3:6], x[:, :,
--    3:6], plan(ring q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
+-    3:6], plan(ring(stages=2) q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
 -all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(attention[0], 4, sp)
 +cat: f64[480] = cat([x[:, :, 3:6], x[:, :, 3:6]])
-+all_to_all: f64[480] = shift(cat, to=2, from=0, sp)
-+flash: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], cat[:240], cat[240:], scale=0.3536)
-+wait_1: f64[480] = wait(all_to_all)
-+all_to_all_1: f64[320] = shift(wait_1, to=2, from=0, sp)
-+flash_1: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], wait_1[:240], wait_1[240:],
++all_to_all: f64[1280] = all_to_all(cat, receive=[480, 0, 480, 320], send=[480, 0, 480, 480], sp)
++flash: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], x[:, :, 3:6], x[:, :, 3:6],
 +    scale=0.3536)
++wait_1: f64[1280] = wait(all_to_all)
++cat_1: f64[2, 5, 8, 8] = cat([wait_1[:240], wait_1[480:720], wait_1[960:1120]], 2)
++cat_2: f64[2, 5, 8, 8] = cat([wait_1[240:480], wait_1[720:960], wait_1[1120:1280]], 2)
++flash_1: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], cat_1, cat_2, scale=0.3536)
 +add_1: f64[2, 5, 3, 8], add_2: f64[2, 5, 3] = fused[maximum eq .. 17 ops](flash, flash_1)
-+wait_2: f64[320] = wait(all_to_all_1)
-+all_to_all_2: f64[480] = shift(wait_2, to=2, from=0, sp)
-+flash_2: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], wait_2[:160], wait_2[160:],
-+    scale=0.3536)
-+add_4: f64[2, 5, 3, 8], add_5: f64[2, 5, 3] = fused[maximum eq .. 17 ops](add_2, flash_2, add_1)
-+wait_3: f64[480] = wait(all_to_all_2)
-+flash_3: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], wait_3[:240], wait_3[240:],
-+    scale=0.3536)
-+add_7: f64[2, 5, 3, 8], add_8: f64[2, 5, 3] = fused[maximum eq .. 17 ops](add_5, flash_3, add_4)
-+all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(add_7, 4, sp)
++all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(add_1, 4, sp)
  wait: f64[12, 2, 5, 1, 1, 8] = wait(all_gather)
 """,
     )
@@ -318,7 +310,7 @@ def test_overlap_waits_late(planned, check):
         """\
  all_reduce: f64[2, 8] = all_reduce(sum_1, 'sum', sp)
 -wait: f64[2, 8] = wait(all_reduce)
- exp: f64[2, 3, 8] = exp(add_7)
+ exp: f64[2, 3, 8] = exp(add_1)
 ...
  wait_1: f64[2, 8] = wait(all_reduce_1)
 +wait: f64[2, 8] = wait(all_reduce)
@@ -342,8 +334,8 @@ def test_overlap_reduces_gradients_together(planned, check):
 ...
  wait_2: f64[6, 8] = wait(all_reduce_2)
 -return [None, wait_2, wait_1, wait]
-+wait_11: f64[5, 6] = wait(all_reduce_coalesced[1])
-+wait_10: f64[5] = wait(all_reduce_coalesced[0])
-+return [None, wait_2, wait_11, wait_10]
++wait_6: f64[5, 6] = wait(all_reduce_coalesced[1])
++wait_5: f64[5] = wait(all_reduce_coalesced[0])
++return [None, wait_2, wait_6, wait_5]
 """,
     )

@@ -67,24 +67,17 @@ add: f64[6, 3, 8] = add(x[:, 3:6], mm_1)
 mm_2: f64[18, 24] = mm(add, between_rows.in_proj_weight)
 mul_1: f64[6, 3, 8] = mul(mm_2[0], 0.3536)
 cat: f64[288] = cat([mm_2[1], mm_2[2]])
-all_to_all: f64[288] = shift(cat, to=2, from=0, sp)
-flash_1: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, cat[:144], cat[144:], scale=1)
-all_to_all_1: f64[192] = shift(all_to_all, to=2, from=0, sp)
-flash_2: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, all_to_all[:144], all_to_all[144:],
-    scale=1)
+all_to_all: f64[768] = all_to_all(cat, receive=[288, 0, 288, 192], send=[288, 0, 288, 288], sp)
+flash_1: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, mm_2[1], mm_2[2], scale=1)
+cat_1: f64[6, 1, 8, 8] = cat([all_to_all[:144], all_to_all[288:432], all_to_all[576:672]], 2)
+cat_2: f64[6, 1, 8, 8] = cat([all_to_all[144:288], all_to_all[432:576], all_to_all[672:768]], 2)
+flash_2: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, cat_1, cat_2, scale=1)
 add_3: f64[6, 1, 3, 8], add_4: f64[6, 1, 3] = fused[maximum eq .. 17 ops](flash_1, flash_2)
-all_to_all_2: f64[288] = shift(all_to_all_1, to=2, from=0, sp)
-flash_3: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, all_to_all_1[:96], all_to_all_1[96:],
-    scale=1)
-add_6: f64[6, 1, 3, 8], add_7: f64[6, 1, 3] = fused[maximum eq .. 17 ops](add_4, flash_3, add_3)
-flash_4: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, all_to_all_2[:144], all_to_all_2[144:],
-    scale=1)
-add_9: f64[6, 1, 3, 8], add_10: f64[6, 1, 3] = fused[maximum eq .. 17 ops](add_7, flash_4, add_6)
-mm_3: f64[18, 8] = mm(add_9, between_rows.out_proj.weight)
+mm_3: f64[18, 8] = mm(add_3, between_rows.out_proj.weight)
 add_1: f64[6, 3, 8] = add(add, mm_3)
 all_gather: f64[12, 6, 1, 1, 8] = all_gather(add_1, 4, sp)
 return [all_gather[:11], x[:, 3:6], mul, mm[1], mm[2], flash[1], flash[0], add, mul_1, mm_2[1],
-    mm_2[2], add_10, add_9, between_rows.out_proj.weight, add_9, between_rows.in_proj_weight,
+    mm_2[2], add_4, add_3, between_rows.out_proj.weight, add_3, between_rows.in_proj_weight,
     between_columns.out_proj.weight, flash[0]]
 """,
     )
@@ -93,7 +86,7 @@ return [all_gather[:11], x[:, 3:6], mul, mm[1], mm[2], flash[1], flash[0], add, 
 def test_columns_are_untouched(planned):
     columns, rows = planned(*block()).attentions
     assert (columns.method, columns.axis, columns.bytes) == ("local", "", 0)
-    assert (rows.method, rows.axis, rows.queries, rows.keys) == ("ring", "x.1", 11, 11)
+    assert (rows.method, rows.axis, rows.queries, rows.keys) == ("ring(stages=2)", "x.1", 11, 11)
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
