@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,10 +39,13 @@ _MODULES = {
 
 @cache
 def _installed(version: int) -> bool:
-    try:
-        return find_spec(_MODULES[version]) is not None
-    except ModuleNotFoundError:  # not even the package around it
-        return False
+    """Without importing it: a graph may be being traced, with fake tensors."""
+    package, *inner = _MODULES[version].split(".")
+    spec = find_spec(package)
+    if spec is None or not inner:
+        return spec is not None
+    folders = spec.submodule_search_locations or []
+    return any(Path(folder, *inner).with_suffix(".py").is_file() for folder in folders)
 
 
 def _options(version: int, scale: float, left: int | None, right: int | None) -> dict[str, Any]:
