@@ -73,6 +73,12 @@ class Piece(NamedTuple):
         return self.band == (None, 0) and self.rows == self.keys
 
     @property
+    def is_tight(self) -> bool:
+        """Whether every row sees a key and every key is seen, as in all that ``pieces`` gives."""
+        low, high = self._reach()
+        return low <= 0 <= high and low <= self.keys - self.rows <= high
+
+    @property
     def area(self) -> int:
         """How many pairs of a row and a key are seen."""
         low, high = self._reach()

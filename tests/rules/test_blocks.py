@@ -71,7 +71,7 @@ def check_tight(piece: Piece) -> None:
     """No row or key is idle, and each bound cuts something off."""
     seen = [[sees(piece, i, j) for j in range(piece.keys)] for i in range(piece.rows)]
     assert all(any(row) for row in seen) and all(any(column) for column in zip(*seen, strict=True))
-    assert sum(map(sum, seen)) == piece.area
+    assert piece.is_tight and sum(map(sum, seen)) == piece.area
     for bound in ("lower", "upper"):
         if getattr(piece, bound) is not None:
             assert piece._replace(**{bound: None}).area > piece.area
@@ -94,6 +94,14 @@ def test_visible_keys_are_those_that_a_query_sees(queries, keys, band: Band) -> 
     rows = indices(queries)
     want = [j for j in indices(keys) if any(in_band(band, i, j) for i in rows)]
     assert indices(visible(queries, keys, band)) == want
+
+
+@given(st.integers(1, 6), st.integers(1, 6), bounds, bounds)
+def test_tight_is_said_of_pieces_where_nothing_is_idle(s: int, t: int, lower, upper) -> None:
+    piece = Piece(0, s, 0, t, lower, upper)
+    (seen,) = [dense((piece,), s, t)]
+    idle = not all(map(any, seen)) or not all(map(any, zip(*seen, strict=True)))
+    assert piece.is_tight == (not idle)
 
 
 @pytest.mark.parametrize("owner", range(4))

@@ -18,18 +18,48 @@ that every choice is made when a graph is traced.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from torch import Tensor
 
 from mosaic.attention.blocks import Piece, row_blocks, simple
-from mosaic.attention.kernels import aten
-from mosaic.attention.kernels.kernel import Case, Gradients, Kernel
+from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
+from mosaic.attention.kernels.efficient import EFFICIENT
+from mosaic.attention.kernels.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
+from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.merge import Partial
+from mosaic.errors import UnsupportedError
 
-__all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward"]
+__all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "using"]
 
-#: Which kernel does a block: the first that fits. ``MATH`` is right for everything.
-KERNELS: tuple[Kernel, ...] = (aten.CUDA_FLASH, aten.CPU_FLASH, MATH)
+#: Which kernel does a block: the first that fits, the fastest measured first. ``MATH`` is right for
+#: everything. All but it are made for something to do, without dropout.
+KERNELS: tuple[Kernel, ...] = (
+    #              device  dtypes        head dims  masks          bands
+    FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
+    FLASH_ATTN_3,  # cuda  16 bits       ... 256    none           any       Hopper
+    CUDNN,  #        cuda  16 bits       ... 128    none           square    Hopper and later
+    FLASH_ATTN_2,  # cuda  16 bits       ... 256    none           any       Ampere and later
+    FLASH,  #        cuda  16 bits       ... 256    none           any       Ampere and later
+    EFFICIENT,  #    cuda  16, 32 bits   any        bool, float    any, as a bias
+    CPU_FLASH,  #    cpu   any           equal      none           square
+    MATH,  #         any   any           any        bool, float    any, as scores
+)
+
+_table: ContextVar[tuple[Kernel, ...]] = ContextVar("_table", default=KERNELS)
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Only the kernel of this name, to measure it. What it cannot do is an UnsupportedError."""
+    token = _table.set(tuple(kernel for kernel in KERNELS if kernel.name == name))
+    try:
+        yield
+    finally:
+        _table.reset(token)
 
 
 def forward(
@@ -37,7 +67,7 @@ def forward(
     k,
     v,
     *,
-    band: tuple[int | None, int | None],
+    band: Bounds,
     mask: Tensor | None,
     scale: float,
     keep: Tensor | None,
@@ -57,7 +87,7 @@ def backward(
     out,
     lse,
     *,
-    band: tuple[int | None, int | None],
+    band: Bounds,
     mask: Tensor | None,
     scale: float,
     keep: Tensor | None,
@@ -84,15 +114,23 @@ def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
 
 
 def _cut(case: Case, piece: Piece) -> tuple[Piece, ...]:
-    kernel = next(k for k in KERNELS if k.fits(case) and (k.any_band or piece.lower is None))
-    if kernel.any_band and kernel is not MATH:
+    can = (
+        kernel
+        for kernel in _table.get()
+        if kernel.fits(case) and (kernel.bands != "square" or piece.lower is None)
+    )
+    if next(can, MATH).bands == "native":
         return (piece,)
     return simple(piece) if piece.lower is None else row_blocks(piece)
 
 
-def _piece(q: Tensor, k: Tensor, band: tuple[int | None, int | None]) -> Piece:
+def _piece(q: Tensor, k: Tensor, band: Bounds) -> Piece:
     return Piece(0, q.shape[2], 0, k.shape[2], *band)
 
 
 def _choose(case: Case, piece: Piece) -> Kernel:
-    return next(kernel for kernel in KERNELS if kernel.does(case, piece))
+    for kernel in _table.get():
+        if kernel.does(case, piece):
+            return kernel
+    names = ", ".join(kernel.name for kernel in _table.get())
+    raise UnsupportedError(f"{names or 'no kernel'} cannot do this block", case=case, piece=piece)

@@ -1,11 +1,13 @@
-"""What a kernel of the table is, and what it is chosen by."""
+"""What a kernel of the table is, what it is chosen by, and what all kernels need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic.attention.blocks import Piece
@@ -14,11 +16,15 @@ from mosaic.attention.merge import Partial
 #: dq, dk, dv, and the gradient of a mask that needs one.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
+#: Row i sees key j where lower <= j - i <= upper.
+Bounds = tuple[int | None, int | None]
+
 
 class Case(NamedTuple):
     """All that the choice of a kernel depends on, beside the band."""
 
     device: str
+    capability: int
     dtype: torch.dtype
     head_dim: int
     v_dim: int
@@ -28,25 +34,92 @@ class Case(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: bool) -> Case:
-        empty = q.numel() == 0 or k.numel() == 0
-        mask_dtype = None if mask is None else mask.dtype
-        dims = q.shape[-1], v.shape[-1]
-        return cls(q.device.type, q.dtype, *dims, mask_dtype, dropout, empty)
+        return cls(
+            q.device.type,
+            capability(q.device),
+            q.dtype,
+            q.shape[-1],
+            v.shape[-1],
+            None if mask is None else mask.dtype,
+            dropout,
+            q.numel() == 0 or k.numel() == 0,
+        )
 
     @property
     def plain(self) -> bool:
         """No mask, no dropout, and something to do: what the fast kernels are made for."""
         return self.mask is None and not self.dropout and not self.empty
 
+    @property
+    def half_on_cuda(self) -> bool:
+        return self.device == "cuda" and self.dtype in (torch.float16, torch.bfloat16)
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """9 is Hopper; 0 where there is no such device, as when a graph is traced elsewhere."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
 
 class Kernel(NamedTuple):
-    """A line of the table. ``any_band``: else it does all keys, or the triangle of a square."""
+    """A line of the table.
+
+    ``bands``: "square" does all keys or the triangle of a square; "tile" does any band, at the cost
+    of rows x keys; "native" does any band, at the cost of what is seen.
+    """
 
     name: str
     fits: Callable[[Case], bool]
-    any_band: bool
+    bands: Literal["square", "tile", "native"]
     forward: Callable[..., Partial]
     backward: Callable[..., Gradients]
 
     def does(self, case: Case, piece: Piece) -> bool:
-        return self.fits(case) and (self.any_band or piece.causal or piece.band == (None, None))
+        if not self.fits(case):
+            return False
+        if self.bands == "square":
+            return piece.causal or piece.band == (None, None)
+        return self.bands == "tile" or piece.is_tight
+
+
+def window(band: Bounds, s: int, t: int) -> Bounds:
+    """(left, right) of a kernel that aligns the last row with the last key; None is unbounded.
+
+    Neither is negative for a piece that is tight, so that -1 can mean unbounded.
+    """
+    lower, upper = band
+    return None if lower is None else t - s - lower, None if upper is None else upper - (t - s)
+
+
+def whole_lse(lse: Tensor, s: int) -> Tensor:
+    """(batch, heads, s), contiguous. cuDNN adds a dim of 1, the memory-efficient kernel pads rows,
+    and CPU flash lays out (batch, s, heads). What kernels say of a row that sees no key (FA2 +inf,
+    CPU flash 0, FA4 -inf) does not matter: without a mask no row of a tight piece is like that."""
+    lse = lse.squeeze(-1) if lse.dim() == 4 else lse
+    return (lse if lse.shape[2] == s else lse[:, :, :s]).contiguous()
+
+
+def multiple_of_8(n: int) -> int:
+    return -(-n // 8) * 8
+
+
+def widened(x: Tensor, dim: int) -> Tensor:
+    """Zeros behind head_dim: they change no score and add empty columns to the output."""
+    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
+
+
+def narrowed(x: Tensor, dim: int) -> Tensor:
+    return x if x.shape[-1] == dim else x[..., :dim]
+
+
+def without_padding(grads: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Gradients:
+    """The gradients of q, k and v of those of their widened forms; there is no mask."""
+    dq, dk, dv = grads
+    return narrowed(dq, q.shape[-1]), narrowed(dk, k.shape[-1]), narrowed(dv, v.shape[-1]), None
+
+
+def seq_first(x: Tensor) -> Tensor:
+    """(batch, heads, seq, dim) <-> (batch, seq, heads, dim), as a view."""
+    return x.transpose(1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosaic.attention.kernels.kernel import Gradients, Kernel
+from mosaic.attention.kernels.kernel import Bounds, Gradients, Kernel
 from mosaic.attention.merge import Partial, accumulator, finite, nothing
 
 
@@ -18,7 +18,7 @@ def _grouped(q: Tensor, k: Tensor) -> Tensor:
 def _scores(
     q: Tensor,
     k: Tensor,
-    band: tuple[int | None, int | None],
+    band: Bounds,
     mask: Tensor | None,
     scale: float,
     shift: Tensor | None,
@@ -34,12 +34,16 @@ def _scores(
         scores = scores if shift is None else scores - shift.to(dtype)
     if band == (None, None):
         return scores
-    lower, upper = band
-    row, column = (torch.arange(n, device=q.device) for n in scores.shape[2:])
+    return scores.masked_fill(outside(band, q.shape[2], k.shape[2], q.device), float("-inf"))
+
+
+def outside(band: Bounds, s: int, t: int, device: torch.device) -> Tensor:
+    """(s, t), True where row i does not see key j."""
+    lower = -s if band[0] is None else band[0]
+    upper = t if band[1] is None else band[1]
+    row, column = (torch.arange(n, device=device) for n in (s, t))
     ahead = column[None, :] - row[:, None]
-    if lower is not None:
-        scores = scores.masked_fill(ahead < lower, float("-inf"))
-    return scores if upper is None else scores.masked_fill(ahead > upper, float("-inf"))
+    return (ahead < lower) | (ahead > upper)
 
 
 def _forward(q, k, v, *, band, mask, scale, keep, shift) -> Partial:
@@ -72,13 +76,13 @@ def _backward(dout, q, k, v, out, lse, *, band, mask, scale, keep, shift, need_d
     dscores = weights * (dweights - (dout * out.to(dtype)).sum(-1, keepdim=True))
     dq = (_grouped(dscores, k) @ k.to(dtype)).reshape(q.shape) * scale
     dk = _grouped(dscores, k).mT @ _grouped(q, k).to(dtype) * scale
-    return dq, dk, dv, _summed_to(dscores, mask.shape) if need_dmask else None
+    return dq, dk, dv, summed_to(dscores, mask.shape) if need_dmask else None
 
 
-def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
+def summed_to(x: Tensor, shape: torch.Size) -> Tensor:
     """The gradient of what was broadcast from ``shape`` to ``x``."""
     dims = [d for d in range(x.dim()) if shape[d] == 1 and x.shape[d] != 1]
     return x.sum(dims, keepdim=True) if dims else x
 
 
-MATH = Kernel("math", lambda case: True, True, _forward, _backward)
+MATH = Kernel("math", lambda case: True, "tile", _forward, _backward)
