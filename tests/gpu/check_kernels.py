@@ -51,6 +51,8 @@ CHECKS = (
     Check("full"),
     Check("causal", CAUSAL),
     Check("causal, 1024", CAUSAL, tokens=1024),
+    Check("3 tokens, causal", CAUSAL, tokens=3),
+    Check("3 tokens, strictly", Band(None, -1), tokens=3),
     Check("window 50", Band(49, 0)),
     Check("window 50 ... 20", Band(49, 20)),
     Check("GQA", kv_heads=2),

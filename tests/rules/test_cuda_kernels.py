@@ -200,7 +200,7 @@ def test_stand_ins_are_right(check: Check) -> None:
         if check.dtype == torch.float32 and "float32" not in check.name
         else check.dtype
     )
-    check = replace(check, tokens=45, dtype=full)
+    check = replace(check, tokens=min(45, check.tokens), dtype=full)
     mask = mask_of(check)
     want = plain(check, torch.float64, mask, exact)
     base = errors(plain(check, check.dtype, mask, exact), want)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -35,8 +34,8 @@ from mosaic.errors import UnsupportedError
 
 __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "using"]
 
-#: Which kernel does a block: the first that fits, the fastest measured first. ``MATH`` is right for
-#: everything. All but it are made for something to do, without dropout.
+#: Which kernel does a block: the first that fits; the fastest stands first. ``MATH`` is right for
+#: everything, and alone does dropout and blocks without rows or keys.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
@@ -49,17 +48,18 @@ KERNELS: tuple[Kernel, ...] = (
     MATH,  #         any   any           any        bool, float    any, as scores
 )
 
-_table: ContextVar[tuple[Kernel, ...]] = ContextVar("_table", default=KERNELS)
+_table = KERNELS
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """Only the kernel of this name, to measure it. What it cannot do is an UnsupportedError."""
-    token = _table.set(tuple(kernel for kernel in KERNELS if kernel.name == name))
+    global _table
+    before, _table = _table, tuple(kernel for kernel in KERNELS if kernel.name == name)
     try:
         yield
     finally:
-        _table.reset(token)
+        _table = before
 
 
 def forward(
@@ -116,7 +116,7 @@ def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
 def _cut(case: Case, piece: Piece) -> tuple[Piece, ...]:
     can = (
         kernel
-        for kernel in _table.get()
+        for kernel in _table
         if kernel.fits(case) and (kernel.bands != "square" or piece.lower is None)
     )
     if next(can, MATH).bands == "native":
@@ -129,8 +129,8 @@ def _piece(q: Tensor, k: Tensor, band: Bounds) -> Piece:
 
 
 def _choose(case: Case, piece: Piece) -> Kernel:
-    for kernel in _table.get():
+    for kernel in _table:
         if kernel.does(case, piece):
             return kernel
-    names = ", ".join(kernel.name for kernel in _table.get())
+    names = ", ".join(kernel.name for kernel in _table)
     raise UnsupportedError(f"{names or 'no kernel'} cannot do this block", case=case, piece=piece)

@@ -105,7 +105,7 @@ def _forward(q, k, v, *, band, mask, scale, shift, **_) -> Partial:
     op = aten._scaled_dot_product_efficient_attention.default
     out, lse, *_ = op(*inputs, bias, True, 0.0, band == (None, 0), scale=scale)
     out, lse = narrowed(out, v.shape[-1]), whole_lse(lse, q.shape[2])
-    if mask is None:
+    if bias is None:
         return out, lse
     sees = lse > _unseen(q.dtype) / 2
     lse = lse if shift is None else lse - shift.in_lse.squeeze(-1)
