@@ -50,7 +50,9 @@ def _largest_in_band(mask: Tensor, band: Band, rows: Intervals) -> Tensor:
     length, size = left + right + 1, 1
     if length < 1:
         return mask.new_full([*mask.shape[:2], count, 1], float("-inf"))
-    found = F.pad(mask, (left, count + right - keys), value=float("-inf"))
+    front, behind = max(left, 0), max(count + right - keys, 0)
+    found = F.pad(mask, (front, behind), value=float("-inf"))
+    found = found.narrow(3, front - left, count + length - 1)
     while size < length:
         further = min(size, length - size)
         found = torch.maximum(found[..., :-further], found[..., further:])
