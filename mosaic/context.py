@@ -17,7 +17,7 @@ from mosaic.values import Axis, Collective
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of one mesh axis, and which of them this is."""
+    """The ranks of one mesh axis (or of several as one), and which of them this is."""
 
     size: int
     rank: int
@@ -28,7 +28,8 @@ class World:
 
 @dataclass
 class Context:
-    """Shared by the passes of one graph."""
+    """Shared by the passes of one graph. ``world`` are all ranks that take part, and ``worlds``
+    those of each mesh axis, where that is another."""
 
     spec: ShardingSpec
     world: World
@@ -39,12 +40,17 @@ class Context:
     is_resumed: bool = False  # after a graph break: locals may have other meanings
     is_first_graph: bool = True
     graph_text: str = ""
-    axis: Axis | None = None
+    worlds: dict[str, World] = field(default_factory=dict)
+    axes: tuple[Axis, ...] = ()  # what is cut, on different mesh axes
     attentions: list[tuple[Attention, fx.Node]] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
     output_shards: list[str] = field(default_factory=list)  # how each output is cut, "" if whole
     notes: list[str] = field(default_factory=list)
+
+    def on(self, mesh_axis: str) -> World:
+        """The ranks of a mesh axis."""
+        return self.world if mesh_axis == self.world.mesh_axis else self.worlds[mesh_axis]
 
     def arriving_nodes(self, graph: fx.Graph) -> dict[fx.Node, Place]:
         """The placeholders of inputs that arrive cut."""

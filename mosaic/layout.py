@@ -195,6 +195,22 @@ class Layout:
         """Every index becomes k neighbouring ones (rows of patches -> patches)."""
         return Layout.of(self.n * k, ([(a * k, b * k) for a, b in r] for r in self.ranks))
 
+    def blocks(self, outer: int, inner: int) -> Layout:
+        """The layout of a whole dim in which the axis is a factor (outer x n x inner): in each of
+        the outer blocks every rank's intervals, shifted and scaled.
+
+        >>> print(Layout.even(3, 2).blocks(2, 1))
+        6=0:2,3:5|2:3,5:6
+        """
+        size = self.n * inner
+        return Layout.of(
+            self.n * outer * inner,
+            (
+                [(o * size + a * inner, o * size + b * inner) for o in range(outer) for a, b in r]
+                for r in self.ranks
+            ),
+        )
+
     def coarsen(self, k: int) -> Layout | None:
         """Undo ``scale``; None where an interval does not begin and end on a multiple of k."""
         if self.n % k or any(a % k or b % k for r in self.ranks for a, b in r):

@@ -10,6 +10,7 @@ from torch import fx
 from mosaic.attention.cost import cost_of
 from mosaic.context import Context
 from mosaic.local.attention import Attention
+from mosaic.methods import Local, name_of
 from mosaic.pipeline import PassReport
 from mosaic.show import diff
 from mosaic.source import code, line
@@ -91,10 +92,9 @@ class Plan:
 
 
 def plan_of(context: Context, passes: list[PassReport]) -> Plan:
-    axis = context.axis
     return Plan(
-        axis=axis.name if axis else "",
-        layout=str(axis.layout) if axis else "",
+        axis=", ".join(axis.name for axis in context.axes),
+        layout=", ".join(str(axis.layout) for axis in context.axes),
         ranks=context.world.size,
         attentions=[report(a, n) for a, n in context.attentions],
         collectives=context.collectives,

@@ -25,6 +25,7 @@ from mosaic.attention.plan import AttentionPlan
 from mosaic.capture import Input
 from mosaic.context import Context
 from mosaic.layout import Layout, Place, Shard
+from mosaic.methods import name_of
 from mosaic.modes import set_modes
 from mosaic.source import code
 from mosaic.spec import path_parts
@@ -103,7 +104,8 @@ class Listing:
     """What each node of a graph is called, and which nodes have no line of their own."""
 
     def __init__(self, graph: fx.Graph, context: Context | None, fold_waits: bool, brief: bool):
-        self.mesh_axes = {context.world.group: context.world.mesh_axis} if context else {}
+        worlds = (context.world, *context.worlds.values()) if context else ()
+        self.mesh_axes = {world.group: world.mesh_axis for world in worlds}
         self.brief = brief
         self.hidden: set[fx.Node] = set()
         self.labels: dict[fx.Node, str] = {}

@@ -19,6 +19,7 @@ from torch import fx
 
 from mosaic.context import Context
 from mosaic.layout import Layout
+from mosaic.methods import Local
 from mosaic.modes import Modes
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
@@ -35,7 +36,7 @@ def partition(graph: fx.Graph, context: Context) -> int:
     writer = Writer(graph, world.rank, world.group, Modes.current())
     spec = context.spec
     sharder = Sharder(
-        context.axis or nothing_cut(context),
+        context.axes[0] if context.axes else nothing_cut(context),
         writer,
         on_gather=spec.on_gather,
         gradients=spec.gradients,
@@ -63,7 +64,8 @@ def nothing_cut(context: Context) -> Axis:
     """A graph without an axis is written whole, by the same engine: it too may write to its inputs
     and draw random numbers, which must be the same on every rank."""
     world = context.world
-    return Axis("", world.mesh_axis, Layout.whole(1, world.size), "local")
+    whole = Layout.whole(1, world.size)
+    return Axis("", world.mesh_axis, whole, Local(mesh=world.mesh_axis))
 
 
 def gradients_of(sharder: Sharder) -> Collective:

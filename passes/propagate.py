@@ -18,18 +18,15 @@ CALL, SDPA = "call_function", torch.ops.aten.scaled_dot_product_attention.defaul
 
 
 def propagate(graph: fx.Graph, context: Context) -> int:
-    if context.axis is None:
-        return 0
-    planner = Sharder(context.axis, arriving=context.arriving_nodes(graph))
-    planner.run(list(graph.nodes))
-    places = 0
-    for node, value in planner.env.items():
-        node.meta["place"] = places_of(value)
-        places += node.meta["place"] is not None
-    context.attentions = [(found, call.like) for found, call in planner.attentions]
-    if context.spec.sharded and not any(a.is_distributed for a, _ in context.attentions):
-        raise nothing_attends(graph, context.axis)
-    return places
+    for axis in context.axes:
+        planner = Sharder(axis, arriving=context.arriving_nodes(graph))
+        planner.run(list(graph.nodes))
+        for node, value in planner.env.items():
+            node.meta["place"] = places_of(value)
+        context.attentions = [(found, call.like) for found, call in planner.attentions]
+        if context.spec.sharded and not any(a.is_distributed for a, _ in context.attentions):
+            raise nothing_attends(graph, axis)
+    return sum(node.meta.get("place") is not None for node in graph.nodes)
 
 
 def nothing_attends(graph: fx.Graph, axis: Axis) -> ShardingError:

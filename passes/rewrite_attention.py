@@ -56,7 +56,7 @@ def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
 
 
 def plan_of(found: Attention, context: Context) -> AttentionPlan:
-    world = context.world
+    world = context.on(found.mesh)
     cut = [encoded(place, world.rank, world.group) for place in (found.batch, found.heads)]
     return AttentionPlan(
         way=resolved(found, context)[0],

@@ -11,18 +11,22 @@ import torch
 from mosaic.attention.cost import Shape
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
+from mosaic.methods import Local, Method
 from mosaic.sharder import Sharder
 from mosaic.values import Call, Value
 
 aten = torch.ops.aten
+#: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for.
+PIECES = 8
 
 
 @dataclass(frozen=True)
 class Attention:
     """What was decided about one attention: global facts only, on every rank the same."""
 
-    axis: str  # the sharded axis when it attends over it, "" when another dim is attended over
-    method: str
+    axes: tuple[str, ...]  # the sharded axes that it attends over; () when over another dim
+    mesh: str  # the mesh axis over which they are cut
+    method: Method
     query: Layout
     key: Layout
     causal: bool
@@ -40,8 +44,13 @@ class Attention:
         return self.shape.flops
 
     @property
+    def axis(self) -> str:
+        """``rows``, or ``rows x columns`` for both, flattened."""
+        return " x ".join(self.axes)
+
+    @property
     def is_distributed(self) -> bool:
-        return bool(self.axis)
+        return bool(self.axes)
 
 
 def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
@@ -53,16 +62,19 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
     if q.place is None or q.place.dim < q.ndim - 2:
         return over_other_dim(s, c, q.place)
     place = q.place.refined()
-    if place.dim == q.ndim - 1 or (place.outer, place.inner) != (1, 1):
-        return gathered(s, c, "cuts the head dim or a part of the attended dim")
+    if place.dim == q.ndim - 1:
+        return gathered(s, c, "cuts the head dim")
+    rows = place.layout.blocks(place.outer, place.inner)
+    if c["is_causal"] and max(map(len, rows.ranks)) > PIECES:
+        return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
     k, v, keys = with_keys(s, c, place)
-    method = s.axis.method if k.place else "local"
+    method = s.axis.method if k.place else Local(mesh=s.axis.mesh_axis)
     mask = c["attn_mask"]
     if mask is not None:
-        rows = mask.ndim >= 2 and mask.shape[-2] == q.shape[-2] != 1
-        mask = s.at(mask, place.at(mask.ndim - 2)) if rows else s.gather(mask, "a mask of keys")
+        per_row = mask.ndim >= 2 and mask.shape[-2] == q.shape[-2] != 1
+        mask = s.at(mask, place.at(mask.ndim - 2)) if per_row else s.gather(mask, "a mask of keys")
     q = s.at(q, place)
-    found = attention(s, c, method, place.layout, keys, None)
+    found = attention(s, c, method, rows, keys, None)
     return marked(s, c, found, place, (q, k, v, mask))
 
 
@@ -95,7 +107,7 @@ def whole(s: Sharder, c: Call) -> Value:
         return s.emit(c, None, enter=False)
     c = unbroadcast(s, c)
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
-    found = attention(s, c, "local", query, key, None)
+    found = attention(s, c, Local(mesh=s.axis.mesh_axis), query, key, None)
     place = Place(query, c.val.ndim - 2)
     operands = tuple(c[n] for n in ("query", "key", "value", "attn_mask"))
     out = marked(s, c, found, place, operands, enter=False)
@@ -106,8 +118,8 @@ def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
     """Keys and values sharded alike along their own axis, or whole."""
     k, v = c["key"], c["value"]
     have = next((x.place.refined() for x in (k, v) if x.place), None)
-    if have and have.dim == k.ndim - 2 and (have.outer, have.inner) == (1, 1):
-        return s.at(k, have), s.at(v, have), have.layout
+    if have and have.dim == k.ndim - 2:
+        return s.at(k, have), s.at(v, have), have.layout.blocks(have.outer, have.inner)
     why = "whole keys meet sharded queries"
     return s.gather(k, why), s.gather(v, why), Layout.whole(k.shape[-2], place.layout.p)
 
@@ -126,7 +138,7 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
         cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
         mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
-    found = attention(s, c, "local", whole[0], whole[1], place)
+    found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
     # A plain attention of an empty shard loses its gradients, and with them their collectives.
     if not found.dropout and all(place.layout.lengths):
         s.attentions.append((found, c))
@@ -135,13 +147,14 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
 
 
 def attention(
-    s: Sharder, c: Call, method: str, query: Layout, key: Layout, cut: Place | None
+    s: Sharder, c: Call, method: Method, query: Layout, key: Layout, cut: Place | None
 ) -> Attention:
     q, v, mask = c["query"], c["value"], c["attn_mask"]
     causal = bool(c["is_causal"])
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
     return Attention(
-        axis="" if cut else s.axis.name,
+        axes=() if cut else (s.axis.name,),
+        mesh=s.axis.mesh_axis,
         method=method,
         query=query,
         key=key,

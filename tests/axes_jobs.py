@@ -1,0 +1,28 @@
+"""What one rank does in the tests of several mesh axes."""
+
+from __future__ import annotations
+
+import axes_cases
+import torch
+from model_jobs import gradients
+
+import mosaic
+
+
+def run(
+    name: str,
+    spec: mosaic.ShardingSpec | None = None,
+    shape: tuple[int, ...] = (),
+    axes: tuple[str, ...] = (),
+) -> dict:
+    """Loss and all gradients of a model of ``axes_cases``; with a mesh through Mosaic."""
+    torch.manual_seed(0)
+    model, (x,), _ = axes_cases.CASES[name]()
+    called = model
+    if shape:
+        mosaic.init(None, mesh_shape=shape, mesh_axes=axes)
+        options = {"inner": "eager", "spec": spec}
+        called = torch.compile(model, backend="mosaic", options=options)
+    loss = called(x)
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": {**gradients(model), "x": x.grad}}
