@@ -143,7 +143,8 @@ def text_of(graph: fx.Graph) -> str:
 
 
 def plan_digest(context: Context, options: Options, plan: Plan) -> str:
-    decided = [str(a) for a in plan.attentions] + plan.collective_rows() + [plan.axis, plan.layout]
+    decided = [str(a) for a in plan.attentions] + plan.collective_rows() + context.decided
+    decided += [plan.axis, plan.layout]
     return agreement.digest(
         graph=context.graph_text,
         spec=options.spec.encode(),

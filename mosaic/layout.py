@@ -227,6 +227,24 @@ class Layout:
             ),
         )
 
+    @classmethod
+    def crossed(cls, a: Layout, b: Layout, ranks: Iterable[tuple[int, int]]) -> Layout:
+        """Two axes of one dim: rank (i, j) holds what rank i of a and rank j of b both hold.
+
+        >>> rows, columns = Layout.even(2, 2).blocks(1, 3), Layout.even(3, 2).blocks(2, 1)
+        >>> print(Layout.crossed(rows, columns, [(0, 0), (0, 1), (1, 0), (1, 1)]))
+        6=0:2|2:3|3:5|5:6
+        """
+        return cls.of(
+            a.n,
+            ([_intersect(x, y) for x in a.ranks[i] for y in b.ranks[j]] for i, j in ranks),
+        )
+
+    @property
+    def is_ascending(self) -> bool:
+        """Whether each rank's memory is in the order of the axis."""
+        return all(list(r) == sorted(r) for r in self.ranks)
+
     def gather_order(self) -> tuple[tuple[int, Run], ...]:
         """(rank, its stretch of memory), sorted so that their concatenation is the whole axis."""
         pieces = []

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from mosaic.context import Context
+from mosaic.context import Context, own_axes
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place
 from mosaic.methods import Auto, Method, Ring
@@ -65,8 +65,8 @@ def one_for_each_mesh_axis(axes: tuple[Axis, ...], context: Context) -> tuple[Ax
     """A tensor is cut over a mesh axis only once: the longest axis is, others on it stay whole."""
     kept: list[Axis] = []
     for axis in sorted(axes, key=lambda a: -a.layout.n):
-        mine = set(axis.mesh_axis.split(","))
-        rival = next((k for k in kept if mine & set(k.mesh_axis.split(","))), None)
+        mine = own_axes(axis.mesh_axis)
+        rival = next((k for k in kept if mine & own_axes(k.mesh_axis)), None)
         if rival is None:
             kept.append(axis)
         else:
@@ -74,6 +74,12 @@ def one_for_each_mesh_axis(axes: tuple[Axis, ...], context: Context) -> tuple[Ax
                 f"axis {axis.name!r} ({axis.layout.n}) stays whole: {rival.name!r} "
                 f"({rival.layout.n}) is cut over mesh axis {rival.mesh_axis!r}"
             )
+    if len(kept) > 2:
+        raise ShardingError(
+            "at most two axes of a model can be cut at once",
+            axes=", ".join(repr(axis.name) for axis in axes),
+            fix="give the shortest the method 'local'",
+        )
     return tuple(axis for axis in axes if axis in kept)
 
 

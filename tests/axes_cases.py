@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import cases
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +19,20 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv, self.out = nn.Linear(E, 3 * E), nn.Linear(E, E)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-3, -2)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+    ) -> Tensor:
+        q, k, v = self.heads(x)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.out(y.transpose(-3, -2).flatten(-2))
+
+    def attend(self, x: Tensor, to: Tensor) -> Tensor:
+        """Attention of all of x over another table's rows."""
+        y = F.scaled_dot_product_attention(self.heads(x)[0], *self.heads(to)[1:])
+        return self.out(y.transpose(-3, -2).flatten(-2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return self.qkv(x).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-3, -2)
 
 
 class Cells(nn.Module):
@@ -63,7 +74,62 @@ class FlattenedMasked(Flattened):
     masked = True
 
 
+class InTurn(Cells):
+    """Attention over columns, then over rows: both axes are cut, each on a mesh axis of its own."""
+
+    def cells(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.first(x))
+        x = x.transpose(1, 2)
+        x = self.norm(x + self.second(x))
+        return x.transpose(1, 2)
+
+
+class InTurnFlat(Cells):
+    """The same in the way of nanoTabPFN: the other axis is folded into the batch."""
+
+    def cells(self, x: Tensor) -> Tensor:
+        b, r, c, e = x.shape
+        x = self.norm(x.reshape(b * r, c, e) + self.first(x.reshape(b * r, c, e)))
+        x = x.reshape(b, r, c, e).transpose(1, 2).reshape(b * c, r, e)
+        x = self.norm(x + self.second(x)).reshape(b, c, r, e).transpose(1, 2)
+        return x * x.mean(dim=(1, 2), keepdim=True) / (1 + x.var(dim=2, keepdim=True))
+
+
+class Training(Cells):
+    """Rows after a split look at the rows before it only: most ranks hold none of these. A learned
+    bias between columns, a mask between rows, dropout in both and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(5, 5))
+
+    def cells(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.first(x, self.bias))
+        x = x.transpose(1, 2)
+        train, test = x[:, :, :2], x[:, :, 2:]
+        rows = self.second.attend(x, train)
+        x = self.norm(x + rows) + torch.cat([train, self.second(test)], 2)
+        return x.transpose(1, 2).flatten(1, 2).flatten(0, 1)
+
+
+class Dropped(Cells):
+    """Dropout of activations and in both attentions, the same on any number of ranks."""
+
+    dropout = 0.5
+
+    def cells(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        x = F.dropout(x + self.second(x, dropout=self.dropout), self.dropout)
+        x = x.transpose(1, 2)
+        return x + self.first(F.relu(x), dropout=self.dropout)
+
+
 Built = tuple[nn.Module, tuple[Tensor, ...], dict]
+
+
+def table() -> Built:
+    model, (x, y, split), _ = cases.table(rows=13, split=3)
+    return model, (x.requires_grad_(), y), {"split": split}
 
 
 def built(kind: type[Cells], rows: int = 7, columns: int = 5) -> Built:
@@ -71,6 +137,5 @@ def built(kind: type[Cells], rows: int = 7, columns: int = 5) -> Built:
     return model, (torch.randn(2, rows, columns).double().requires_grad_(),), {}
 
 
-CASES = {
-    kind.__name__: partial(built, kind) for kind in (Flattened, FlattenedCausal, FlattenedMasked)
-}
+KINDS = (Flattened, FlattenedCausal, FlattenedMasked, InTurn, InTurnFlat, Training, Dropped)
+CASES = {"table": table, **{kind.__name__: partial(built, kind) for kind in KINDS}}

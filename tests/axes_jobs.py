@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import axes_cases
 import torch
-from model_jobs import gradients
+from model_jobs import gradients, loss_of
 
 import mosaic
 
@@ -17,12 +17,12 @@ def run(
 ) -> dict:
     """Loss and all gradients of a model of ``axes_cases``; with a mesh through Mosaic."""
     torch.manual_seed(0)
-    model, (x,), _ = axes_cases.CASES[name]()
+    model, args, kwargs = axes_cases.CASES[name]()
     called = model
     if shape:
         mosaic.init(None, mesh_shape=shape, mesh_axes=axes)
         options = {"inner": "eager", "spec": spec}
         called = torch.compile(model, backend="mosaic", options=options)
-    loss = called(x)
+    loss = loss_of(called(*args, **kwargs))
     loss.backward()
-    return {"loss": loss.detach(), "gradients": {**gradients(model), "x": x.grad}}
+    return {"loss": loss.detach(), "gradients": {**gradients(model), "x": args[0].grad}}

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
 from mosaic.attention.cost import Shape
+from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
-from mosaic.methods import Local, Method
+from mosaic.methods import AllGather, Local, Method, Ring, Ulysses
 from mosaic.sharder import Sharder
-from mosaic.values import Call, Value
+from mosaic.values import Axis, Call, Value
+
+if TYPE_CHECKING:
+    from mosaic.context import World
 
 aten = torch.ops.aten
 #: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for.
@@ -103,15 +109,13 @@ def gathered(s: Sharder, c: Call, reason: str) -> Value:
 
 
 def whole(s: Sharder, c: Call) -> Value:
-    if not c["dropout_p"]:
+    if not c["dropout_p"] and "attention" not in c.like.meta:
         return s.emit(c, None, enter=False)
     c = unbroadcast(s, c)
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
-    found = attention(s, c, Local(mesh=s.axis.mesh_axis), query, key, None)
-    place = Place(query, c.val.ndim - 2)
+    found = replace(attention(s, c, Local(mesh=s.axis.mesh_axis), query, key, None), axes=())
     operands = tuple(c[n] for n in ("query", "key", "value", "attn_mask"))
-    out = marked(s, c, found, place, operands, enter=False)
-    return Value(out.val, None, out.node)
+    return marked(s, c, found, None, operands, enter=False)
 
 
 def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
@@ -140,7 +144,7 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
     # A plain attention of an empty shard loses its gradients, and with them their collectives.
-    if not found.dropout and all(place.layout.lengths):
+    if not found.dropout and all(place.layout.lengths) and "attention" not in c.like.meta:
         s.attentions.append((found, c))
         return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
     return marked(s, c, found, place, (q, k, v, mask))
@@ -190,7 +194,12 @@ def folded(place: Place, shape: torch.Size) -> Place:
 
 
 def marked(
-    s: Sharder, c: Call, found: Attention, place: Place, operands: tuple, enter: bool = True
+    s: Sharder,
+    c: Call,
+    found: Attention,
+    place: Place | None,
+    operands: tuple,
+    enter: bool = True,
 ) -> Value:
     """The node stays an SDPA, with its decision on it: ``rewrite_attention`` makes the op.
 
@@ -200,11 +209,68 @@ def marked(
     if not s.writer:
         return Value(c.val, place)
     nodes = [None if x is None else s.operand(x, enter) for x in operands]
-    shape = place.local_shape(c.val.shape, s.writer.rank)
-    meta = {
-        "attention": found,
-        "way": c.like.meta.get("way"),
-        "seed": s.dropout_seed(c) if found.dropout else None,
-    }
+    shape = place.local_shape(c.val.shape, s.writer.rank) if place else c.val.shape
+    decided = c.like.meta
+    if "attention" in decided:  # for another axis
+        found = with_axis(decided["attention"], found, decided["both"])
+    kept = {key: decided.get(key) for key in ("way", "both")}
+    meta = {"attention": found, "seed": seed_of(s, c, found), **kept}
     return Value(c.val, place, s.writer.marked(c.like, aten.scaled_dot_product_attention.default,
                                                nodes, c.val.new_empty(shape), meta))  # fmt: skip
+
+
+def seed_of(s: Sharder, c: Call, found: Attention) -> fx.Node | None:
+    if not found.dropout:
+        return None
+    before = c.like.meta.get("seed")
+    return s.dropout_seed(c) if before is None else s.node(s.env[before])
+
+
+# --- two axes -----------------------------------------------------------------------------------
+
+
+def with_axis(before: Attention, found: Attention, both: Attention | None) -> Attention:
+    """What was decided for one axis, and for a second one. ``both``: for the two flattened.
+
+    What is not about an axis (scale, mask, dropout) stands in ``before`` alone.
+    """
+    if before.axes and found.axes:
+        assert both is not None
+        return both
+    if found.axes:
+        names = ("axes", "mesh", "method", "query", "key")
+        return replace(before, **{name: getattr(found, name) for name in names})
+    if before.dropout and before.batch and found.batch:
+        raise UnsupportedError(
+            "two axes cut the batches of an attention with dropout",
+            batches=f"{before.batch}; {found.batch}",
+            fix="give one of the axes the method 'local'",
+        )
+    return replace(before, batch=before.batch or found.batch, heads=before.heads or found.heads)
+
+
+def flattened(a: Attention, b: Attention, axes: tuple[Axis, Axis], world: World) -> Attention:
+    """An attention over two axes that share its dim: one layout over all ranks of both.
+
+    Its method is that of the first axis where it has no numbers of its own, else a ring.
+    """
+    pairs = world.pairs(*(axis.mesh_axis for axis in axes))
+    method = a.method if isinstance(a.method, (Ring, AllGather, Ulysses)) else Ring()
+    layouts = (a.query, b.query, a.key, b.key)
+    sides = {isinstance(x.method, Local) for x in (a, b)}
+    if len(sides) > 1 or not all(layout.is_ascending for layout in layouts):
+        raise UnsupportedError(
+            f"an attention over {axes[0].name!r} and {axes[1].name!r}, flattened, has keys that "
+            "are not cut as its queries are",
+            queries=f"{a.query} and {b.query}",
+            keys=f"{a.key} and {b.key}",
+            fix="give one of the axes the method 'local'",
+        )
+    return replace(
+        a,
+        axes=(*a.axes, *b.axes),
+        mesh=world.mesh_axis,
+        method=a.method if sides == {True} else replace(method, mesh=world.mesh_axis),
+        query=Layout.crossed(a.query, b.query, pairs),
+        key=Layout.crossed(a.key, b.key, pairs),
+    )

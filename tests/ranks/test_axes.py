@@ -32,3 +32,36 @@ def test_a_flattened_axis(ranks, name: str, axis: str) -> None:
 
 def test_an_axis_on_two_mesh_axes(ranks) -> None:
     check(ranks, "Flattened", spec_of(rows=AllGather(mesh="a,b")), a=2, b=2)
+
+
+BOTH = spec_of(rows=Ring(mesh="r"), columns=AllGather(mesh="c"))
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("name", ["InTurn", "InTurnFlat", "Training", "table"])
+def test_two_axes(ranks, name: str, columns: int) -> None:
+    """7 rows over 2 ranks, 5 columns over 2 or 3."""
+    check(ranks, name, BOTH, r=2, c=columns)
+
+
+@pytest.mark.parametrize("name", ["Flattened", "FlattenedCausal", "FlattenedMasked"])
+def test_two_axes_flattened(ranks, name: str) -> None:
+    """One attention over all cells, its rows on one mesh axis and its columns on the other."""
+    check(ranks, name, BOTH, r=2, c=2)
+
+
+def test_the_mesh_in_the_other_order(ranks) -> None:
+    check(ranks, "FlattenedMasked", BOTH, c=3, r=2)
+
+
+def test_one_of_two_axes_on_two_mesh_axes(ranks) -> None:
+    spec = spec_of(rows=Ring(mesh="a,b"), columns=Ring(mesh="c"))
+    check(ranks, "InTurnFlat", spec, a=2, c=2, b=1)
+    check(ranks, "Flattened", spec, a=2, c=1, b=2)
+
+
+def test_dropout_does_not_depend_on_the_mesh(ranks) -> None:
+    want = ranks(1).run(jobs.run, "Dropped", BOTH, (1, 1), ("r", "c"))[0]
+    for got in ranks(4).run(jobs.run, "Dropped", BOTH, (2, 2), ("r", "c")):
+        assert_close("loss", got["loss"], want["loss"], 1e-10)
+        compare_gradients(want["gradients"], got["gradients"], 1e-10)
