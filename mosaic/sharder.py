@@ -115,12 +115,12 @@ class Sharder:
 
     def helper(self, node: fx.Node) -> Any:
         """What another axis's program holds; None for an op."""
-        from mosaic.local.written import HELPERS
+        from mosaic.local.written import COLLECTIVES, HELPERS
 
         if node.target not in HELPERS:
             return None
         value = HELPERS[node.target](self, node)
-        if not self.probing:
+        if node.target in COLLECTIVES and not self.probing:
             self.decided.append(f"{node.target}: {places_of(value)}")
         return value
 

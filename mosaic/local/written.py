@@ -92,6 +92,15 @@ def reshaped(s: Sharder, node: fx.Node) -> Value:
     return view(s, s.call_of(node))
 
 
+#: What the ranks of the first axis do together: there the second must not differ between them.
+COLLECTIVES = {
+    collectives.enter,
+    collectives.sum_across,
+    collectives.slice_to,
+    torch.ops.mosaic.gather.default,
+    torch.ops.mosaic.reshard.default,
+}
+
 HELPERS: dict[Any, HelperRule] = {
     torch.ops.aten.reshape.default: reshaped,
     collectives.enter: elementwise,
