@@ -26,9 +26,9 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.out(y.transpose(-3, -2).flatten(-2))
 
-    def attend(self, x: Tensor, to: Tensor) -> Tensor:
+    def attend(self, x: Tensor, to: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attention of all of x over another table's rows."""
-        y = F.scaled_dot_product_attention(self.heads(x)[0], *self.heads(to)[1:])
+        y = F.scaled_dot_product_attention(self.heads(x)[0], *self.heads(to)[1:], mask)
         return self.out(y.transpose(-3, -2).flatten(-2))
 
     def heads(self, x: Tensor) -> Tensor:
@@ -124,6 +124,21 @@ class Dropped(Cells):
         return x + self.first(F.relu(x), dropout=self.dropout)
 
 
+class Latents(Cells):
+    """Perceiver: learned latents attend to all cells, whose axes are cut; they stay whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(3, E))
+        self.bias = nn.Parameter(torch.randn(3, 1))
+
+    def cells(self, x: Tensor) -> Tensor:
+        cells = (x * x.sigmoid()).flatten(1, 2)
+        latents = self.second(self.latents.expand(len(x), 3, E))
+        seen = self.norm(self.first.attend(latents, cells, self.bias.expand(3, cells.shape[1])))
+        return self.first.attend(cells, seen) * cells
+
+
 Built = tuple[nn.Module, tuple[Tensor, ...], dict]
 
 
@@ -137,5 +152,14 @@ def built(kind: type[Cells], rows: int = 7, columns: int = 5) -> Built:
     return model, (torch.randn(2, rows, columns).double().requires_grad_(),), {}
 
 
-KINDS = (Flattened, FlattenedCausal, FlattenedMasked, InTurn, InTurnFlat, Training, Dropped)
+KINDS = (
+    Flattened,
+    FlattenedCausal,
+    FlattenedMasked,
+    InTurn,
+    InTurnFlat,
+    Training,
+    Dropped,
+    Latents,
+)
 CASES = {"table": table, **{kind.__name__: partial(built, kind) for kind in KINDS}}

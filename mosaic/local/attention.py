@@ -65,7 +65,9 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
     if all(v.place is None for v in c.tensors()):
         return whole(s, c)
     q = c["query"]
-    if q.place is None or q.place.dim < q.ndim - 2:
+    if q.place is None:
+        return with_whole_queries(s, c)
+    if q.place.dim < q.ndim - 2:
         return over_other_dim(s, c, q.place)
     place = q.place.refined()
     if place.dim == q.ndim - 1:
@@ -128,11 +130,30 @@ def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
     return s.gather(k, why), s.gather(v, why), Layout.whole(k.shape[-2], place.layout.p)
 
 
-def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
-    """The sharded axis is a batch or head dim of the queries (or no dim of them): local."""
+def with_whole_queries(s: Sharder, c: Call) -> Value:
+    """Keys are cut and queries are not (latents, decoding): each rank attends to its own keys, and
+    one merge makes the output whole on every rank (split-KV). So is dq, and q is not entered; of a
+    mask each rank gives the gradient of its own columns."""
     q, k, v, mask = c["query"], c["key"], c["value"], c["attn_mask"]
-    if place is None:
-        return gathered(s, c, "has whole queries and sharded keys")
+    place = next((x.place for x in (k, v) if x.place), None)
+    if place is None or place.dim == k.ndim - 1:
+        return gathered(s, c, "has whole queries and a sharded mask or head dim")
+    if place.dim < k.ndim - 2:
+        if q.shape[place.dim] != k.shape[place.dim]:
+            return gathered(s, c, "has fewer heads or batches of keys than of queries")
+        return over_other_dim(s, c.replaced({"query": s.at(q, place)}), place)
+    k, v, keys = with_keys(s, c, place)
+    if mask is not None:
+        mask = s.gather(mask, "a mask of whole queries")
+        mask = Value(mask.val, None, s.operand(mask, enter=True) if s.writer else None)
+    query = Layout.whole(q.shape[-2], s.axis.p)
+    found = attention(s, c, s.axis.method, query, keys, None)
+    return marked(s, c, found, None, (q, k, v, mask), enter=False)
+
+
+def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
+    """The sharded axis is a batch or head dim of the queries: local."""
+    q, k, v, mask = c["query"], c["key"], c["value"], c["attn_mask"]
     from_end = q.ndim - place.dim
     if any(x.ndim < from_end or x.shape[-from_end] != q.shape[place.dim] for x in (k, v)):
         return gathered(s, c, "has fewer heads or batches of keys than of queries")

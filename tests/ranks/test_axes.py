@@ -65,3 +65,9 @@ def test_dropout_does_not_depend_on_the_mesh(ranks) -> None:
     for got in ranks(4).run(jobs.run, "Dropped", BOTH, (2, 2), ("r", "c")):
         assert_close("loss", got["loss"], want["loss"], 1e-10)
         compare_gradients(want["gradients"], got["gradients"], 1e-10)
+
+
+def test_whole_queries_and_sharded_keys(ranks) -> None:
+    check(ranks, "Latents", spec_of(rows=Ring(mesh="s")), s=3)
+    check(ranks, "Latents", spec_of(columns=Ring(mesh="s")), s=3)
+    check(ranks, "Latents", BOTH, r=2, c=2)
