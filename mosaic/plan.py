@@ -10,7 +10,6 @@ from torch import fx
 from mosaic.attention.cost import cost_of
 from mosaic.context import Context
 from mosaic.local.attention import Attention
-from mosaic.methods import Local, name_of
 from mosaic.pipeline import PassReport
 from mosaic.show import diff
 from mosaic.source import code, line

@@ -25,7 +25,6 @@ from mosaic.attention.plan import AttentionPlan
 from mosaic.capture import Input
 from mosaic.context import Context
 from mosaic.layout import Layout, Place, Shard
-from mosaic.methods import name_of
 from mosaic.modes import set_modes
 from mosaic.source import code
 from mosaic.spec import path_parts

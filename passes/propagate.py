@@ -6,8 +6,6 @@ choice between even and zigzag needs to know the attentions first.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import fx
 
@@ -56,9 +54,7 @@ def merged(a: Attention, b: Attention, node: fx.Node, context: Context) -> Atten
         first, second = context.axes
         node.meta["both"] = flattened(a, b, (first, second), context.world)
         return node.meta["both"]
-    together = with_axis(a, b, None)
-    other = b if a.axes else a
-    return replace(together, kv_bytes=together.kv_bytes // context.on(other.mesh).size)
+    return with_axis(a, b, None)
 
 
 def nothing_attends(graph: fx.Graph, axis: Axis) -> ShardingError:

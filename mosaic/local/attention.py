@@ -260,14 +260,28 @@ def with_axis(before: Attention, found: Attention, both: Attention | None) -> At
         return both
     if found.axes:
         names = ("axes", "mesh", "method", "query", "key")
-        return replace(before, **{name: getattr(found, name) for name in names})
+        along = {name: getattr(found, name) for name in names}
+        return replace(before, **along, shape=share(before.shape, before))
     if before.dropout and before.batch and found.batch:
         raise UnsupportedError(
             "two axes cut the batches of an attention with dropout",
             batches=f"{before.batch}; {found.batch}",
             fix="give one of the axes the method 'local'",
         )
-    return replace(before, batch=before.batch or found.batch, heads=before.heads or found.heads)
+    return replace(
+        before,
+        batch=before.batch or found.batch,
+        heads=before.heads or found.heads,
+        shape=share(before.shape, found),
+    )
+
+
+def share(shape: Shape, cut: Attention) -> Shape:
+    """The part of an attention that is left where an axis cuts its batches or heads."""
+    if cut.heads:
+        heads, kv_heads = (-(-n // cut.heads.layout.p) for n in (shape.heads, shape.kv_heads))
+        return replace(shape, heads=heads, kv_heads=kv_heads)
+    return replace(shape, batch=-(-shape.batch // cut.batch.layout.p)) if cut.batch else shape
 
 
 def flattened(a: Attention, b: Attention, axes: tuple[Axis, Axis], world: World) -> Attention:
