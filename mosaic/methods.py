@@ -7,7 +7,6 @@ what it costs in ``attention/cost.py``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -160,11 +159,6 @@ SIZED = {
     "hierarchical": "mosaic.Hierarchical(intra_node_size)",
     "composed": 'mosaic.Composed(heads=mosaic.Ulysses(mesh="h"), sequence=mosaic.Ring(mesh="s"))',
 }
-
-
-def name_of(method: Method) -> str:
-    """``ring`` for ``Ring()``: a word for tables."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(method).__name__).lower()
 
 
 def method_of(given: Any, *, mesh: str = "sp") -> Method:

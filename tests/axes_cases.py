@@ -8,6 +8,7 @@ import cases
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 E, HEADS = 8, 2
 
@@ -139,6 +140,74 @@ class Latents(Cells):
         return self.first.attend(cells, seen) * cells
 
 
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * x.sigmoid() * (1 + x * (1 - x.sigmoid()))
+
+
+class Everything(Cells):
+    """What meets along rows, along columns and along both; batch statistics; a class column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(E)
+        self.column = nn.Parameter(torch.randn(1, 1, 1, E))
+        self.places = nn.Parameter(torch.randn(7, 1, E))
+
+    def cells(self, x: Tensor) -> Tensor:
+        b, r, c, e = x.shape
+        x = torch.cat([self.column.expand(b, r, 1, e), x + self.places[:r]], 2)
+        x = x + self.first(x)
+        x = self.batch_norm(x.reshape(-1, e)).reshape(b, r, c + 1, e)
+        x = x + checkpoint(self.between_rows, x, use_reentrant=False)
+        x = x - x.amax(dim=(1, 2), keepdim=True) + x.logsumexp(1, keepdim=True)
+        x = x.softmax(2) + F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1] / x.std(dim=1, keepdim=True)
+        x = self.user(x)
+        return x[:, 1:] * x[:, :-1] + x[:, :, :1].mean(dim=1, keepdim=True)
+
+    def between_rows(self, x: Tensor) -> Tensor:
+        return self.second(x.transpose(1, 2)).transpose(1, 2)
+
+    def user(self, x: Tensor) -> Tensor:
+        return x
+
+
+class UsersFunction(Everything):
+    def user(self, x: Tensor) -> Tensor:
+        return Swish.apply(x)
+
+
+class Tokens(nn.Module):
+    """A table of words: an embedding, labels of which some are ignored, a loss inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, E), nn.Linear(E, 11)
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        known = x > 2
+        cells = self.embed(x) + torch.arange(x.shape[2])[:, None] / 7
+        cells = self.first(cells, known[:, :, None, None, :]).transpose(1, 2)
+        cells = self.second(cells, causal=True).transpose(1, 2)
+        logits = self.head(cells)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 2), labels[:, 1:].flatten())
+
+
+def tokens() -> Built:
+    x = torch.randint(0, 11, (2, 7, 5))
+    x[..., 0] = 5  # every row has a word that is known
+    labels = torch.where(x > 8, -100, x)
+    return Tokens().double(), (x, labels), {}
+
+
 Built = tuple[nn.Module, tuple[Tensor, ...], dict]
 
 
@@ -152,14 +221,8 @@ def built(kind: type[Cells], rows: int = 7, columns: int = 5) -> Built:
     return model, (torch.randn(2, rows, columns).double().requires_grad_(),), {}
 
 
-KINDS = (
-    Flattened,
-    FlattenedCausal,
-    FlattenedMasked,
-    InTurn,
-    InTurnFlat,
-    Training,
-    Dropped,
-    Latents,
-)
-CASES = {"table": table, **{kind.__name__: partial(built, kind) for kind in KINDS}}
+KINDS: tuple[type[Cells], ...] = (
+    Flattened, FlattenedCausal, FlattenedMasked, InTurn, InTurnFlat, Training, Dropped, Latents,
+    Everything, UsersFunction,
+)  # fmt: skip
+CASES = {"table": table, "tokens": tokens, **{k.__name__: partial(built, k) for k in KINDS}}

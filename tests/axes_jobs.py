@@ -25,4 +25,8 @@ def run(
         called = torch.compile(model, backend="mosaic", options=options)
     loss = loss_of(called(*args, **kwargs))
     loss.backward()
-    return {"loss": loss.detach(), "gradients": {**gradients(model), "x": args[0].grad}}
+    return {
+        "loss": loss.detach(),
+        "gradients": {**gradients(model), "x": args[0].grad},
+        "buffers": dict(model.named_buffers()),
+    }

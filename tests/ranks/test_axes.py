@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import axes_jobs as jobs
@@ -16,11 +17,13 @@ def spec_of(**axes: Method | str) -> ShardingSpec:
 
 
 def check(ranks, name: str, spec: ShardingSpec, **mesh: int) -> None:
+    """``mesh``: the sizes of its axes."""
     want = jobs.run(name)
     shape, axes = tuple(mesh.values()), tuple(mesh)
     for got in ranks(prod(shape)).run(jobs.run, name, spec, shape, axes):
         assert_close("loss", got["loss"], want["loss"], 1e-10)
         compare_gradients(want["gradients"], got["gradients"], 1e-10)
+        compare_gradients(want["buffers"], got["buffers"], 1e-10)
 
 
 @pytest.mark.parametrize("name", ["Flattened", "FlattenedCausal", "FlattenedMasked"])
@@ -71,3 +74,12 @@ def test_whole_queries_and_sharded_keys(ranks) -> None:
     check(ranks, "Latents", spec_of(rows=Ring(mesh="s")), s=3)
     check(ranks, "Latents", spec_of(columns=Ring(mesh="s")), s=3)
     check(ranks, "Latents", BOTH, r=2, c=2)
+
+
+@pytest.mark.parametrize("name", ["Everything", "tokens"])
+def test_what_meets_along_both_axes(ranks, name: str) -> None:
+    check(ranks, name, BOTH, r=2, c=3)
+
+
+def test_a_users_function_runs_whole(ranks) -> None:
+    check(ranks, "UsersFunction", replace(BOTH, on_gather="warn"), r=2, c=2)
