@@ -52,7 +52,7 @@ def merged(a: Attention, b: Attention, node: fx.Node, context: Context) -> Atten
     """One attention that two axes meet in; of one that attends over both ``partition`` is told."""
     if a.axes and b.axes:
         first, second = context.axes
-        node.meta["both"] = flattened(a, b, (first, second), context.world)
+        node.meta["both"] = flattened(a, b, (first, second), context.world, node)
         return node.meta["both"]
     return with_axis(a, b, None)
 

@@ -225,4 +225,9 @@ KINDS: tuple[type[Cells], ...] = (
     Flattened, FlattenedCausal, FlattenedMasked, InTurn, InTurnFlat, Training, Dropped, Latents,
     Everything, UsersFunction,
 )  # fmt: skip
-CASES = {"table": table, "tokens": tokens, **{k.__name__: partial(built, k) for k in KINDS}}
+CASES = {
+    "table": table,
+    "tokens": tokens,
+    "ManyRows": partial(built, FlattenedCausal, rows=12),
+    **{kind.__name__: partial(built, kind) for kind in KINDS},
+}

@@ -23,8 +23,12 @@ def run(
         mosaic.init(None, mesh_shape=shape, mesh_axes=axes)
         options = {"inner": "eager", "spec": spec}
         called = torch.compile(model, backend="mosaic", options=options)
+    group = mosaic.get_context().group("r,c") if spec and spec.gradients == "shares" else None
     loss = loss_of(called(*args, **kwargs))
     loss.backward()
+    if group is not None:
+        for x in (x for x in [args[0], *model.parameters()] if x.grad is not None):
+            torch.distributed.all_reduce(x.grad, group=group)
     return {
         "loss": loss.detach(),
         "gradients": {**gradients(model), "x": args[0].grad},

@@ -16,12 +16,14 @@ from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
 from mosaic.methods import AllGather, Local, Method, Ring, Ulysses
 from mosaic.sharder import Sharder
+from mosaic.source import where
 from mosaic.values import Axis, Call, Value
 
 if TYPE_CHECKING:
     from mosaic.context import World
 
 aten = torch.ops.aten
+QKV = ("query", "key", "value")
 #: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for.
 PIECES = 8
 
@@ -64,6 +66,8 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
     c = unbroadcast(s, c)
     if all(v.place is None for v in c.tensors()):
         return whole(s, c)
+    if is_taken(c) and any(c[n].place and c[n].place.dim == c[n].ndim - 2 for n in QKV):
+        return gathered(s, c, "attends over two axes, and was planned for one of them")
     q = c["query"]
     if q.place is None:
         return with_whole_queries(s, c)
@@ -90,7 +94,7 @@ def unbroadcast(s: Sharder, c: Call) -> Call:
     """Batches as long as the result's (a method may not broadcast them), and a mask of two dims."""
     changed = {}
     lead = list(c.val.shape[: -3 if c.val.ndim > 3 else -2])
-    for name in ("query", "key", "value"):
+    for name in QKV:
         x = c[name]
         heads = [x.shape[-3] if x.ndim > 2 else 1] if c.val.ndim > 3 else []
         if name == "query" and heads:
@@ -116,7 +120,7 @@ def whole(s: Sharder, c: Call) -> Value:
     c = unbroadcast(s, c)
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
     found = replace(attention(s, c, Local(mesh=s.axis.mesh_axis), query, key, None), axes=())
-    operands = tuple(c[n] for n in ("query", "key", "value", "attn_mask"))
+    operands = tuple(c[n] for n in (*QKV, "attn_mask"))
     return marked(s, c, found, None, operands, enter=False)
 
 
@@ -250,6 +254,12 @@ def seed_of(s: Sharder, c: Call, found: Attention) -> fx.Node | None:
 # --- two axes -----------------------------------------------------------------------------------
 
 
+def is_taken(c: Call) -> bool:
+    """Whether an axis that was written before is attended over alone, by its method."""
+    before = c.like.meta.get("attention")
+    return before is not None and bool(before.axes) and c.like.meta["both"] is None
+
+
 def with_axis(before: Attention, found: Attention, both: Attention | None) -> Attention:
     """What was decided for one axis, and for a second one. ``both``: for the two flattened.
 
@@ -284,28 +294,32 @@ def share(shape: Shape, cut: Attention) -> Shape:
     return replace(shape, batch=-(-shape.batch // cut.batch.layout.p)) if cut.batch else shape
 
 
-def flattened(a: Attention, b: Attention, axes: tuple[Axis, Axis], world: World) -> Attention:
+def flattened(
+    a: Attention, b: Attention, axes: tuple[Axis, Axis], world: World, node: fx.Node
+) -> Attention:
     """An attention over two axes that share its dim: one layout over all ranks of both.
 
-    Its method is that of the first axis where it has no numbers of its own, else a ring.
+    Its method is that of the first axis where it has no numbers of its own, else a ring. Raises
+    UnsupportedError where keys are cut along one axis only, or shards are not in order.
     """
+    names = f"an attention over {axes[0].name!r} and {axes[1].name!r}, flattened,"
+    facts = {
+        "where": where(node),
+        "sizes": f"{a.query.n} queries, {a.key.n} keys",
+        "fix": "give one of the axes the method 'local'",
+    }
+    are_local = {isinstance(x.method, Local) for x in (a, b)}
+    if len(are_local) > 1:
+        raise UnsupportedError(f"{names} has keys that only one of them cuts", **facts)
+    if not all(layout.is_ascending for layout in (a.query, b.query, a.key, b.key)):
+        raise UnsupportedError(f"{names} has shards that are not in the order of the axis", **facts)
     pairs = world.pairs(*(axis.mesh_axis for axis in axes))
-    method = a.method if isinstance(a.method, (Ring, AllGather, Ulysses)) else Ring()
-    layouts = (a.query, b.query, a.key, b.key)
-    sides = {isinstance(x.method, Local) for x in (a, b)}
-    if len(sides) > 1 or not all(layout.is_ascending for layout in layouts):
-        raise UnsupportedError(
-            f"an attention over {axes[0].name!r} and {axes[1].name!r}, flattened, has keys that "
-            "are not cut as its queries are",
-            queries=f"{a.query} and {b.query}",
-            keys=f"{a.key} and {b.key}",
-            fix="give one of the axes the method 'local'",
-        )
+    method = a.method if isinstance(a.method, (Local, Ring, AllGather, Ulysses)) else Ring()
     return replace(
         a,
         axes=(*a.axes, *b.axes),
         mesh=world.mesh_axis,
-        method=a.method if sides == {True} else replace(method, mesh=world.mesh_axis),
+        method=replace(method, mesh=world.mesh_axis),
         query=Layout.crossed(a.query, b.query, pairs),
         key=Layout.crossed(a.key, b.key, pairs),
     )

@@ -83,3 +83,13 @@ def test_what_meets_along_both_axes(ranks, name: str) -> None:
 
 def test_a_users_function_runs_whole(ranks) -> None:
     check(ranks, "UsersFunction", replace(BOTH, on_gather="warn"), r=2, c=2)
+
+
+def test_too_many_pieces_for_a_causal_mask_are_gathered(ranks) -> None:
+    check(ranks, "ManyRows", replace(BOTH, on_gather="warn"), r=2, c=2)
+
+
+@pytest.mark.parametrize("name", ["InTurnFlat", "Everything"])
+def test_gradients_may_stay_shares(ranks, name: str) -> None:
+    """Their sum over the ranks of both axes is the gradient."""
+    check(ranks, name, replace(BOTH, gradients="shares"), r=2, c=2)
