@@ -283,6 +283,8 @@ def written_whole(node: fx.Node) -> LocalForm | None:
     """Ops that even whole are not written as they are: every rank would draw its own numbers."""
     if not hasattr(node.target, "_schema"):
         return None
+    if "attention" in node.meta:
+        return attention.whole
     name = key(node.target)
     if name in NEVER_AS_IS:
         return TABLE[name]

@@ -56,8 +56,8 @@ def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
 
 
 def plan_of(found: Attention, context: Context) -> AttentionPlan:
-    world = context.world
-    cut = [encoded(place, world.rank, world.group) for place in (found.batch, found.heads)]
+    world = context.on(found.mesh)
+    cut = [encoded(place, context) for place in (found.batch, found.heads)]
     return AttentionPlan(
         way=resolved(found, context)[0],
         rank=world.rank,
@@ -73,8 +73,11 @@ def plan_of(found: Attention, context: Context) -> AttentionPlan:
     )
 
 
-def encoded(place: Place | None, rank: int, group: str) -> str:
-    return Shard(place.at(0), rank, group).encode() if place else ""
+def encoded(place: Place | None, context: Context) -> str:
+    if place is None:
+        return ""
+    world = context.on(place.mesh_axis)
+    return Shard(place.at(0), world.rank, world.group).encode()
 
 
 def four_dims(graph: fx.Graph, node: fx.Node, x: fx.Node) -> fx.Node:

@@ -80,14 +80,14 @@ def axis_of(case: Case, cut: Cut, layout: str, p: int, graph: fx.Graph) -> Axis:
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
     size = case.inputs[cut[0][0]].shape[cut[0][1]]
     seeds = tuple((names[arg], dim) for arg, dim in cut)
-    return Axis("axis", "sp", LAYOUTS[layout](size, p), "ring", seeds)
+    return Axis("axis", "sp", LAYOUTS[layout](size, p), mosaic.Ring(), seeds)
 
 
 def local_program(case: Case, cut: Cut, layout: str, world: World) -> Any:
     program = captured(case.name)
     graph = copied(program.graph)
     context = Context(ShardingSpec(), world, program.inputs, program.mutated, Modes.current())
-    context.axis = axis_of(case, cut, layout, world.size, graph)
+    context.axes = (axis_of(case, cut, layout, world.size, graph),)
     partition(graph, context)
     rewrite_attention(graph, context)
     local = fx.GraphModule(program.root, graph)

@@ -122,9 +122,9 @@ def test_infer_axes(planned, axes, check):
     planned(table, random(2, 11, 3, 8))
     found = axes["infer_axes"]
     check(
-        f"{found.name}: {found.layout} {found.method} seeds {found.seeds}",
+        f"{found.name}: {found.layout} {type(found.method).__name__} seeds {found.seeds}",
         """\
-x.1: 11=0:3|3:6|6:9|9:11 ring seeds (('x', 1),)
+x.1: 11=0:3|3:6|6:9|9:11 Ring seeds (('x', 1),)
 """,
     )
 
