@@ -154,6 +154,7 @@ TABLE: dict[str, LocalForm] = {
     "_log_softmax": normalization.log_softmax,
     # attention
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
+    "mosaic::sdpa": attention.scaled_dot_product_attention,  # the mask in words
     # lookups
     "embedding": rule("v e, ... -> ... e", whole="v"),
     "one_hot": rule("... -> ... c"),
@@ -286,7 +287,7 @@ def written_whole(node: fx.Node) -> LocalForm | None:
     name = key(node.target)
     if name in NEVER_AS_IS:
         return TABLE[name]
-    if name == "scaled_dot_product_attention":
+    if name in ("scaled_dot_product_attention", "mosaic::sdpa"):
         return randomness.attention_whole if dropout_of(node) else None
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return None

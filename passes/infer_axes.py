@@ -19,6 +19,7 @@ from torch import fx
 from mosaic.context import Context
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place
+from mosaic.masks.op import ATTENTIONS
 from mosaic.rules import key
 from mosaic.sharder import Sharder
 from mosaic.spec import binds
@@ -29,9 +30,7 @@ DEFAULT_METHOD = "ring"
 
 
 def infer_axes(graph: fx.Graph, context: Context) -> int:
-    attentions = graph.find_nodes(
-        op="call_function", target=aten.scaled_dot_product_attention.default
-    )
+    attentions = [node for node in graph.nodes if node.target in ATTENTIONS]
     named = None if context.is_resumed else named_axis(graph, context)
     if named is not None:
         context.axis = named

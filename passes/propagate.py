@@ -6,15 +6,13 @@ choice between even and zigzag needs to know the attentions first.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from mosaic.context import Context
 from mosaic.errors import ShardingError
+from mosaic.masks.op import ATTENTIONS
 from mosaic.sharder import Sharder
 from mosaic.values import Axis, places_of
-
-CALL, SDPA = "call_function", torch.ops.aten.scaled_dot_product_attention.default
 
 
 def propagate(graph: fx.Graph, context: Context) -> int:
@@ -33,9 +31,8 @@ def propagate(graph: fx.Graph, context: Context) -> int:
 
 
 def nothing_attends(graph: fx.Graph, axis: Axis) -> ShardingError:
-    lengths = sorted(
-        {n.args[0].meta["val"].shape[-2] for n in graph.find_nodes(op=CALL, target=SDPA)}
-    )
+    attended = [n for n in graph.nodes if n.target in ATTENTIONS]
+    lengths = sorted({n.args[0].meta["val"].shape[-2] for n in attended})
     return ShardingError(
         f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
         sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: "

@@ -20,7 +20,6 @@ import torch
 from torch import fx
 
 from mosaic.attention.attend import Inputs
-from mosaic.attention.blocks import CAUSAL, FULL
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.context import Context
@@ -64,7 +63,7 @@ def plan_of(found: Attention, context: Context) -> AttentionPlan:
         group=world.group,
         query=found.query,
         key=found.key,
-        band=CAUSAL if found.causal else FULL,
+        band=found.band,
         scale=found.scale,
         dropout=found.dropout,
         site=found.site,

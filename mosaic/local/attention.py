@@ -8,9 +8,11 @@ from math import prod
 
 import torch
 
+from mosaic.attention.blocks import Band, pieces
 from mosaic.attention.cost import Shape
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
+from mosaic.masks.words import band_of, documents_of, mask_words
 from mosaic.sharder import Sharder
 from mosaic.values import Call, Value
 
@@ -25,8 +27,9 @@ class Attention:
     method: str
     query: Layout
     key: Layout
-    causal: bool
-    mask: str  # "" or what is known of the mask
+    band: Band
+    documents: bool
+    mask: str  # in words, for the plan
     scale: float
     dropout: float
     site: int
@@ -42,6 +45,15 @@ class Attention:
     @property
     def is_distributed(self) -> bool:
         return bool(self.axis)
+
+    @property
+    def causal(self) -> bool:
+        return self.band[1] == 0
+
+    @property
+    def is_window(self) -> bool:
+        """Whether what a query sees is no longer than a shard: even shards then work alike."""
+        return None not in self.band and sum(self.band) < self.key.n / self.key.p
 
 
 def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
@@ -63,7 +75,8 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
         mask = s.at(mask, place.at(mask.ndim - 2)) if rows else s.gather(mask, "a mask of keys")
     q = s.at(q, place)
     found = attention(s, c, method, place.layout, keys, None)
-    return marked(s, c, found, place, (q, k, v, mask))
+    ids = (s.gather(x, "every rank has all documents") for x in documents_of(c) or ())
+    return marked(s, c, found, place, (q, k, v, mask, *ids))
 
 
 def unbroadcast(s: Sharder, c: Call) -> Call:
@@ -98,7 +111,7 @@ def whole(s: Sharder, c: Call) -> Value:
     found = attention(s, c, "local", query, key, None)
     place = Place(query, c.val.ndim - 2)
     operands = tuple(c[n] for n in ("query", "key", "value", "attn_mask"))
-    out = marked(s, c, found, place, operands, enter=False)
+    out = marked(s, c, found, place, (*operands, *(documents_of(c) or ())), enter=False)
     return Value(out.val, None, out.node)
 
 
@@ -125,28 +138,34 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
     if mask is not None:
         cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
         mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
+    ids = documents_of(c)
+    if ids is not None:
+        cut = place.dim == 0 and all(x.shape[0] == q.shape[0] for x in ids)
+        ids = tuple(s.at(x, place) if cut else s.gather(x, "is broadcast") for x in ids)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, "local", whole[0], whole[1], place)
     # A plain attention of an empty shard loses its gradients, and with them their collectives.
     if not found.dropout and all(place.layout.lengths):
         s.attentions.append((found, c))
-        return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
-    return marked(s, c, found, place, (q, k, v, mask))
+        named = dict(zip(("query_documents", "key_documents"), ids or (), strict=False))
+        return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask, **named)
+    return marked(s, c, found, place, (q, k, v, mask, *(ids or ())))
 
 
 def attention(
     s: Sharder, c: Call, method: str, query: Layout, key: Layout, cut: Place | None
 ) -> Attention:
     q, v, mask = c["query"], c["value"], c["attn_mask"]
-    causal = bool(c["is_causal"])
+    band, documents = band_of(c), documents_of(c) is not None
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
     return Attention(
         axis="" if cut else s.axis.name,
         method=method,
         query=query,
         key=key,
-        causal=causal,
-        mask="" if mask is None else ("boolean" if mask.val.dtype == torch.bool else "float"),
+        band=band,
+        documents=documents,
+        mask=mask_words(band, documents, None if mask is None else mask.val),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
@@ -161,10 +180,16 @@ def attention(
             dim=q.shape[-1],
             v_dim=v.shape[-1],
             itemsize=v.val.element_size(),
-            area=0.5 if causal else 1.0,
+            area=share_seen(band, query.n, key.n),
         ),
         has_rows=mask is not None and mask.shape[-2] > 1,
     )
+
+
+def share_seen(band: Band, queries: int, keys: int) -> float:
+    """Of all pairs of a query and a key."""
+    seen = sum(piece.area for piece in pieces([(0, queries)], [(0, keys)], band))
+    return seen / (queries * keys) if seen else 0.0
 
 
 def folded(place: Place, shape: torch.Size) -> Place:
