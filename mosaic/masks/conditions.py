@@ -64,7 +64,7 @@ COMPARED = {
 
 @dataclass(frozen=True)
 class Linear:
-    """A sum of integer vectors, each times a number. A coordinate stands for 0, 1, 2 ... along it."""
+    """A sum of integer vectors, each times a number. A coordinate is 0, 1, 2 ... along itself."""
 
     weights: Counter[int | Term] = field(default_factory=Counter)
     constant: int = 0
