@@ -251,7 +251,7 @@ POINTWISE = frozenset(
     "where.ScalarSelf where.Scalar zeros_like".split()
 )
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
-NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function"})
+NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function", "mosaic::sdpa"})
 
 
 def key(target: Any) -> str:
@@ -287,7 +287,7 @@ def written_whole(node: fx.Node) -> LocalForm | None:
     name = key(node.target)
     if name in NEVER_AS_IS:
         return TABLE[name]
-    if name in ("scaled_dot_product_attention", "mosaic::sdpa"):
+    if name == "scaled_dot_product_attention":
         return randomness.attention_whole if dropout_of(node) else None
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return None

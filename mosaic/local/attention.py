@@ -12,6 +12,7 @@ from mosaic.attention.blocks import Band, pieces
 from mosaic.attention.cost import Shape
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
+from mosaic.masks.op import PLAIN
 from mosaic.masks.words import band_of, documents_of, mask_words
 from mosaic.sharder import Sharder
 from mosaic.values import Call, Value
@@ -104,7 +105,7 @@ def gathered(s: Sharder, c: Call, reason: str) -> Value:
 
 
 def whole(s: Sharder, c: Call) -> Value:
-    if not c["dropout_p"]:
+    if is_plain(c):
         return s.emit(c, None, enter=False)
     c = unbroadcast(s, c)
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
@@ -113,6 +114,11 @@ def whole(s: Sharder, c: Call) -> Value:
     operands = tuple(c[n] for n in ("query", "key", "value", "attn_mask"))
     out = marked(s, c, found, place, (*operands, *(documents_of(c) or ())), enter=False)
     return Value(out.val, None, out.node)
+
+
+def is_plain(c: Call) -> bool:
+    """Whether ATen's op does it: equal dropout on every rank and a mask in words need ours."""
+    return c.target is PLAIN and not c["dropout_p"]
 
 
 def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
@@ -145,10 +151,9 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, "local", whole[0], whole[1], place)
     # A plain attention of an empty shard loses its gradients, and with them their collectives.
-    if not found.dropout and all(place.layout.lengths):
+    if is_plain(c) and all(place.layout.lengths):
         s.attentions.append((found, c))
-        named = dict(zip(("query_documents", "key_documents"), ids or (), strict=False))
-        return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask, **named)
+        return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
     return marked(s, c, found, place, (q, k, v, mask, *(ids or ())))
 
 
