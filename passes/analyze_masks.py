@@ -153,5 +153,5 @@ def words(node: fx.Node) -> str:
     call = Call(node.target, node.args, node.kwargs, None, node)
     mask = call["attn_mask"]
     return mask_words(
-        band_of(call), documents_of(call) is not None, None if mask is None else mask.meta["val"]
+        band_of(call), bool(documents_of(call)), None if mask is None else mask.meta["val"]
     )

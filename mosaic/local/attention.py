@@ -54,7 +54,8 @@ class Attention:
     @property
     def is_window(self) -> bool:
         """Whether what a query sees is no longer than a shard: even shards then work alike."""
-        return None not in self.band and sum(self.band) < self.key.n / self.key.p
+        left, right = self.band
+        return left is not None and right is not None and left + right < self.key.n / self.key.p
 
 
 def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
@@ -76,7 +77,7 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
         mask = s.at(mask, place.at(mask.ndim - 2)) if rows else s.gather(mask, "a mask of keys")
     q = s.at(q, place)
     found = attention(s, c, method, place.layout, keys, None)
-    ids = (s.gather(x, "every rank has all documents") for x in documents_of(c) or ())
+    ids = (s.gather(x, "every rank has all documents") for x in documents_of(c))
     return marked(s, c, found, place, (q, k, v, mask, *ids))
 
 
@@ -112,7 +113,7 @@ def whole(s: Sharder, c: Call) -> Value:
     found = attention(s, c, "local", query, key, None)
     place = Place(query, c.val.ndim - 2)
     operands = tuple(c[n] for n in ("query", "key", "value", "attn_mask"))
-    out = marked(s, c, found, place, (*operands, *(documents_of(c) or ())), enter=False)
+    out = marked(s, c, found, place, (*operands, *documents_of(c)), enter=False)
     return Value(out.val, None, out.node)
 
 
@@ -145,23 +146,22 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
         cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
         mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
     ids = documents_of(c)
-    if ids is not None:
-        cut = place.dim == 0 and all(x.shape[0] == q.shape[0] for x in ids)
-        ids = tuple(s.at(x, place) if cut else s.gather(x, "is broadcast") for x in ids)
+    cut = place.dim == 0 and all(x.shape[0] == q.shape[0] for x in ids)
+    ids = tuple(s.at(x, place) if cut else s.gather(x, "is broadcast") for x in ids)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, "local", whole[0], whole[1], place)
     # A plain attention of an empty shard loses its gradients, and with them their collectives.
     if is_plain(c) and all(place.layout.lengths):
         s.attentions.append((found, c))
         return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
-    return marked(s, c, found, place, (q, k, v, mask, *(ids or ())))
+    return marked(s, c, found, place, (q, k, v, mask, *ids))
 
 
 def attention(
     s: Sharder, c: Call, method: str, query: Layout, key: Layout, cut: Place | None
 ) -> Attention:
     q, v, mask = c["query"], c["value"], c["attn_mask"]
-    band, documents = band_of(c), documents_of(c) is not None
+    band, documents = band_of(c), bool(documents_of(c))
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
     return Attention(
         axis="" if cut else s.axis.name,

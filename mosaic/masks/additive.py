@@ -88,8 +88,8 @@ def cast(term: Term, constants: Constants) -> Additive | None:
     if node.target != aten._to_copy.default or not node.args[0].meta["val"].is_floating_point():
         return None
     found = additive(Term(node.args[0], term.dims), constants)
-    fill = torch.tensor(found.fill, dtype=node.args[0].meta["val"].dtype)
-    fill = fill.to(node.meta["val"].dtype).item()
+    as_it_was = torch.tensor(found.fill, dtype=node.args[0].meta["val"].dtype)
+    fill = as_it_was.to(node.meta["val"].dtype).item()
     return None if found.biases or fill > lowest(term) else Additive(found.conditions, (), fill)
 
 

@@ -67,10 +67,10 @@ def is_filled(node: fx.Node) -> bool:
 
 def stored(node: fx.Node) -> Tensor | None:
     """A tensor that the program holds, such as ``torch.tensor([0, 0, 1])``."""
-    module = node.graph.owning_module
-    value = getattr(module, str(node.target), None) if module is not None else None
-    is_known = isinstance(value, Tensor) and fake_mode_of(value) is None
-    return value.detach().cpu() if is_known else None
+    value = getattr(node.graph.owning_module, str(node.target), None)
+    if not isinstance(value, Tensor) or fake_mode_of(value) is not None:
+        return None
+    return value.detach().cpu()
 
 
 def is_function(node: fx.Node) -> bool:

@@ -19,10 +19,10 @@ def band_of(call: Call) -> Band:
     return Band(left, right)
 
 
-def documents_of(call: Call) -> tuple[Any, Any] | None:
-    """The ids of queries and of keys, if a query sees only keys with its own id."""
+def documents_of(call: Call) -> tuple[Any, ...]:
+    """The ids of queries and of keys, if a query sees only keys with its own id; else ()."""
     queries = call.bound.get("query_documents")
-    return None if queries is None else (queries, call["key_documents"])
+    return () if queries is None else (queries, call["key_documents"])
 
 
 def mask_words(band: Band, documents: bool, mask: Tensor | None) -> str:
@@ -30,7 +30,7 @@ def mask_words(band: Band, documents: bool, mask: Tensor | None) -> str:
     >>> mask_words(Band(4095, 0), True, None)
     'causal, window 4096, documents'
     """
-    words = [*band_words(*band), *(["documents"] if documents else [])]
+    words = [word for word in (str(band), "documents" if documents else "") if word]
     if mask is not None:
         of_keys = mask.ndim < 2 or mask.shape[-2] == 1
         words.append(TENSORS[of_keys, mask.dtype == torch.bool])
@@ -44,12 +44,3 @@ TENSORS = {
     (False, True): "dense boolean",
     (False, False): "dense float",
 }
-
-
-def band_words(left: int | None, right: int | None) -> list[str]:
-    if right == 0:
-        return ["causal"] if left is None else ["causal", f"window {left + 1}"]
-    if left is None and right is None:
-        return []
-    ends = ["" if left is None else str(-left), "" if right is None else str(right)]
-    return [f"keys {'..'.join(ends)}"]

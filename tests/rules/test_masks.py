@@ -78,7 +78,7 @@ MASKS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
     ),
     "lowest": (lambda: torch.where(causal(), 0.0, torch.tensor(LOW, **DOUBLE)), [], "causal"),
     "window": (lambda: causal() & (arange(N)[:, None] - arange(N) < 3), [], "causal, window 3"),
-    "both sides": (lambda: (arange(N)[:, None] - arange(N)).abs() <= 2, [], "keys -2..2"),
+    "both sides": (lambda: (arange(N)[:, None] - arange(N)).abs() <= 2, [], "window -2 to +2"),
     "everything": (lambda: torch.ones(N, N).bool(), [], ""),
     "nothing": (lambda: torch.zeros(N, N).bool(), [], "dense boolean"),
     "blocks": (blocks, [], "documents"),
@@ -145,7 +145,7 @@ def test_more_keys_than_queries() -> None:
     """ATen's ``is_causal`` starts at the first key, a cache's continuation at a later one."""
     first = words(lambda: arange(9)[None] <= arange(N)[:, None], keys=9)
     last = words(lambda: arange(9)[None] <= arange(N)[:, None] + 2, keys=9)
-    assert (first, last) == ("causal", "keys ..2")
+    assert (first, last) == ("causal", "up to 2 ahead")
 
 
 # --- any mask of a small grammar ----------------------------------------------------------------
