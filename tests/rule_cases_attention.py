@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from rule_case import Cases, b, f
+from rule_case import Cases, b, f, i
 
 CASES = Cases()
 add = CASES.add
@@ -108,17 +108,17 @@ add(
     "attention documents",
     lambda x, ids: sdpa(x, x, x, (ids[:, :, None] == ids[:, None])[:, None] & (steps(5) >= 0)),
     f(2, 3, 5, 4),
-    i(2, 5, high=2),
+    i(2, 2, 5),
 )
 add(
     "attention documents 3d",
     lambda x, ids: sdpa(x, x, x, ids[:, :, None] == ids[:, None]),
     f(2, 5, 4),
-    i(2, 5, high=2),
+    i(2, 2, 5),
 )
 add(
     "attention causal padding",
-    lambda x, m: sdpa(x, x, x, (m[:, None, None, :] | (steps(5) == 0)) & (steps(5) >= 0)),
+    lambda x, m: sdpa(x, x, x, m[:, None, None, :] & (steps(5) >= 0)),
     f(2, 2, 5, 4),
     b(2, 5),
 )
