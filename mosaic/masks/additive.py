@@ -13,7 +13,7 @@ from torch import fx
 
 from mosaic.attention.blocks import Band
 from mosaic.masks.conditions import Allowed, Condition
-from mosaic.masks.constants import Constants
+from mosaic.masks.constants import Constants, is_filled
 from mosaic.masks.read import Reader, band_of, flat
 from mosaic.masks.terms import KEY, QUERY, Term, constant, operand, peeled
 
@@ -64,6 +64,8 @@ def number(x: object, constants: Constants) -> float | None:
     """A number, or what a constant tensor holds everywhere."""
     if not isinstance(x, Term):
         return float(x) if isinstance(x, (int, float)) else None
+    if x.is_pairwise and not is_filled(x.node):
+        return None  # cheaper to read than to compute
     known = constant(x, constants)
     return float(known[1].reshape(-1)[0]) if known and not known[0] else None
 
@@ -90,14 +92,15 @@ def cast(term: Term, constants: Constants) -> Additive | None:
     found = additive(Term(node.args[0], term.dims), constants)
     as_it_was = torch.tensor(found.fill, dtype=node.args[0].meta["val"].dtype)
     fill = as_it_was.to(node.meta["val"].dtype).item()
-    return None if found.biases or fill > lowest(term) else Additive(found.conditions, (), fill)
+    exact = not found.biases and fill <= lowest(term)
+    return Additive(found.conditions, (), fill) if exact else None
 
 
 def filled(term: Term, constants: Constants) -> Additive | None:
     """``where(condition, x, -inf)``, ``masked_fill(x, condition, -inf)`` and their like."""
     for condition, kept, other in choices(term):
         fill = number(other, constants)
-        if fill is None or fill > lowest(term):
+        if fill is None or not fill <= lowest(term):  # nan is not
             continue
         if isinstance(kept, Term):
             rest = additive(kept, constants)
@@ -133,7 +136,7 @@ def triangle(term: Term, constants: Constants) -> Additive | None:
     if not (lower or node.target == aten.triu.default) or term.dims[-2:] != (QUERY, KEY):
         return None
     fill = number(Term(node.args[0], term.dims), constants)
-    if fill is None or fill > lowest(term):
+    if fill is None or not fill <= lowest(term):
         return None
     d = node.args[1] if len(node.args) > 1 else 0
     return Additive((Band(-d - 1, None) if lower else Band(None, d - 1),), (), fill)

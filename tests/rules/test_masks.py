@@ -104,6 +104,16 @@ MASKS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
         [NOTHING_REAL],
         "padding",
     ),
+    "nan": (
+        lambda: zeros().masked_fill(~causal(), float("nan")),
+        [],
+        "dense float",
+    ),
+    "half": (
+        lambda: zeros().float().masked_fill(~causal(), -3.4028234663852886e38).bfloat16().double(),
+        [],
+        "causal",
+    ),
     "padding of lowest": (
         lambda x: zeros().masked_fill(x[:, None, None] == 0, LOW),
         [NOTHING_REAL],
