@@ -111,7 +111,7 @@ def report(found: Attention, node: fx.Node) -> AttentionReport:
         queries=found.query.n,
         keys=found.key.n,
         method=str(node.meta["way"]),
-        mask=node.meta.get("mask", ""),
+        mask=found.mask,
         bytes=int(cost_of(node.meta["way"], found.shape, max(found.key.p, 1)).forward),
     )
 

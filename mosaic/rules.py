@@ -154,6 +154,7 @@ TABLE: dict[str, LocalForm] = {
     "_log_softmax": normalization.log_softmax,
     # attention
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
+    "mosaic::sdpa": attention.scaled_dot_product_attention,  # the mask in words
     # lookups
     "embedding": rule("v e, ... -> ... e", whole="v"),
     "one_hot": rule("... -> ... c"),
@@ -250,7 +251,7 @@ POINTWISE = frozenset(
     "where.ScalarSelf where.Scalar zeros_like".split()
 )
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
-NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function"})
+NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function", "mosaic::sdpa"})
 
 
 def key(target: Any) -> str:

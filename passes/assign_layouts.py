@@ -1,7 +1,8 @@
 """Who holds which indices: zigzag when most attention work along the axis is causal, else even.
 
 With even shards the last rank of a causal attention works p times as long as the first; with zigzag
-(rank r holds chunks r and 2p-1-r) all work alike. Every method is exact on either.
+(rank r holds chunks r and 2p-1-r) all work alike. A causal window no longer than a shard is even
+work on even shards. Every method is exact on either.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def assign_layouts(graph: fx.Graph, context: Context) -> int:
 def assigned(axis: Axis, context: Context) -> Axis:
     along = [a for a, _ in context.attentions if axis.name in a.axes]
     # Many pieces on every rank (the inner axis of a flattened pair) are balanced already.
-    causal = sum(a.flops for a in along if a.causal and max(map(len, a.query.ranks)) == 1)
+    causal = sum(
+        a.flops for a in along if a.causal and not a.is_window and max(map(len, a.query.ranks)) == 1
+    )
     if causal <= sum(a.flops for a in along) / 2 or not along:
         return axis
     return replace(axis, layout=Layout.zigzag(axis.layout.n, axis.p))

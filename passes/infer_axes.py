@@ -19,6 +19,7 @@ from torch import fx
 from mosaic.context import Context, own_axes
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place
+from mosaic.masks.op import ATTENTIONS
 from mosaic.methods import Auto, Method, Ring
 from mosaic.rules import key
 from mosaic.sharder import Sharder
@@ -29,9 +30,7 @@ aten = torch.ops.aten
 
 
 def infer_axes(graph: fx.Graph, context: Context) -> int:
-    attentions = graph.find_nodes(
-        op="call_function", target=aten.scaled_dot_product_attention.default
-    )
+    attentions = [node for node in graph.nodes if node.target in ATTENTIONS]
     named = () if context.is_resumed else named_axes(graph, context)
     if named:
         context.axes = one_for_each_mesh_axis(named, context)

@@ -6,16 +6,14 @@ choice between even and zigzag needs to know the attentions first.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from mosaic.context import Context
 from mosaic.errors import ShardingError
 from mosaic.local.attention import Attention, flattened, with_axis
+from mosaic.masks.op import ATTENTIONS
 from mosaic.sharder import Sharder
 from mosaic.values import Axis, places_of
-
-CALL, SDPA = "call_function", torch.ops.aten.scaled_dot_product_attention.default
 
 
 def propagate(graph: fx.Graph, context: Context) -> int:
@@ -58,9 +56,8 @@ def merged(a: Attention, b: Attention, node: fx.Node, context: Context) -> Atten
 
 
 def nothing_attends(graph: fx.Graph, axis: Axis) -> ShardingError:
-    lengths = sorted(
-        {n.args[0].meta["val"].shape[-2] for n in graph.find_nodes(op=CALL, target=SDPA)}
-    )
+    attended = [n for n in graph.nodes if n.target in ATTENTIONS]
+    lengths = sorted({n.args[0].meta["val"].shape[-2] for n in attended})
     return ShardingError(
         f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
         sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: "

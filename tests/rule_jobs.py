@@ -25,6 +25,7 @@ from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout
 from mosaic.mesh import current_context
 from mosaic.modes import Modes
+from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
 from mosaic.passes.normalize import normalize
@@ -67,6 +68,7 @@ def captured(name: str) -> Captured:
     context = Context(ShardingSpec(), World(1, 0, ""), found.inputs, found.mutated, Modes.current())
     normalize(found.graph, context)
     raise_attention(found.graph, context)
+    analyze_masks(found.graph, context)
     return found
 
 

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from mosaic.attention.blocks import FULL, Band, pieces
 from mosaic.attention.cost import Shape
 from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
+from mosaic.masks.op import PLAIN, STRUCTURED
+from mosaic.masks.words import band_of, documents_of, mask_words
 from mosaic.methods import AllGather, Local, Method, Ring, Ulysses
 from mosaic.sharder import Sharder
 from mosaic.source import where
@@ -37,8 +40,9 @@ class Attention:
     method: Method
     query: Layout
     key: Layout
-    causal: bool
-    mask: str  # "" or what is known of the mask
+    band: Band
+    documents: bool
+    mask: str  # in words, for the plan
     scale: float
     dropout: float
     site: int
@@ -60,6 +64,16 @@ class Attention:
     def is_distributed(self) -> bool:
         return bool(self.axes)
 
+    @property
+    def causal(self) -> bool:
+        return self.band[1] == 0
+
+    @property
+    def is_window(self) -> bool:
+        """Whether what a query sees is no longer than a shard: even shards then work alike."""
+        left, right = self.band
+        return left is not None and right is not None and left + right < self.key.n / self.key.p
+
 
 def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
     """Batches and heads are free; along the attended axis by a method."""
@@ -77,7 +91,7 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
     if place.dim == q.ndim - 1:
         return gathered(s, c, "cuts the head dim")
     rows = place.layout.blocks(place.outer, place.inner)
-    if c["is_causal"] and max(map(len, rows.ranks)) > PIECES:
+    if band_of(c) != FULL and max(map(len, rows.ranks)) > PIECES:
         return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
     k, v, keys = with_keys(s, c, place)
     method = s.axis.method if k.place else Local(mesh=s.axis.mesh_axis)
@@ -87,7 +101,8 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
         mask = s.at(mask, place.at(mask.ndim - 2)) if per_row else s.gather(mask, "a mask of keys")
     q = s.at(q, place)
     found = attention(s, c, method, rows, keys, None)
-    return marked(s, c, found, place, (q, k, v, mask))
+    ids = (s.gather(x, "every rank has all documents") for x in documents_of(c))
+    return marked(s, c, found, place, (q, k, v, mask, *ids))
 
 
 def unbroadcast(s: Sharder, c: Call) -> Call:
@@ -115,13 +130,19 @@ def gathered(s: Sharder, c: Call, reason: str) -> Value:
 
 
 def whole(s: Sharder, c: Call) -> Value:
-    if not c["dropout_p"] and "attention" not in c.like.meta:
+    if is_plain(c):
         return s.emit(c, None, enter=False)
     c = unbroadcast(s, c)
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
     found = replace(attention(s, c, Local(mesh=s.axis.mesh_axis), query, key, None), axes=())
     operands = tuple(c[n] for n in (*QKV, "attn_mask"))
-    return marked(s, c, found, None, operands, enter=False)
+    return marked(s, c, found, None, (*operands, *documents_of(c)), enter=False)
+
+
+def is_plain(c: Call) -> bool:
+    """Whether ATen's op does it: equal dropout on every rank, a mask in words and what another axis
+    decided need ours."""
+    return c.target is PLAIN and not c["dropout_p"] and "attention" not in c.like.meta
 
 
 def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
@@ -152,7 +173,8 @@ def with_whole_queries(s: Sharder, c: Call) -> Value:
         mask = Value(mask.val, None, s.operand(mask, enter=True) if s.writer else None)
     query = Layout.whole(q.shape[-2], s.axis.p)
     found = attention(s, c, s.axis.method, query, keys, None)
-    return marked(s, c, found, None, (q, k, v, mask), enter=False)
+    ids = (s.gather(x, "every rank has all documents") for x in documents_of(c))
+    return marked(s, c, found, None, (q, k, v, mask, *ids), enter=False)
 
 
 def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
@@ -166,20 +188,23 @@ def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
     if mask is not None:
         cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
         mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
+    ids = documents_of(c)
+    cut = place.dim == 0 and all(x.shape[0] == q.shape[0] for x in ids)
+    ids = tuple(s.at(x, place) if cut else s.gather(x, "is broadcast") for x in ids)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
     # A plain attention of an empty shard loses its gradients, and with them their collectives.
-    if not found.dropout and all(place.layout.lengths) and "attention" not in c.like.meta:
+    if is_plain(c) and all(place.layout.lengths):
         s.attentions.append((found, c))
         return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
-    return marked(s, c, found, place, (q, k, v, mask))
+    return marked(s, c, found, place, (q, k, v, mask, *ids))
 
 
 def attention(
     s: Sharder, c: Call, method: Method, query: Layout, key: Layout, cut: Place | None
 ) -> Attention:
     q, v, mask = c["query"], c["value"], c["attn_mask"]
-    causal = bool(c["is_causal"])
+    band, documents = band_of(c), bool(documents_of(c))
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
     return Attention(
         axes=() if cut else (s.axis.name,),
@@ -187,8 +212,9 @@ def attention(
         method=method,
         query=query,
         key=key,
-        causal=causal,
-        mask="" if mask is None else ("boolean" if mask.val.dtype == torch.bool else "float"),
+        band=band,
+        documents=documents,
+        mask=mask_words(band, documents, None if mask is None else mask.val),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
@@ -203,10 +229,16 @@ def attention(
             dim=q.shape[-1],
             v_dim=v.shape[-1],
             itemsize=v.val.element_size(),
-            area=0.5 if causal else 1.0,
+            area=share_seen(band, query.n, key.n),
         ),
         has_rows=mask is not None and mask.shape[-2] > 1,
     )
+
+
+def share_seen(band: Band, queries: int, keys: int) -> float:
+    """Of all pairs of a query and a key."""
+    seen = sum(piece.area for piece in pieces([(0, queries)], [(0, keys)], band))
+    return seen / (queries * keys) if seen else 0.0
 
 
 def folded(place: Place, shape: torch.Size) -> Place:
@@ -240,8 +272,9 @@ def marked(
         found = with_axis(decided["attention"], found, decided["both"])
     kept = {key: decided.get(key) for key in ("way", "both")}
     meta = {"attention": found, "seed": seed_of(s, c, found), **kept}
-    return Value(c.val, place, s.writer.marked(c.like, aten.scaled_dot_product_attention.default,
-                                               nodes, c.val.new_empty(shape), meta))  # fmt: skip
+    target = PLAIN if len(nodes) == 4 else STRUCTURED
+    node = s.writer.marked(c.like, target, nodes, c.val.new_empty(shape), meta)
+    return Value(c.val, place, node)
 
 
 def seed_of(s: Sharder, c: Call, found: Attention) -> fx.Node | None:

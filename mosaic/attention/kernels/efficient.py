@@ -137,7 +137,8 @@ def _backward(dout, q, k, v, out, lse, *, band, mask, scale, shift, need_dmask, 
 
 def _dmask(dbias: Tensor, band: Bounds, mask: Tensor) -> Tensor:
     if band == (None, 0):  # what a causal kernel skips is never written
-        dbias = dbias.masked_fill(outside(band, *dbias.shape[2:], dbias.device), 0)
+        s, t = dbias.shape[2:]
+        dbias = dbias.masked_fill(outside(band, s, t, dbias.device), 0)
     return summed_to(dbias.to(accumulator(dbias.dtype)), mask.shape)
 
 
