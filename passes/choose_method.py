@@ -34,9 +34,7 @@ def resolved(found: Attention, context: Context) -> tuple[Way, str]:
         return SPLIT_KV, ""
     facts = Facts(
         p=world.size,
-        heads=found.shape.heads,
-        kv_heads=found.shape.kv_heads,
-        kv_bytes=found.shape.kv_bytes // world.size,
+        shape=found.shape,
         has_rows=found.has_rows,
         heads_are_cut=found.heads is not None,
         sizes=world.sizes,
