@@ -18,7 +18,7 @@ from mosaic.attention.op import backward_program, calls_of, forward_program
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.way import Way
 from mosaic.layout import Layout
-from mosaic.torch_private import FakeTensorMode, make_fx
+from mosaic.torch_private import make_fx
 
 c10d = torch.ops._c10d_functional
 Program = Callable[..., tuple[Tensor, ...]]
@@ -51,8 +51,10 @@ def calls(
     rank: int = 1,
     band: Band = FULL,
     cut: Callable[[int, int], Layout] = Layout.even,
+    device: str = "meta",
 ) -> tuple[Call, Call]:
-    """The forward and the backward of one attention on ``rank`` of p."""
+    """The forward and the backward of one attention on ``rank`` of p. Other devices than "meta"
+    (which has no kernel but plain matrix products) need a FakeTensorMode."""
     query, key = cut(shape.queries, p), cut(shape.keys, p)
     query = Layout.whole(shape.queries, p) if way.everywhere else query
     plan = AttentionPlan(way, rank, "sp", query, key, band)
@@ -77,9 +79,8 @@ def calls(
 
     sizes = [(shape.heads, lengths[0], shape.dim), (shape.kv_heads, lengths[1], shape.dim)]
     sizes.append((shape.kv_heads, lengths[1], shape.v_dim))
-    with FakeTensorMode():
-        inputs = tuple(torch.empty(shape.batch, *size, dtype=dtype) for size in sizes)
-        return Call(forward, inputs), Call(backward, forward(*inputs))
+    inputs = tuple(torch.empty(shape.batch, *size, dtype=dtype, device=device) for size in sizes)
+    return Call(forward, inputs), Call(backward, forward(*inputs))
 
 
 # --- what leaves the rank -----------------------------------------------------------------------

@@ -24,12 +24,15 @@ and dV. With a window no more keys travel than are seen beyond a rank's own (con
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mosaic.attention.way import Level, Way
 
+#: Bytes (inside a node, between nodes).
+Pair = tuple[float, float]
 #: Bytes of a number, for the dtypes in which dK and dV may travel.
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -98,10 +101,6 @@ class Parts:
         e = shape.itemsize
         lse = rows * max(4, e)
         return cls(rows * shape.dim * e, rows * shape.v_dim * e, lse, shape.kv_bytes / p * copies)
-
-
-#: Bytes (inside a node, between nodes).
-Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -185,20 +184,23 @@ def _sends(inter: Level, intra: Level) -> int:
 
 
 def _memory(way: Way, parts: Parts) -> float:
-    """Three times a portion: one is attended to while the next is sent and arrives. All at once:
-    twice, as they arrive and then are put in order."""
-    window, step = max(portions(way.inter)), max(portions(way.intra))
-    keys = _held(way.inter) * window + _held(way.intra) * step * window
+    window, step = _held(way.inter), _held(way.intra)
+    visits = (window + step * math.ceil(max(portions(way.inter)))) * parts.kv
     gathered = way.inter.cols * way.intra.cols
-    queries = parts.q + 2 * (parts.out + parts.lse) if gathered > 1 else 0
-    exchanged = 2 * (parts.q + parts.kv) if way.heads > 1 else 0
-    return exchanged + keys * parts.kv + gathered * queries
+    queries = gathered * (parts.q + 2 * (parts.out + parts.lse)) if gathered > 1 else 0
+    if way.heads == 1:
+        return visits + queries
+    return parts.q + parts.kv + max(parts.q + parts.kv, visits + queries)
 
 
 def _held(level: Level) -> int:
+    """Chunks. All at once: as they arrive, and put in order. In portions: one is attended to while
+    the next is sent and arrives; of two, nothing comes behind the second."""
     if level.rows == 1:
         return 0
-    return 2 if level.stages == 1 else 3
+    if level.stages <= 2:
+        return 2 * level.rows - (level.stages == 2)
+    return 3 * math.ceil(max(portions(level)))
 
 
 def _split_kv(shape: Shape, p: int) -> Cost:
@@ -207,3 +209,12 @@ def _split_kv(shape: Shape, p: int) -> Cost:
     share = 2 * (p - 1) / p
     forward = share * rows * (shape.v_dim + 2) * e
     return Cost(forward, share * rows * shape.dim * e, 0, 2 * rows * (shape.v_dim + 2) * e, 1, 2)
+
+
+def size(n: float) -> str:
+    """Bytes as they are read: ``31.2 KiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"

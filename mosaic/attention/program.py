@@ -24,7 +24,7 @@ from mosaic.attention.kernels import Gradients
 from mosaic.attention.merge import Partial, accumulator, finite, merge, nothing
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.schedule import schedule
-from mosaic.layout import Intervals, Layout
+from mosaic.layout import Intervals, Layout, Run
 from mosaic.moves import all_reduce
 
 
@@ -217,7 +217,10 @@ class Returns:
         if self.pending is None:
             return
         crossing, started, grads, to = self.pending
-        to += crossing.finish_back(started, grads)
+        length = crossing.before.lengths[crossing.side.rank]
+        came = crossing.finish_back(started, grads)
+        # Added up as they come: a list of all of them would be as long as the axis.
+        to[:] = [((Run(0, length),), summed([*to, *came], length, grads))]
         self.pending = None
 
 

@@ -65,6 +65,11 @@ class Seconds(NamedTuple):
         return self.forward + self.backward
 
 
+def milliseconds(seconds: float) -> str:
+    """``0.25 ms``, ``12 ms``, ``6,600 ms``."""
+    return f"{float(f'{seconds * 1e3:.2g}'):,g} ms"
+
+
 def seconds_of(way: Way, shape: Shape, p: int, node_size: int = 0, rates: Rates = H200) -> Seconds:
     """Of one attention. ``node_size``: how many neighbouring ranks share a node; 0 is all."""
     sent, cost = Sent.of(way, shape, p, node_size or p), cost_of(way, shape, p)

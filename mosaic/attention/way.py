@@ -27,8 +27,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
-from mosaic.attention.cost import Shape, cost_of
-from mosaic.attention.timing import seconds_of
+from mosaic.attention.cost import Shape, cost_of, size
+from mosaic.attention.timing import milliseconds, seconds_of
 from mosaic.errors import ShardingError
 from mosaic.methods import (
     AllGather,
@@ -278,9 +278,12 @@ def _auto(method: Auto, facts: Facts) -> tuple[Way, str]:
     fitting = [way for way in ways if costs[way].memory <= bound]
     fitting = fitting or [min(ways, key=lambda way: costs[way].memory)]
     best, *others = sorted(fitting, key=partial(_seconds, facts))
-    words = [f"{way.name}: {_seconds(facts, way) * 1e3:.2g} ms" for way in (best, *others[:1])]
-    words[0] += f", {(costs[best].forward + costs[best].backward) / 2**20:.3g} MiB sent"
-    return best, f"auto: {'; next best '.join(words)}"
+    said = [
+        f"{way}: {milliseconds(_seconds(facts, way))}, "
+        f"{size(costs[way].forward + costs[way].backward)} sent"
+        for way in (best, *others[:1])
+    ]
+    return best, f"auto: {'; next best '.join(said)}"
 
 
 def alternatives(facts: Facts) -> list[Method]:
