@@ -18,7 +18,7 @@ from mosaic.attention.op import backward_program, calls_of, forward_program
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.way import Way
 from mosaic.layout import Layout
-from mosaic.torch_private import make_fx
+from mosaic.torch_private import decompositions_for_inductor, make_fx
 
 c10d = torch.ops._c10d_functional
 Program = Callable[..., tuple[Tensor, ...]]
@@ -38,7 +38,8 @@ class Call(NamedTuple):
 
     def graph(self) -> fx.Graph:
         """As ``lower_attention`` writes it."""
-        graph = make_fx(self.program)(*self.tensors).graph
+        traced = make_fx(self.program, decomposition_table=decompositions_for_inductor())
+        graph = traced(*self.tensors).graph
         graph.eliminate_dead_code()
         return graph
 
@@ -70,8 +71,9 @@ def calls(
         out, lse = forward_program(q, k, v, *Inputs(), specs.attention)
         return (*heads.program([out], specs.back, False), q, k, v, out, lse)
 
-    def backward(dout: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, out, lse = saved
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
         if specs.back:
             (dout,) = heads.program([dout], specs.back, True)
         grads = backward_program(dout, q, k, v, *Inputs(), out, lse, specs.attention, False)[:3]
@@ -80,7 +82,8 @@ def calls(
     sizes = [(shape.heads, lengths[0], shape.dim), (shape.kv_heads, lengths[1], shape.dim)]
     sizes.append((shape.kv_heads, lengths[1], shape.v_dim))
     inputs = tuple(torch.empty(shape.batch, *size, dtype=dtype, device=device) for size in sizes)
-    return Call(forward, inputs), Call(backward, forward(*inputs))
+    out, *saved = forward(*inputs)
+    return Call(forward, inputs), Call(backward, (torch.empty_like(out), *saved))
 
 
 # --- what leaves the rank -----------------------------------------------------------------------

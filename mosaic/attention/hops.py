@@ -84,8 +84,9 @@ class Crossing:
 
     # --- there ---------------------------------------------------------------------------------
 
-    def start(self, xs: Tensors) -> Tensor | None:
-        """Start sending; None where nothing has to travel."""
+    def start(self, xs: Tensors, packed: dict[Intervals, Tensor] | None = None) -> Tensor | None:
+        """Start sending; None where nothing has to travel. ``packed``: buffers of ``xs``, to be
+        shared by hops that send the same."""
         me = self.side.rank
         if self.is_identity:
             return None
@@ -93,7 +94,7 @@ class Crossing:
             mine = padded(_rows(xs), max(self.before.lengths))
             return all_gather(mine, self.before.p, self.side.group)
         chunks, send, receive = [], [0] * self.before.p, [0] * self.before.p
-        packed: dict[Intervals, Tensor] = {}  # several ranks may get the same
+        packed = {} if packed is None else packed  # several ranks may get the same
         for receiver in range(self.before.p):
             for source, held in self.parts(receiver):
                 if source == me != receiver:
