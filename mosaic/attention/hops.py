@@ -251,12 +251,15 @@ def _rows(xs: Tensors) -> Tensor:
 
 
 def _unrowed(buffer: Tensor, like: Tensors) -> Tensors:
-    """Views of a buffer as (batch, heads, rows, dim); ``like`` gives the other sizes only."""
-    out, start = [], 0
+    """Views of a buffer as (batch, heads, rows, dim); ``like`` gives the other sizes only. Copies
+    where rows do not begin at multiples of 16 bytes: kernels load as many at once."""
+    out, start, itemsize = [], 0, buffer.element_size()
     for x in like:
         b, h, _, d = x.shape
         columns = buffer.narrow(1, start, b * h * d)
-        out.append(columns.view(buffer.shape[0], b, h, d).permute(1, 2, 0, 3))
+        part = columns.view(buffer.shape[0], b, h, d).permute(1, 2, 0, 3)
+        is_aligned = start * itemsize % 16 == buffer.shape[1] * itemsize % 16 == 0
+        out.append(part if is_aligned else part.contiguous())
         start += b * h * d
     return tuple(out)
 

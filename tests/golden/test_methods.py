@@ -7,9 +7,12 @@ which nobody has two peers. What travels is waited for where it is used first.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from traffic import calls
 
 from mosaic.attention.cost import Shape
+from mosaic.attention.table import methods_table
 from mosaic.attention.way import SPLIT_KV, Facts, Way, way_of
 from mosaic.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.show import listing
@@ -42,7 +45,8 @@ def test_ring(check):
 cat: f64[3, 16] = cat([k_1, v_1], 1)
 all_to_all: f64[3, 16] = shift(cat, to=2, from=0, 'sp')
 flash: (f64[1, 4, 3, 2], f64[1, 4, 3]) = flash(q_1, k_1, v_1, scale=1)
-all_to_all_1: f64[6, 16] = all_to_all(cat, receive=[0, 0, 3, 3], send=[3, 0, 0, 3], 'sp')
+expand: f64[2, 3, 16] = expand(cat)
+all_to_all_1: f64[6, 16] = all_to_all(expand, receive=[0, 0, 3, 3], send=[3, 0, 0, 3], 'sp')
 flash_1: (f64[1, 4, 3, 2], f64[1, 4, 3]) = flash(q_1, all_to_all[:, :8], all_to_all[:, 8:16],
     scale=1)
 add_1: f64[1, 4, 3, 2], add_2: f64[1, 4, 3] = fused[maximum eq .. 17 ops](flash, flash_1)
@@ -60,7 +64,8 @@ all_to_all: f64[3, 16] = shift(cat, to=2, from=0, 'sp')
 flash_backward: (f64[1, 4, 3, 2], f64[1, 4, 3, 2], f64[1, 4, 3, 2]) = flash_backward(dout_1, q_1,
     k_1, v_1, out_1, lse_1, 0, False, scale=1)
 add: f64[1, 4, 3, 2] = add(0, flash_backward[0])
-all_to_all_1: f64[6, 16] = all_to_all(cat, receive=[0, 0, 3, 3], send=[3, 0, 0, 3], 'sp')
+expand: f64[2, 3, 16] = expand(cat)
+all_to_all_1: f64[6, 16] = all_to_all(expand, receive=[0, 0, 3, 3], send=[3, 0, 0, 3], 'sp')
 flash_backward_1: (f64[1, 4, 3, 2], f64[1, 4, 3, 2], f64[1, 4, 3, 2]) = flash_backward(dout_1,
     q_1, all_to_all[:, :8], all_to_all[:, 8:16], out_1, lse_1, 0, False, scale=1)
 add_1: f64[1, 4, 3, 2] = add(add, flash_backward_1[0])
@@ -348,4 +353,11 @@ add: f64[1, 4, 12, 2] = add(0, flash_backward[0])
 all_reduce: f64[1, 4, 12, 2] = all_reduce(add, 'sum', 'sp')
 return [all_reduce, flash_backward[1], flash_backward[2]]
 """,
+    )
+
+
+def test_readme_has_the_table():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"<!-- methods -->\n{methods_table()}\n<!-- methods end -->" in text, (
+        "put what `python -m mosaic methods` prints between the two markers"
     )
