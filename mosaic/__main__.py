@@ -1,11 +1,14 @@
-"""``python -m mosaic``: print the table of rules, one line per op."""
+"""``python -m mosaic``: print the table of rules, one line per op; with ``methods`` the README's
+table of methods."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mosaic.attention.table import methods_table
 from mosaic.rules import TABLE, Rule
 
 
@@ -24,4 +27,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(methods_table() if sys.argv[1:] == ["methods"] else table())

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from mosaic.errors import ShardingError
+
+Intra = Literal["local", "ring", "ulysses", "mesh2d"]
+Inter = Literal["ring", "mesh2d"]
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,13 @@ class Hierarchical(Method):
     """
 
     intra_node_size: int
-    intra: Literal["local", "ring", "ulysses", "mesh2d"] = "local"
-    inter: Literal["ring", "mesh2d"] = "ring"
+    intra: Intra = "local"
+    inter: Inter = "ring"
 
     def __post_init__(self) -> None:
         _check_counts("Hierarchical", intra_node_size=self.intra_node_size)
-        _check_choice("Hierarchical", "intra", self.intra, ("local", "ring", "ulysses", "mesh2d"))
-        _check_choice("Hierarchical", "inter", self.inter, ("ring", "mesh2d"))
+        _check_choice("Hierarchical", "intra", self.intra, get_args(Intra))
+        _check_choice("Hierarchical", "inter", self.inter, get_args(Inter))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import logging
 
 from torch import fx
 
-from mosaic.plan import Plan, size
+from mosaic.attention.cost import size
+from mosaic.plan import Plan
 from mosaic.source import frames, shown
 from mosaic.torch_private import RESUMED, compiles_left
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from mosaic.attention.cost import cost_of
+from mosaic.attention.cost import cost_of, size
 from mosaic.context import Context
 from mosaic.local.attention import Attention
 from mosaic.pipeline import PassReport
@@ -114,11 +114,3 @@ def report(found: Attention, node: fx.Node) -> AttentionReport:
         mask=found.mask,
         bytes=int(cost_of(node.meta["way"], found.shape, max(found.key.p, 1)).forward),
     )
-
-
-def size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"

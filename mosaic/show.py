@@ -264,10 +264,12 @@ def is_number(label: str) -> bool:
 
 
 def is_view(node: Any) -> bool:
-    """Whether a node holds all that its operand holds, perhaps in another shape."""
-    if op_name(node.target) != "slice":
-        return op_name(node.target) in VIEWS
-    return node.meta["val"].shape == node.args[0].meta["val"].shape
+    """Whether a node holds what its operand holds, each number once, perhaps in another shape."""
+    if op_name(node.target) not in (*VIEWS, "slice"):
+        return False
+    if op_name(node.target) not in ("slice", "expand"):
+        return True
+    return node.meta["val"].numel() == node.args[0].meta["val"].numel()
 
 
 def indexed(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import CAUSAL, FULL, Band
+from mosaic.attention.cost import Shape
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, way_of
@@ -178,7 +179,8 @@ def way(case: Case, p: int, has_rows: bool):
     if isinstance(case.method, Composed):
         nodes = int(case.method.sequence.mesh[1:])
         sizes = {"h": p // nodes, case.method.sequence.mesh: nodes}
-    return way_of(case.method, Facts(p, HEADS, case.kv_heads, 0, has_rows, sizes=sizes))[0]
+    shape = Shape(BATCH, HEADS, case.kv_heads, case.n, case.m, DIM, V_DIM, itemsize=8)
+    return way_of(case.method, Facts(p, shape, has_rows, sizes=sizes))[0]
 
 
 def my_rows(x: Tensor, rows: list[int]) -> Tensor:

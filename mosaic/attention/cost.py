@@ -1,32 +1,46 @@
 """What a way of attention costs: the one home of the formulas (research/attention.md 4.7).
 
-All are for even shards of one attention, in bytes that one rank sends, with
+Bytes that one of p ranks sends for one attention, with even shards. In them
 
-    q     one rank's queries, out its output (as many bytes as q where head dims are equal)
-    kv    its keys and values; after an exchange of heads those of its heads, of a longer shard
-    lse   its log-sum-exp, float32 (float64 for float64)
-    u     ranks that exchange sequence for heads
-    R, C  rows and columns of the grid of nodes; r, c of the grid inside a node
+    q, out   one rank's queries and its output      u      ranks that exchange sequence for heads
+    kv       its keys and values together           R, C   rows and columns of the grid of nodes
+    lse      its log-sum-exp, float32 (or 64)       r, c   of the grid inside a node
+    KV       kv after heads were exchanged: as many bytes, or u / kv_heads times as many where KV
+             heads are fewer than u and go to several ranks
 
-    forward   heads    (u - 1) / u (q + out) + (u - 1) / max(u, kv_heads) kv... see ``_exchange``
-              keys     (R - 1) kv between nodes, R (r - 1) kv inside
-              queries  (C c - 1) (q + out + lse)
-    backward  heads    the same (dout there; dq, dk, dv back)
-              keys     the same twice, for K and V and for their gradients
-              queries  (C c - 1) (2 q + 2 out + lse): q, out, dout, lse there; dq back
-    split-KV  two all-reduces: the largest lse; output and weight. Backward: of dq
+    what travels    forward                             backward
+    heads           (u - 1) / u (q + out + KV)          the same: dout there; dq, dK and dV back
+    keys, inside    R (r - 1) KV                        twice: K and V again, dK and dV home
+    keys, between   (R - 1) KV                          twice
+    queries         (C c - 1) (q + out + lse)           (C c - 1) (2 q + 2 out + lse)
+    split-KV        two all-reduces: the largest lse    one all-reduce: dq
+                    of each row; output and weight
+
+dK and dV go straight home from each rank, p - 1 times; passed on round a ring they would travel p
+times. Queries on a grid: q there, out and lse home; in backward q, out, dout and lse there, as
+kernels take ``out`` and not its product with dout, and dq home. ``Ring(grad_dtype=...)`` scales dK
+and dV. With a window no more keys travel than are seen beyond a rank's own (contiguous shards).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mosaic.attention.way import Way
+if TYPE_CHECKING:
+    from mosaic.attention.way import Level, Way
+
+#: Bytes (inside a node, between nodes).
+Pair = tuple[float, float]
+#: Bytes of a number, for the dtypes in which dK and dV may travel.
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention at its global size. ``area``: the share of query-key pairs that is computed."""
+    """One attention at its global size. ``area``: the share of query-key pairs that is computed.
+    ``window``: how many keys a query sees beside its own position; None is all of them."""
 
     batch: int
     heads: int
@@ -37,6 +51,7 @@ class Shape:
     v_dim: int
     itemsize: int
     area: float = 1.0
+    window: int | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -55,66 +70,137 @@ class Shape:
 class Cost:
     """Of one attention on one of p ranks.
 
-    forward, backward: bytes sent. between: the part of ``forward`` that goes between nodes.
-    memory: bytes held beside its own shards in forward, at the most. merges: how often partial
-    outputs are joined. sends: collectives in forward.
+    forward, backward: bytes sent. between: the part of ``forward`` that leaves the node.
+    memory: bytes that forward holds at once beside inputs and outputs, at the most: what is sent,
+        what arrives, and what arrived put in order; without the work space of kernels.
+    merges: how often partial outputs are joined. sends: collectives in forward.
     """
 
-    forward: float
-    backward: float
-    between: float
-    memory: float
-    merges: int
-    sends: int
+    forward: float = 0
+    backward: float = 0
+    between: float = 0
+    memory: float = 0
+    merges: int = 0
+    sends: int = 0
 
 
-def cost_of(way: Way, shape: Shape, p: int) -> Cost:
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of one rank: its queries, output and log-sum-exp, and its keys and values (after heads
+    were exchanged)."""
+
+    q: float
+    out: float
+    lse: float
+    kv: float
+
+    @classmethod
+    def of(cls, way: Way, shape: Shape, p: int) -> Parts:
+        rows = shape.batch * shape.queries / p * shape.heads
+        copies = max(1, way.heads // shape.kv_heads)
+        e = shape.itemsize
+        lse = rows * max(4, e)
+        return cls(rows * shape.dim * e, rows * shape.v_dim * e, lse, shape.kv_bytes / p * copies)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one rank sends in forward, by what travels."""
+
+    heads: Pair
+    queries: Pair
+    windows: Pair
+    steps: Pair
+
+    @classmethod
+    def of(cls, way: Way, shape: Shape, p: int, node_size: int) -> Sent:
+        """The ranks of a group lie ``apart``; so many of them share a node."""
+        parts, inter, intra = Parts.of(way, shape, p), way.inter, way.intra
+
+        def near(count: int, apart: int) -> int:
+            return min(count, max(1, node_size // apart))
+
+        u = 1 if way.is_outer else way.heads
+        heads = near(way.heads, inter.size * intra.size if way.is_outer else 1)
+        columns = near(inter.cols, u * intra.size) * near(intra.cols, u)
+        nodes = near(inter.rows, u * inter.cols * intra.size)
+        rows = near(intra.rows, u * intra.cols)
+        seen = 1.0
+        if shape.window is not None and inter.size == 1 and intra.rows > 1:
+            others = (intra.rows - 1) * parts.kv
+            seen = min(1, shape.window * parts.kv * p / shape.keys / others)
+        in_window = seen * inter.rows * parts.kv
+        return cls(
+            heads=_pair(way.heads, heads, (parts.q + parts.out + parts.kv) / way.heads),
+            queries=_pair(inter.cols * intra.cols, columns, parts.q + parts.out + parts.lse),
+            windows=_pair(inter.rows, nodes, parts.kv),
+            steps=_pair(intra.rows, rows, in_window),
+        )
+
+
+def _pair(count: int, near: int, size: float) -> Pair:
+    """To all others of ``count`` ranks, of whom ``near`` share the node."""
+    return (near - 1) * size, (count - near) * size
+
+
+def cost_of(way: Way, shape: Shape, p: int, node_size: int = 0) -> Cost:
+    """``node_size``: how many neighbouring ranks share a node; 0 is all."""
     if way.everywhere:
         return _split_kv(shape, p)
     if way.ranks == 1:
-        return Cost(0, 0, 0, 0, 0, 0)
-    u, inter, intra = way.heads, way.inter, way.intra
-    q, out, kv, lse = _shards(shape, p)
-    exchanged, kv_there = _exchange(shape, u, q, kv, out)
-    rows, others = inter.rows * intra.rows, inter.cols * intra.cols - 1
-    between = (inter.rows - 1) * kv_there
-    keys = between + inter.rows * (intra.rows - 1) * kv_there
-    stops = _stops(inter.stages) * _stops(intra.stages)
-    visiting = min(rows, 2 * -(-rows // stops)) if stops > 1 else rows
+        return Cost()
+    parts, sent = Parts.of(way, shape, p), Sent.of(way, shape, p, node_size or p)
+    heads, queries = sum(sent.heads), sum(sent.queries)
+    keys = sum(sent.windows) + sum(sent.steps)
+    again = 1 + (parts.q + parts.out) / (parts.q + parts.out + parts.lse)
+    grids = way.inter.cols * way.intra.cols > 1
     return Cost(
-        forward=exchanged + keys + others * (q + out + lse),
-        backward=exchanged + 2 * keys + others * (2 * q + 2 * out + lse),
-        between=between + (inter.cols - 1) * (intra.cols) * (q + out + lse),
-        memory=(q + kv_there + out) * (u > 1) + visiting * kv_there + others * (q + out + lse),
-        merges=stops - 1 + others,
-        sends=2 * (u > 1) + (stops if rows > 1 else 0) - (stops > 1) + 2 * (others > 0),
+        forward=heads + keys + queries,
+        backward=heads + keys * (1 + home_factor(way, shape)) + queries * again,
+        between=sum(pair[1] for pair in (sent.heads, sent.queries, sent.windows, sent.steps)),
+        memory=_memory(way, parts),
+        merges=way.inter.stages * way.intra.stages - 1 + grids,
+        sends=2 * (way.heads > 1) + _sends(way.inter, way.intra) + 2 * grids,
     )
 
 
-def _shards(shape: Shape, p: int) -> tuple[float, float, float, float]:
-    """Bytes of one rank's q, out, kv and lse."""
-    rows = shape.batch * shape.queries / p * shape.heads
-    keys = shape.batch * shape.keys / p * shape.kv_heads
-    e = shape.itemsize
-    return (
-        rows * shape.dim * e,
-        rows * shape.v_dim * e,
-        keys * (shape.dim + shape.v_dim) * e,
-        rows * max(4, e),
-    )
+def home_factor(way: Way, shape: Shape) -> float:
+    """Bytes of dK and dV on their way home, by those of K and V."""
+    return ITEMSIZE.get(way.grad_dtype, shape.itemsize) / shape.itemsize
 
 
-def _exchange(shape: Shape, u: int, q: float, kv: float, out: float) -> tuple[float, float]:
-    """Bytes sent to exchange sequence for heads and back, and K and V of a rank afterwards. KV
-    heads that are fewer than u go to several ranks."""
-    if u == 1:
-        return 0, kv
-    copies = max(1, u // shape.kv_heads)
-    return (u - 1) / u * (q + out + copies * kv), copies * kv
+def portions(level: Level) -> list[float]:
+    """How many chunks come in each stage; the first is the rank's own where there are several."""
+    if level.stages == 1:
+        return [level.rows]
+    return [1, *[(level.rows - 1) / (level.stages - 1)] * (level.stages - 1)]
 
 
-def _stops(stages: int) -> int:
-    return max(1, stages)
+def _sends(inter: Level, intra: Level) -> int:
+    """Hops of keys: between nodes, and in each window inside the node. An own chunk needs none."""
+    windows = inter.stages - 1 if inter.stages > 1 else int(inter.rows > 1)
+    steps = intra.stages - 1 if intra.stages > 1 else int(intra.rows > 1)
+    return windows + inter.stages * steps
+
+
+def _memory(way: Way, parts: Parts) -> float:
+    window, step = _held(way.inter), _held(way.intra)
+    visits = (window + step * math.ceil(max(portions(way.inter)))) * parts.kv
+    gathered = way.inter.cols * way.intra.cols
+    queries = gathered * (parts.q + 2 * (parts.out + parts.lse)) if gathered > 1 else 0
+    if way.heads == 1:
+        return visits + queries
+    return parts.q + parts.kv + max(parts.q + parts.kv, visits + queries)
+
+
+def _held(level: Level) -> int:
+    """Chunks. All at once: as they arrive, and put in order. In portions: one is attended to while
+    the next is sent and arrives; of two, nothing comes behind the second."""
+    if level.rows == 1:
+        return 0
+    if level.stages <= 2:
+        return 2 * level.rows - (level.stages == 2)
+    return 3 * math.ceil(max(portions(level)))
 
 
 def _split_kv(shape: Shape, p: int) -> Cost:
@@ -122,4 +208,13 @@ def _split_kv(shape: Shape, p: int) -> Cost:
     rows = shape.batch * shape.heads * shape.queries
     share = 2 * (p - 1) / p
     forward = share * rows * (shape.v_dim + 2) * e
-    return Cost(forward, share * rows * shape.dim * e, 0, rows * (shape.v_dim + 2) * e, 1, 2)
+    return Cost(forward, share * rows * shape.dim * e, 0, 2 * rows * (shape.v_dim + 2) * e, 1, 2)
+
+
+def size(n: float) -> str:
+    """Bytes as they are read: ``31.2 KiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"

@@ -1,7 +1,8 @@
 """Carrying out a hop: chunks of an axis go to the ranks that want them, and gradients come home.
 
-Tensors are ``(batch, heads, seq, dim)``; several travel in one buffer. All ranks of a group take
-part in every exchange, with nothing for those that they do not talk to: one group is enough.
+Tensors are ``(batch, heads, seq, dim)``; several travel in one buffer, a row for each position.
+All ranks of a group take part in every exchange, with nothing for those that they do not talk to:
+one group is enough.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -72,52 +74,57 @@ class Crossing:
 
     @cached_property
     def is_gather(self) -> bool:
-        """Whether everybody gets everything: then it is one all-gather."""
+        """Whether everybody gets everything (or everything but its own, of several): one
+        all-gather, which repeats nothing in what is sent and is the fastest collective there is."""
         p = self.before.p
-        everything = all(sorted(sources) == list(range(p)) for sources in self.hop)
-        return everything and p > 1 and p == self.side.world and self.wanted is None
+        if p != self.side.world or self.wanted is not None:
+            return False
+        everything = set(range(p))
+        return all(len(got) > 1 and {rank, *got} == everything for rank, got in enumerate(self.hop))
 
     # --- there ---------------------------------------------------------------------------------
 
-    def start(self, xs: Tensors) -> Tensor | None:
-        """Start sending; None where nothing has to travel."""
+    def start(self, xs: Tensors, packed: dict[Intervals, Tensor] | None = None) -> Tensor | None:
+        """Start sending; None where nothing has to travel. ``packed``: buffers of ``xs``, to be
+        shared by hops that send the same."""
         me = self.side.rank
         if self.is_identity:
             return None
         if self.is_gather:
-            mine = _flat(xs)
-            longest = max(self.before.lengths) * _per_row(xs)
-            return all_gather(padded(mine, longest), self.before.p, self.side.group)
+            mine = padded(_rows(xs), max(self.before.lengths))
+            return all_gather(mine, self.before.p, self.side.group)
         chunks, send, receive = [], [0] * self.before.p, [0] * self.before.p
-        flat: dict[Intervals, Tensor] = {}  # several ranks may get the same
+        packed = {} if packed is None else packed  # several ranks may get the same
         for receiver in range(self.before.p):
             for source, held in self.parts(receiver):
                 if source == me != receiver:
-                    if held not in flat:
-                        flat[held] = _flat(_take(xs, self.before, me, held))
-                    chunks.append(flat[held])
-                    send[receiver] = chunks[-1].numel()
+                    if held not in packed:
+                        packed[held] = _rows(_take(xs, self.before, me, held))
+                    chunks.append(packed[held])
+                    send[receiver] = _length(held)
                 if receiver == me != source:
-                    receive[source] = _length(held) * _per_row(xs)
-        return self._exchange(chunks, send, receive, xs[0])
+                    receive[source] = _length(held)
+        return self._exchange(chunks, send, receive, xs)
 
     def finish(self, pending: Tensor | None, xs: Tensors) -> Tensors:
         """All that this rank holds afterwards, in the order of ``after``."""
         if self.is_identity:
             return xs
-        me, per_row = self.side.rank, _per_row(xs)
-        flat = None if pending is None else wait(pending)
-        apart = max(self.before.lengths) * per_row if self.is_gather else None
-        blocks, offset = [], 0
+        me, longest = self.side.rank, max(self.before.lengths)
+        own: Intervals = ()
+        arrived, offset = [], 0
         # A buffer holds the chunks by the number of their source; ``parts`` may have another order.
         for source, held in sorted(self.parts(me)):
-            if source == me:
-                block = _take(xs, self.before, me, held)
+            if self.is_gather:
+                arrived += _placed(held, source * longest)
+            elif source == me:
+                own = held
             else:
-                start = offset if apart is None else source * apart
-                block = _unflat(flat, start, xs, _length(held))
-                offset += _length(held) * per_row
-            blocks.append((held, block))
+                arrived += _placed(held, offset)
+                offset += _length(held)
+        blocks = [(_placed(own, 0), _take(xs, self.before, me, own))]
+        if pending is not None:
+            blocks.append((arrived, _unrowed(wait(pending), xs)))
         return _sorted(blocks)
 
     # --- and back ------------------------------------------------------------------------------
@@ -130,13 +137,13 @@ class Crossing:
         chunks, send, receive = [], [0] * self.before.p, [0] * self.before.p
         for source, held in sorted(self.parts(me)):
             if source != me:
-                chunks.append(_flat(_take(grads, self.after, me, held)))
-                send[source] = chunks[-1].numel()
+                chunks.append(_rows(_take(grads, self.after, me, held)))
+                send[source] = _length(held)
         for receiver in range(self.before.p):
             for source, held in self.parts(receiver):
                 if source == me != receiver:
-                    receive[receiver] = _length(held) * _per_row(grads)
-        return self._exchange(chunks, send, receive, grads[0])
+                    receive[receiver] = _length(held)
+        return self._exchange(chunks, send, receive, grads)
 
     def finish_back(
         self, pending: Tensor | None, own: Tensors
@@ -149,22 +156,23 @@ class Crossing:
         everything = (Run(0, self.before.lengths[me]),)
         if self.is_identity:
             return [(everything, own)]
-        flat = None if pending is None else wait(pending)
+        arrived = None if pending is None else _unrowed(wait(pending), own)
         found, offset = [], 0
         for receiver in range(self.before.p):
             for source, held in self.parts(receiver):
                 if source != me:
                     continue
-                where = _runs(self.before, me, held)
+                where, rows = _runs(self.before, me, held), _length(held)
                 if receiver == me:
                     found.append((where, _take(own, self.after, me, held)))
                     continue
-                found.append((where, _unflat(flat, offset, own, _length(held))))
-                offset += _length(held) * _per_row(own)
+                parts = own if arrived is None else arrived
+                found.append((where, tuple(x.narrow(2, offset, rows) for x in parts)))
+                offset += rows
         return found
 
     def _exchange(
-        self, chunks: list[Tensor], send: list[int], receive: list[int], like: Tensor
+        self, chunks: list[Tensor], send: list[int], receive: list[int], like: Tensors
     ) -> Tensor | None:
         """One all-to-all over the whole group; none where all ranks know that nobody sends."""
         if not any(
@@ -177,7 +185,9 @@ class Crossing:
         receives, sends = [0] * self.side.world, [0] * self.side.world
         for peer, member in enumerate(self.side.members):
             receives[member], sends[member] = receive[peer], send[peer]
-        buffer = torch.cat(chunks) if chunks else like.new_empty([0])
+        if not chunks:
+            chunks = [_rows(tuple(x.narrow(2, 0, 0) for x in like))]
+        buffer = chunks[0].contiguous() if len(chunks) == 1 else torch.cat(chunks)
         return all_to_all(buffer, receives, sends, self.side.group)
 
 
@@ -217,10 +227,6 @@ def _length(held: Intervals) -> int:
     return sum(interval.length for interval in held)
 
 
-def _per_row(xs: Tensors) -> int:
-    return sum(x.shape[0] * x.shape[1] * x.shape[3] for x in xs)
-
-
 def _runs(layout: Layout, rank: int, held: Intervals) -> tuple[Run, ...]:
     """Where ``held`` lies in ``rank``'s memory, neighbours joined."""
     out: list[Run] = []
@@ -238,32 +244,39 @@ def _take(xs: Tensors, layout: Layout, rank: int, held: Intervals) -> Tensors:
     return tuple(take_runs(x, runs, 2) for x in xs)
 
 
-def _flat(xs: Tensors) -> Tensor:
-    parts = [x.reshape(-1) for x in xs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _rows(xs: Tensors) -> Tensor:
+    """A buffer with a row for each position: so chunks that arrive in order are already joined."""
+    parts = [x.permute(2, 0, 1, 3).flatten(1) for x in xs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _unflat(flat: Tensor | None, offset: int, like: Tensors, rows: int) -> Tensors:
-    """Tensors of ``rows`` rows from a buffer; ``like`` gives the other sizes and nothing else."""
-    out = []
+def _unrowed(buffer: Tensor, like: Tensors) -> Tensors:
+    """Views of a buffer as (batch, heads, rows, dim); ``like`` gives the other sizes only. Copies
+    where rows do not begin at multiples of 16 bytes: kernels load as many at once."""
+    out, start, itemsize = [], 0, buffer.element_size()
     for x in like:
-        shape = [*x.shape[:2], rows, x.shape[3]]
-        count = shape[0] * shape[1] * shape[2] * shape[3]
-        out.append(
-            x.new_empty(shape) if flat is None else flat[offset : offset + count].view(shape)
-        )
-        offset += count
+        b, h, _, d = x.shape
+        columns = buffer.narrow(1, start, b * h * d)
+        part = columns.view(buffer.shape[0], b, h, d).permute(1, 2, 0, 3)
+        is_aligned = start * itemsize % 16 == buffer.shape[1] * itemsize % 16 == 0
+        out.append(part if is_aligned else part.contiguous())
+        start += b * h * d
     return tuple(out)
 
 
-def _sorted(blocks: list[tuple[Intervals, Tensors]]) -> Tensors:
-    """Blocks of rows joined in global order, with as few copies as can be."""
-    found: list[tuple[Interval, int, int]] = []
-    for number, (held, _) in enumerate(blocks):
-        offset = 0
-        for interval in held:
-            found.append((interval, number, offset))
-            offset += interval.length
+def _placed(held: Intervals, offset: int) -> list[tuple[Interval, int]]:
+    """Each interval with where it begins in memory."""
+    starts = accumulate((interval.length for interval in held), initial=offset)
+    return list(zip(held, starts, strict=False))
+
+
+def _sorted(blocks: list[tuple[list[tuple[Interval, int]], Tensors]]) -> Tensors:
+    """Blocks of rows joined in global order; no copy where they lie in one block in that order."""
+    found = (
+        (interval, number, offset)
+        for number, (placed, _) in enumerate(blocks)
+        for interval, offset in placed
+    )
     pieces: list[tuple[int, Run]] = []
     for interval, number, offset in sorted(found):
         run = Run(offset, offset + interval.length)
@@ -272,7 +285,7 @@ def _sorted(blocks: list[tuple[Intervals, Tensors]]) -> Tensors:
         else:
             pieces.append((number, run))
     if not pieces:
-        return blocks[0][1]
+        return tuple(x.narrow(2, 0, 0) for x in blocks[0][1])
     joined = []
     for i in range(len(blocks[0][1])):
         parts = [

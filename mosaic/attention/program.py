@@ -24,7 +24,7 @@ from mosaic.attention.kernels import Gradients
 from mosaic.attention.merge import Partial, accumulator, finite, merge, nothing
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.schedule import schedule
-from mosaic.layout import Intervals, Layout
+from mosaic.layout import Intervals, Layout, Run
 from mosaic.moves import all_reduce
 
 
@@ -75,15 +75,17 @@ def _seen_by(queries: Layout, plan: AttentionPlan, receiver: int, keys: Interval
 def visits(route: Route, own: Tensors) -> Iterator[tuple[Stop, Tensors]]:
     """Keys and values as they come. The next are on their way while these are attended to."""
     windows = [list(stops) for _, stops in groupby(route.stops, lambda stop: stop.window)]
-    coming = windows[0][0].window.start(own) if windows else None
+    packed: dict[Intervals, Tensor] = {}
+    coming = windows[0][0].window.start(own, packed) if windows else None
     for number, stops in enumerate(windows):
         held = stops[0].window.finish(coming, own)
         if number + 1 < len(windows):
-            coming = windows[number + 1][0].window.start(own)
-        next_step = stops[0].step.start(held)
+            coming = windows[number + 1][0].window.start(own, packed)
+        in_window = packed if held is own else {}
+        next_step = stops[0].step.start(held, in_window)
         for stop, following in zip_longest(stops, stops[1:]):
             here = stop.step.finish(next_step, held)
-            next_step = following.step.start(held) if following else None
+            next_step = following.step.start(held, in_window) if following else None
             yield stop, here
 
 
@@ -217,7 +219,10 @@ class Returns:
         if self.pending is None:
             return
         crossing, started, grads, to = self.pending
-        to += crossing.finish_back(started, grads)
+        length = crossing.before.lengths[crossing.side.rank]
+        came = crossing.finish_back(started, grads)
+        # Added up as they come: a list of all of them would be as long as the axis.
+        to[:] = [((Run(0, length),), summed([*to, *came], length, grads))]
         self.pending = None
 
 

@@ -24,14 +24,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
+from mosaic.attention.cost import Shape, cost_of, size
+from mosaic.attention.timing import milliseconds, seconds_of
 from mosaic.errors import ShardingError
 from mosaic.methods import (
     AllGather,
     Auto,
     Composed,
     Hierarchical,
+    Inter,
+    Intra,
     Local,
     Mesh2D,
     Method,
@@ -96,18 +101,32 @@ SPLIT_KV = Way("split_kv", everywhere=True)
 class Facts:
     """What a method's numbers depend on: global facts about one attention.
 
-    ``p`` ranks share the axis; ``sizes`` are those of the mesh axes. ``kv_bytes`` is one rank's
-    share of K and V. ``has_rows``: a dense mask with a row for each query, which stays with its
-    rows. ``heads_are_cut``: by another axis.
+    ``p`` ranks share the axis; ``sizes`` are those of the mesh axes. ``has_rows``: a dense mask
+    with a row for each query, which stays with its rows. ``heads_are_cut``: by another axis.
+    ``node_size``: how many neighbouring ranks share a node, 0 for all; ``memory``: a device's, in
+    bytes, 0 where it does not matter.
     """
 
     p: int
-    heads: int
-    kv_heads: int
-    kv_bytes: int = 0
+    shape: Shape
     has_rows: bool = False
     heads_are_cut: bool = False
     sizes: Mapping[str, int] | None = None
+    node_size: int = 0
+    memory: int = 0
+
+    @property
+    def heads(self) -> int:
+        return self.shape.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.shape.kv_heads
+
+    @property
+    def kv_bytes(self) -> int:
+        """One rank's share of K and V."""
+        return self.shape.kv_bytes // self.p
 
 
 def way_of(method: Method, facts: Facts) -> tuple[Way, str]:
@@ -123,11 +142,10 @@ def way_of(method: Method, facts: Facts) -> tuple[Way, str]:
     return way, note
 
 
-def ring(facts: Facts, stages: int | str = "auto", p: int | None = None) -> Way:
-    p = facts.p if p is None else p
+def ring(facts: Facts, stages: int | str = "auto") -> Way:
+    p = facts.p
     if stages == "auto":
-        others = -(-facts.kv_bytes * (p - 1) // PORTION)
-        stages = min(p, 1 + max(1, others)) if p > 1 else 1
+        return min((ring(facts, k) for k in _stages(facts)), key=partial(_seconds, facts))
     assert isinstance(stages, int)
     if stages > p:
         raise ShardingError(
@@ -135,6 +153,26 @@ def ring(facts: Facts, stages: int | str = "auto", p: int | None = None) -> Way:
             fix=f'use 1 to {p}, or "auto"',
         )
     return Way(f"ring(stages={stages})", intra=Level(p, 1, stages))
+
+
+def _stages(facts: Facts) -> list[int]:
+    """Numbers of stages to choose from: in equal portions, and none too large."""
+    p = facts.p
+    others = [k for k in range(1, p) if (p - 1) % k == 0 or k <= 4]
+    small = [k for k in others if facts.kv_bytes * -(-(p - 1) // k) <= PORTION]
+    return [1 + k for k in small] or [p]
+
+
+def _seconds(facts: Facts, way: Way) -> float:
+    return seconds_of(way, facts.shape, facts.p, facts.node_size).total
+
+
+def after_heads(facts: Facts, u: int) -> Facts:
+    """What is left to do when ``u`` ranks have exchanged sequence for heads."""
+    heads, kv_heads = facts.heads // u, max(1, facts.kv_heads // u)
+    shape = replace(facts.shape, heads=heads, kv_heads=kv_heads)
+    node_size = max(1, facts.node_size // u) if facts.node_size else 0
+    return replace(facts, p=facts.p // u, shape=shape, node_size=node_size)
 
 
 def _ring(method: Ring, facts: Facts) -> tuple[Way, str]:
@@ -180,7 +218,7 @@ def _ulysses(method: Ulysses, facts: Facts) -> tuple[Way, str]:
     u, p = head_groups(facts, facts.p), facts.p
     if u == p:
         return Way(f"ulysses({p})", heads=p), ""
-    rest = ring(facts, p=p // u)
+    rest = ring(after_heads(facts, u))
     if u == 1:
         return rest, f"ulysses({p}) is done by {rest.name}: {why_no_heads(facts)}"
     way = replace(rest, name=f"ulysses({u}) x {rest.name}", heads=u)
@@ -220,12 +258,11 @@ def _hierarchical(method: Hierarchical, facts: Facts) -> tuple[Way, str]:
 def _composed(method: Composed, facts: Facts) -> tuple[Way, str]:
     assert facts.sizes is not None
     u = facts.sizes[method.heads.mesh]
-    rest = replace(facts, p=facts.p // u)
-    way, note = way_of(method.sequence, rest)
-    name = f"ulysses({u}) x {way.name}"
     if head_groups(facts, u) != u:
-        whole = ring(facts)
-        return whole, f"{name} is done by {whole.name}: {why_no_heads(facts)}"
+        rest = ring(facts)
+        return rest, f"ulysses({u}) and more is done by {rest.name}: {why_no_heads(facts)}"
+    way, note = way_of(method.sequence, after_heads(facts, u))
+    name = f"ulysses({u}) x {way.name}"
     return replace(way, name=name, heads=u, is_outer=True), note
 
 
@@ -234,7 +271,30 @@ def _local(method: Local, facts: Facts) -> tuple[Way, str]:
 
 
 def _auto(method: Auto, facts: Facts) -> tuple[Way, str]:
-    return ring(facts), ""
+    """The quickest way that fits into memory; of equals the simpler one, which comes first."""
+    ways = list(dict.fromkeys(way_of(m, facts)[0] for m in alternatives(facts)))
+    costs = {way: cost_of(way, facts.shape, facts.p) for way in ways}
+    bound = facts.memory / 4 or math.inf
+    fitting = [way for way in ways if costs[way].memory <= bound]
+    fitting = fitting or [min(ways, key=lambda way: costs[way].memory)]
+    best, *others = sorted(fitting, key=partial(_seconds, facts))
+    said = [
+        f"{way}: {milliseconds(_seconds(facts, way))}, "
+        f"{size(costs[way].forward + costs[way].backward)} sent"
+        for way in (best, *others[:1])
+    ]
+    return best, f"auto: {'; next best '.join(said)}"
+
+
+def alternatives(facts: Facts) -> list[Method]:
+    """What ``p`` ranks allow, simple methods first; what cannot be done exactly is a ring."""
+    p, w = facts.p, facts.node_size
+    found: list[Method] = [AllGather(), Ring(), Ulysses()]
+    found += [Mesh2D(p // cols, cols) for cols in range(2, p + 1) if p % cols == 0]
+    if 1 < w < p and p % w == 0:
+        for inter in get_args(Inter):
+            found += [Hierarchical(w, intra, inter) for intra in get_args(Intra)]
+    return found
 
 
 RESOLVE: dict[type[Method], Any] = {

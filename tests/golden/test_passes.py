@@ -301,13 +301,13 @@ def test_lower_attention(planned, check):
 -attention: (f64[2, 5, 3, 8], f64[2, 5, 3]) = mosaic.attention(x[:, :, 3:6], x[:, :, 3:6], x[:, :,
 -    3:6], plan(ring(stages=2) q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
 -all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(attention[0], 4, sp)
-+cat: f64[480] = cat([x[:, :, 3:6], x[:, :, 3:6]])
-+all_to_all: f64[1280] = all_to_all(cat, receive=[480, 0, 480, 320], send=[480, 0, 480, 480], sp)
++cat: f64[3, 160] = cat([x[:, :, 3:6], x[:, :, 3:6]], 1)
++all_gather_1: f64[12, 160] = all_gather(cat, 4, sp)
 +flash: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], x[:, :, 3:6], x[:, :, 3:6],
 +    scale=0.3536)
-+wait_1: f64[1280] = wait(all_to_all)
-+cat_1: f64[2, 5, 8, 8] = cat([wait_1[:240], wait_1[480:720], wait_1[960:1120]], 2)
-+cat_2: f64[2, 5, 8, 8] = cat([wait_1[240:480], wait_1[720:960], wait_1[1120:1280]], 2)
++wait_1: f64[12, 160] = wait(all_gather_1)
++cat_1: f64[2, 5, 8, 8] = cat([wait_1[:, :80][:, :, :3], wait_1[:, :80][:, :, 6:11]], 2)
++cat_2: f64[2, 5, 8, 8] = cat([wait_1[:, 80:160][:, :, :3], wait_1[:, 80:160][:, :, 6:11]], 2)
 +flash_1: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], cat_1, cat_2, scale=0.3536)
 +add_1: f64[2, 5, 3, 8], add_2: f64[2, 5, 3] = fused[maximum eq .. 17 ops](flash, flash_1)
 +all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(add_1, 4, sp)
@@ -343,7 +343,7 @@ def test_overlap_reduces_gradients_together(planned, check):
 -all_reduce_1: f64[5, 6] = all_reduce(mm_2, 'sum', sp)
 -wait_1: f64[5, 6] = wait(all_reduce_1)
 +all_reduce_coalesced: (f64[5], f64[5, 6]) = all_reduce_coalesced([sum_1, mm_2], 'sum', sp)
- cat: f64[72] = cat([view_1, view_1])
+ cat: f64[3, 24] = cat([view_1, view_1], 1)
 ...
  wait_2: f64[6, 8] = wait(all_reduce_2)
 -return [None, wait_2, wait_1, wait]

@@ -67,11 +67,13 @@ add: f64[6, 3, 8] = add(x[:, 3:6], mm_1)
 # return x + self.between_rows(x, x, x)[0]
 mm_2: f64[18, 24] = mm(add, between_rows.in_proj_weight)
 mul_1: f64[6, 3, 8] = mul(mm_2[0], 0.3536)
-cat: f64[288] = cat([mm_2[1], mm_2[2]])
-all_to_all: f64[768] = all_to_all(cat, receive=[288, 0, 288, 192], send=[288, 0, 288, 288], sp)
+cat: f64[3, 96] = cat([mm_2[1], mm_2[2]], 1)
+all_gather_1: f64[12, 96] = all_gather(cat, 4, sp)
 flash_1: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, mm_2[1], mm_2[2], scale=1)
-cat_1: f64[6, 1, 8, 8] = cat([all_to_all[:144], all_to_all[288:432], all_to_all[576:672]], 2)
-cat_2: f64[6, 1, 8, 8] = cat([all_to_all[144:288], all_to_all[432:576], all_to_all[672:768]], 2)
+cat_1: f64[6, 1, 8, 8] = cat([all_gather_1[:, :48][:, :, :3], all_gather_1[:, :48][:, :, 6:11]],
+    2)
+cat_2: f64[6, 1, 8, 8] = cat([all_gather_1[:, 48:96][:, :, :3], all_gather_1[:, 48:96][:, :,
+    6:11]], 2)
 flash_2: (f64[6, 1, 3, 8], f64[6, 1, 3]) = flash(mul_1, cat_1, cat_2, scale=1)
 add_3: f64[6, 1, 3, 8], add_4: f64[6, 1, 3] = fused[maximum eq .. 17 ops](flash_1, flash_2)
 mm_3: f64[18, 8] = mm(add_3, between_rows.out_proj.weight)
