@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from mosaic.arriving import arriving_shards, global_sizes
 from mosaic.capture import capture, read_inputs
 from mosaic.context import Context, World
 from mosaic.errors import ShardingError
-from mosaic.mesh import MosaicContext, current_context
+from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
 from mosaic.notices import announce, resumed_at
 from mosaic.passes import LOWERING, PIPELINE
@@ -85,17 +84,6 @@ def mosaic(
     for listener in LISTENERS:
         listener(plan)
     return checked(compiled, context, chosen.spec, group)
-
-
-def context_or_world_of_one() -> MosaicContext | None:
-    found = current_context()
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    if found is None and (several or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-        raise ShardingError(
-            "there are several ranks, and Mosaic does not know which belong together",
-            fix="call mosaic.init(sp_size=...) before the first call of the compiled model",
-        )
-    return found
 
 
 def partitioned(

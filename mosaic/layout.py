@@ -115,6 +115,24 @@ class Layout:
         return cls.of(n, ([(0, n)] for _ in range(p)))
 
     @classmethod
+    def grid(cls, rows: Layout, cols: Layout) -> Layout:
+        """Two axes as one of rows.n x cols.n, over ranks r * cols.p + c: each holds, row by row,
+        its columns of its rows.
+
+        >>> print(Layout.grid(Layout.even(2, 2), Layout.even(3, 2)))
+        6=0:2|2:3|3:5|5:6
+        """
+        n = cols.n
+        return cls.of(
+            rows.n * n,
+            (
+                [(i * n + a, i * n + b) for r in held for i in range(*r) for a, b in columns]
+                for held in rows.ranks
+                for columns in cols.ranks
+            ),
+        )
+
+    @classmethod
     def parse(cls, text: str) -> Layout:
         """Read what ``str`` wrote."""
         n, ranks = text.split("=")

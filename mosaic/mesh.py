@@ -153,6 +153,17 @@ def get_context() -> MosaicContext:
     return _context
 
 
+def context_or_world_of_one() -> MosaicContext | None:
+    """The context, or None for a single process that has not called ``init``."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if _context is None and (several or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise ShardingError(
+            "there are several ranks, and Mosaic does not know which belong together",
+            fix="call mosaic.init(sp_size=...) on every rank first",
+        )
+    return _context
+
+
 @atexit.register
 def _end_gloo_threads() -> None:
     """Let the worker threads of gloo end before the interpreter does.
