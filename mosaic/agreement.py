@@ -145,7 +145,7 @@ def check_shards_alike(
     raise ShardingError(
         "the ranks hold shards of different sizes, and no layout says who holds what",
         sizes=", ".join(f"rank {rank}: {shape}" for rank, shape in enumerate(everyone)),
-        fix=f"if dim {dim} is cut as torch.chunk does, pass layout=mosaic.Layout.even({n}, {p})",
+        fix=f"if the axis is cut as torch.chunk does, pass layout=mosaic.Layout.even({n}, {p})",
     )
 
 

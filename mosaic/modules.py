@@ -89,16 +89,7 @@ class MultiAxisAttention(Projected):
         layers = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         *projections, last = self.parameters_of(layers, held)
         q, k, v = (self.heads_of(folded(rows), layer) for layer in projections)
-        out = attention(
-            q,
-            k,
-            v,
-            self.method,
-            causal=self.causal,
-            mask=folded_mask(mask, rows),
-            dropout=self.rate,
-            layout=parsed(held),
-        )
+        out = self.attended(q, k, v, folded_mask(mask, rows), held, held)
         return self.joined(out, last).reshape(rows.shape).movedim(-2, axis)
 
 
@@ -159,17 +150,9 @@ class CrossAxisAttention(Projected):
         held_keys = layout_text(key_layout or self.key_layout, kv_source, kv_axis)
         query, last = self.parameters_of((self.q_proj, self.out_proj), held)
         key, value = self.parameters_of((self.k_proj, self.v_proj), held_keys)
-        out = attention(
-            self.heads_of(folded(rows), query),
-            self.heads_of(folded(keys), key),
-            self.heads_of(folded(keys), value),
-            self.method,
-            causal=self.causal,
-            mask=folded_mask(mask, rows),
-            dropout=self.rate,
-            layout=parsed(held),
-            key_layout=parsed(held_keys),
-        )
+        q = self.heads_of(folded(rows), query)
+        k, v = (self.heads_of(folded(keys), layer) for layer in (key, value))
+        out = self.attended(q, k, v, folded_mask(mask, rows), held, held_keys)
         return self.joined(out, last).reshape(rows.shape).movedim(-2, axis)
 
 

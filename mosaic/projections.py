@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosaic.errors import ShardingError
-from mosaic.functional import key_of, parameters_node
+from mosaic.functional import attention_node, key_of, parameters_node
 from mosaic.mesh import get_context
 from mosaic.methods import Local, Mesh2D, Method, method_of
 from mosaic.moves import all_reduce
@@ -60,6 +60,14 @@ class Projected(nn.Module):
     def heads_of(self, x: Tensor, layer: tuple[Tensor, Tensor | None]) -> Tensor:
         """(batch, ..., embed) -> (batch, heads, ..., head_dim)."""
         return F.linear(x, *layer).unflatten(-1, (-1, self.head_dim)).movedim(-2, 1)
+
+    def attended(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: str, key_layout: str
+    ) -> Tensor:
+        """``mosaic.attention`` as this module does it."""
+        tensors = (q, k, v, mask, None, None)
+        options = (self.causal, None, None, None, self.rate)
+        return attention_node(*tensors, key_of(self.method), *options, layout, key_layout)
 
     def joined(self, out: Tensor, layer: tuple[Tensor, Tensor | None]) -> Tensor:
         """(batch, heads, ..., head_dim) -> (batch, ..., embed)."""

@@ -4,6 +4,7 @@ against the same module (or plain attention) in one process on whole tensors."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -323,3 +324,122 @@ def block(p: int, compiler: str | None = None, n: int = 8) -> dict[str, float]:
         expected = [mine(want, 1, held, rank), mine(y.grad, 1, held, rank)]
         errors[str(length)] = difference(got, expected + [q.grad for q in local.parameters()])
     return errors
+
+
+def masked(p: int) -> dict[str, float]:
+    """Masks of a module: padding for each batch, and a row for each query and head."""
+    context = mosaic.init(sp_size=p)
+    torch.manual_seed(7)
+    n, errors = 8, {}
+    held = Layout.zigzag(n, p)
+    x = torch.randn(2, n, 3, EMBED, dtype=F64)
+    padding = torch.arange(n) < torch.tensor([5, 7])[:, None, None, None, None]
+    rows = torch.randn(1, HEADS, n, n, dtype=F64)
+    for backend, options in backends(p):
+        module = mosaic.MultiAxisAttention(EMBED, HEADS, 1, backend, **options).double()
+        local = mosaic.MultiAxisAttention(EMBED, HEADS, 1).double()
+        local.load_state_dict(module.state_dict())
+        for name, whole, part in (
+            ("padding", padding, padding),
+            ("rows", rows, mine(rows, 2, held, context.rank())),
+        ):
+            run = partial(module, mask=part, layout=held)
+            errors[f"{backend} {name}"] = compared(
+                module, Filled(local, mask=whole), [x], [1], [held], {}, run
+            )
+    return errors
+
+
+class Filled(nn.Module):
+    """A module with keyword arguments filled in."""
+
+    def __init__(self, module: nn.Module, **options: Any):
+        super().__init__()
+        self.module, self.options = module, options
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.module(*args, **self.options)
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+def compiled(p: int, compiler: str, names: list[str], **options: Any) -> dict[str, float]:
+    """Each module as one graph: outputs and gradients are those of eager code."""
+    mosaic.init(sp_size=p)
+    torch.manual_seed(8)
+    x = torch.randn(2, 4, 2, EMBED, dtype=F64)
+    q = torch.randn(1, HEADS, 4, 3, dtype=F64)
+    zigzag = mosaic.shard_tensor(torch.randn(2, 8, EMBED, dtype=F64), 1, layout=Layout.zigzag(8, p))
+    kinds: dict[str, tuple[Callable[[], nn.Module], list[Tensor]]] = {
+        "rows": (lambda: mosaic.MultiAxisAttention(EMBED, HEADS, 1, "ring", causal=True), [zigzag]),
+        "heads": (lambda: mosaic.MultiAxisAttention(EMBED, HEADS, 1, "ulysses"), [x]),
+        "two axes": (lambda: mosaic.MultiAxisAttention2D(EMBED, HEADS, 1, 2, (1, p)), [x]),
+        "cross": (lambda: mosaic.CrossAxisAttention(EMBED, HEADS, 1, 1, "ring"), [x, x[:, :3]]),
+        "composed": (lambda: mosaic.ComposedAttention((p, 1)), [q, q, q]),
+        "nodes": (lambda: mosaic.HierarchicalAttention(p), [q, q, q]),
+    }
+    errors = {}
+    for name in names:
+        build, inputs = kinds[name]
+        module = build().double()
+        results = []
+        torch._dynamo.reset()
+        run = torch.compile(module, backend=compiler, fullgraph=True, **options)
+        for fn in (module, run):
+            leaves = [y.detach().clone().requires_grad_() for y in inputs]
+            for leaf, given in zip(leaves, inputs, strict=True):
+                leaf.__dict__.update(given.__dict__)  # how it is cut
+            out = fn(*leaves)
+            grads = torch.autograd.grad(out.sin().sum(), [*leaves, *module.parameters()])
+            results.append([out, *grads])
+        errors[name] = difference(results[1], results[0])
+    return errors
+
+
+def messages(p: int) -> dict[str, str]:
+    """What is said on rank 1 where ranks or programs do not fit."""
+    context = mosaic.init(sp_size=p)
+    rank = context.rank()
+    attn = mosaic.MultiAxisAttention(EMBED, HEADS, 1, "ring")
+    q = torch.randn(1, 2, 4, 3)
+
+    def bare(x):
+        return attn(x) + F.scaled_dot_product_attention(x, x, x)
+
+    def whole(x):
+        return attn(x)
+
+    spec = mosaic.ShardingSpec(inputs={"x": "batch rows features"}, axes={"rows": "ring"})
+    even = Layout.even(8, p)
+    calls: dict[str, Callable[[], Any]] = {
+        "unequal": lambda: attn(torch.randn(2, 4 - rank, EMBED)),
+        "part": lambda: attn(torch.randn(2, 3, EMBED), layout=even),
+        "ranks": lambda: attn(torch.randn(2, 3, EMBED), layout=Layout.even(8, p + 1)),
+        "twice": lambda: attn(torch.randn(2, 3, EMBED), layout=Layout.of(4, [[(0, 3)]] * p)),
+        "local": lambda: mosaic.attention(q, q, q, "local", layout=even),
+        "grid": lambda: mosaic.attention(q, q, q, mosaic.Mesh2D(2, 2)),
+        "2d": lambda: mosaic.MultiAxisAttention2D(EMBED, HEADS, 1, 2, (2, 2))(
+            torch.randn(1, 2, 2, EMBED)
+        ),
+        "composed": lambda: mosaic.ComposedAttention((2, 2))(q, q, q),
+        "single": lambda: mosaic.attention(
+            q[:, :, :1], q[:, :, :1], q[:, :, :1], "ring",
+            mask=torch.zeros(1, 1, 1, p, requires_grad=True),
+        ),
+        "bare": lambda: torch.compile(bare, backend="mosaic", options={"inner": "eager"})(
+            torch.randn(2, 4, EMBED)
+        ),
+        "spec": lambda: torch.compile(
+            whole, backend="mosaic", options={"inner": "eager", "spec": spec}
+        )(torch.randn(2, 4, EMBED)),
+    }  # fmt: skip
+    return {name: said(call) for name, call in calls.items()}
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return str(getattr(error, "inner_exception", error))
+    return "nothing"
