@@ -12,7 +12,6 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from mosaic.capture import Input
 from mosaic.errors import MosaicError, ShardingError
+from mosaic.mesh import MosaicContext
 from mosaic.torch_private import default_store
 
 TIMEOUT = timedelta(seconds=30)
@@ -125,20 +125,21 @@ def check_data(group: dist.ProcessGroup, given: Sequence[tuple[Input, Any]]) -> 
     )
 
 
-@cache
 def check_shards_alike(
-    group: dist.ProcessGroup | None, shapes: tuple[tuple[int, ...], ...], dim: int
+    context: MosaicContext, mesh_axis: str, shapes: tuple[tuple[int, ...], ...], dim: int
 ) -> None:
     """Raise ShardingError if shards without a layout are not of one shape on every rank.
 
     Asked once for each shape. It goes through the store: a rank with another shape, whose turn it
     is not on the others, is told so after a while, and meets no collective that is not its own.
     """
-    if group is None or dist.get_backend(group) == "fake":
+    group, question = context.group(mesh_axis), (mesh_axis, shapes)
+    if group is None or question in context.alike or dist.get_backend(group) == "fake":
         return
     said = [json.loads(text) for text in exchange(group, json.dumps(shapes), COMPARE, PATIENCE)]
     wrong = next((i for i in range(len(shapes)) if len({str(s[i]) for s in said}) > 1), None)
     if wrong is None:
+        context.alike.add(question)
         return
     everyone = [shape[wrong] for shape in said]
     n, p = sum(shape[dim] for shape in everyone), len(said)

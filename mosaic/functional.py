@@ -64,7 +64,8 @@ def attention(
         every rank; equal ones attend. The keys' are the queries' if left out.
     scale: of the scores; None is 1 / sqrt(head_dim).
     dropout: probability with which a weight is dropped, by a seed that is drawn once a call: the
-        same weights for every method and number of ranks.
+        same weights for every method and number of ranks. ("local" sends no seed: ranks draw alike
+        if they are seeded alike, and take the batch for the whole batch.)
     layout: who holds which queries. None is that of ``mosaic.shard_tensor``, else equal shards, one
         behind the other, which the ranks compare when a shape is new.
     key_layout: the same of the keys; None is ``layout``. A ``Layout.whole`` says that every rank
@@ -74,8 +75,9 @@ def attention(
     """
     name = key_of(method)
     left, right = (None, None) if window is None else window
-    queries = layout_text(layout, q, 2)
-    keys = layout_text(key_layout, k, 2) or queries
+    mesh = method.mesh if isinstance(method, Method) else "sp"
+    queries = layout_text(layout, q, 2, mesh)
+    keys = layout_text(key_layout, k, 2, mesh) or queries
     tensors = (q, k, v, mask, query_documents, key_documents)
     return attention_node(*tensors, name, causal, left, right, scale, dropout, queries, keys)
 
@@ -206,7 +208,7 @@ def layouts(q: Tensor, k: Tensor, request: Request, world: World) -> tuple[Layou
     context = context_or_world_of_one()
     if unknown and world.size > 1 and context is not None:
         shapes = tuple(tuple(map(int, x.shape)) for x in unknown)
-        check_shards_alike(context.group(world.mesh_axis), shapes, 2)
+        check_shards_alike(context, world.mesh_axis, shapes, 2)
     query = fitted("q", q, given[0], world, "layout")
     return query, fitted("k", k, given[1], world, "key_layout")
 

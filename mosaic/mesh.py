@@ -52,6 +52,7 @@ class MosaicContext:
     axes: tuple[str, ...]
     _request: _Request = field(repr=False)
     _owns_group: bool = field(repr=False)
+    alike: set[object] = field(repr=False, compare=False, default_factory=set)  # shards compared
 
     def size(self, mesh_axis: str = "sp") -> int:
         """How many ranks the mesh axis has."""

@@ -31,7 +31,7 @@ from mosaic.functional import (
     ranks_of,
 )
 from mosaic.layout import Layout
-from mosaic.mesh import context_or_world_of_one
+from mosaic.mesh import get_context
 from mosaic.methods import Composed, Hierarchical, Mesh2D, Method, Ulysses, method_of
 from mosaic.projections import (
     Projected,
@@ -85,7 +85,7 @@ class MultiAxisAttention(Projected):
     ) -> Tensor:
         axis = axis_of(x, self.attention_axis, self.embed_dim)
         rows = x.movedim(axis, -2)
-        held = layout_text(layout or self.layout, x, axis)
+        held = layout_text(layout or self.layout, x, axis, self.method.mesh)
         layers = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         *projections, last = self.parameters_of(layers, held)
         q, k, v = (self.heads_of(folded(rows), layer) for layer in projections)
@@ -146,8 +146,9 @@ class CrossAxisAttention(Projected):
                 f"{list(kv_source.shape)} without axis {kv_axis}",
                 fix="expand the axes that one of them lacks",
             )
-        held = layout_text(layout or self.layout, q_source, axis)
-        held_keys = layout_text(key_layout or self.key_layout, kv_source, kv_axis)
+        held = layout_text(layout or self.layout, q_source, axis, self.method.mesh)
+        keys_held = key_layout or self.key_layout
+        held_keys = layout_text(keys_held, kv_source, kv_axis, self.method.mesh)
         query, last = self.parameters_of((self.q_proj, self.out_proj), held)
         key, value = self.parameters_of((self.k_proj, self.v_proj), held_keys)
         q = self.heads_of(folded(rows), query)
@@ -202,7 +203,7 @@ class MultiAxisAttention2D(Projected):
         layers = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         *projections, last = self.parameters_of(layers, "")
         q, k, v = (self.heads_of(tokens, layer) for layer in projections)
-        held = layout_text(layout or self.layout, x, -1)
+        held = str(layout or self.layout or "")
         out = grid_node(q, k, v, key_of(self.method), self.causal, self.rate, held)
         return self.joined(out, last).reshape(grid.shape).movedim((-3, -2), axes)
 
@@ -215,8 +216,7 @@ def grid_node(q, k, v, method: str, causal: bool, dropout: float, layout: str) -
     world, joint = ranks_of(found), parsed(layout)
     n1, n2 = int(q.shape[2]), int(q.shape[3])
     if joint is None and world.size > 1:
-        context = context_or_world_of_one()
-        check_shards_alike(context and context.group(found.mesh), ((n1, n2),), 0)
+        check_shards_alike(get_context(), found.mesh, ((n1, n2),), 0)
         joint = _equal_grid(n1, n2, found.rows, found.cols, world.size)
     if joint is not None and not causal and not dropout:
         joint = _renumbered(joint)

@@ -64,8 +64,7 @@ def fitted(name: str, x: Tensor, layout: Layout | None, world: World, option: st
         raise ShardingError(
             f"{option} is for {layout.p} ranks, and this attention is done by {p}",
             layout=layout,
-            fix=f"make it for the ranks of mesh axis '{world.mesh_axis}'; "
-            "the method 'local' has one rank, which holds the whole axis",
+            fix=f"make it for the ranks of '{world.mesh_axis}'; with 'local' the axis is not cut",
         )
     if layout.lengths[world.rank] != n:
         raise ShardingError(
@@ -124,6 +123,5 @@ def check_inputs(q: Tensor, inputs: Inputs, query: Layout, key: Layout, rank: in
         raise ShardingError(
             "a mask needs a gradient, and a rank has a single query",
             layout=query,
-            fix="no rank can tell whether its only row is its own or everybody's: "
-            "give every rank two queries or none",
+            fix="give every rank two queries or none: one row could be everybody's",
         )

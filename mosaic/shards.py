@@ -58,8 +58,7 @@ def passed_through(
         raise UnsupportedError(
             "an attention beside Mosaic's own, in a program that works on shards already",
             where=where(node),
-            fix="say whether its axis is cut: mosaic.attention(q, k, v, 'ring') if it is, "
-            "mosaic.attention(q, k, v, 'local') if every rank has all of it",
+            fix="use mosaic.attention(q, k, v, method), with 'local' if its axis is not cut",
         )
     # Local sizes may differ, so what the ranks compare are the ops alone.
     context.graph_text = "\n".join(str(n.target) for n in captured.graph.nodes if is_call(n))

@@ -48,18 +48,25 @@ def layout_of(x: Tensor) -> Layout:
     return shard_of(x).place.layout
 
 
-def layout_text(layout: Layout | None, x: Tensor, dim: int) -> str:
+def layout_text(layout: Layout | None, x: Tensor, dim: int, mesh_axis: str) -> str:
     """The layout of a dim as text: the given one, else what is remembered; "" if nothing is."""
     if layout is not None:
         return str(layout)
     spec = getattr(x, _MARK, None)
-    return "" if spec is None else _along(spec, dim % x.ndim)
+    return "" if spec is None else _along(spec, dim % x.ndim, mesh_axis)
 
 
 @torch.compiler.assume_constant_result
-def _along(spec: str, dim: int) -> str:
+def _along(spec: str, dim: int, mesh_axis: str) -> str:
     place = Shard.decode(spec).place
-    return str(place.layout) if place.dim == dim and place.outer == place.inner == 1 else ""
+    if place.dim != dim or (place.outer, place.inner) != (1, 1):
+        return ""
+    if place.mesh_axis != mesh_axis:
+        raise ShardingError(
+            f"dim {dim} is cut over mesh axis '{place.mesh_axis}', and '{mesh_axis}' is asked for",
+            fix=f"use a method with mesh='{place.mesh_axis}', or gather the tensor first",
+        )
+    return str(place.layout)
 
 
 def gather(
@@ -72,7 +79,7 @@ def gather(
     """
     if dim is None:
         return torch.ops.mosaic.gather(x, _spec(x))
-    return gather_node(x, dim, layout_text(layout, x, dim), mesh_axis)
+    return gather_node(x, dim, layout_text(layout, x, dim, mesh_axis), mesh_axis)
 
 
 @torch.compiler.allow_in_graph
@@ -81,7 +88,7 @@ def gather_node(x: Tensor, dim: int, layout: str, mesh_axis: str) -> Tensor:
     context, dim = get_context(), dim % x.ndim
     n, p, rank = int(x.shape[dim]), context.size(mesh_axis), context.rank(mesh_axis)
     if not layout:
-        check_shards_alike(context.group(mesh_axis), (tuple(map(int, x.shape)),), dim)
+        check_shards_alike(context, mesh_axis, (tuple(map(int, x.shape)),), dim)
     found = Layout.parse(layout) if layout else Layout.even(n * p, p)
     if found.p != p or found.lengths[rank] != n:
         raise ShardingError(

@@ -377,6 +377,7 @@ def compiled(p: int, compiler: str, names: list[str], **options: Any) -> dict[st
         "two axes": (lambda: mosaic.MultiAxisAttention2D(EMBED, HEADS, 1, 2, (1, p)), [x]),
         "cross": (lambda: mosaic.CrossAxisAttention(EMBED, HEADS, 1, 1, "ring"), [x, x[:, :3]]),
         "composed": (lambda: mosaic.ComposedAttention((p, 1)), [q, q, q]),
+        "dropout": (lambda: mosaic.MultiAxisAttention(EMBED, HEADS, 1, "ring", dropout=0.5), [x]),
         "nodes": (lambda: mosaic.HierarchicalAttention(p), [q, q, q]),
     }
     errors = {}
@@ -390,6 +391,7 @@ def compiled(p: int, compiler: str, names: list[str], **options: Any) -> dict[st
             leaves = [y.detach().clone().requires_grad_() for y in inputs]
             for leaf, given in zip(leaves, inputs, strict=True):
                 leaf.__dict__.update(given.__dict__)  # how it is cut
+            torch.manual_seed(9)
             out = fn(*leaves)
             grads = torch.autograd.grad(out.sin().sum(), [*leaves, *module.parameters()])
             results.append([out, *grads])

@@ -39,12 +39,13 @@ num_kv_heads does not divide num_heads
 
 
 def test_unknown_backend() -> None:
-    text = message_of(mosaic.MultiAxisAttention, 8, 4, 1, "star")
+    text = message_of(mosaic.MultiAxisAttention, 8, 4, 1, "mesh3d")
     assert_expected_inline(
         text,
         """\
-there is no method 'star'
-  fix  use one of 'auto', 'local', 'ring', 'all_gather', 'ulysses', or an object such as mosaic.Mesh2D(2, 2)""",
+there is no method 'mesh3d'
+  fix  use one of 'auto', 'local', 'ring', 'all_gather', 'ulysses', \
+or an object such as mosaic.Mesh2D(2, 2)""",
     )
 
 
@@ -247,7 +248,7 @@ def test_a_layout_for_other_ranks(on_two_ranks) -> None:
         """\
 layout is for 3 ranks, and this attention is done by 2
   layout  8=0:3|3:6|6:8
-  fix     make it for the ranks of mesh axis 'sp'; the method 'local' has one rank, which holds the whole axis""",
+  fix     make it for the ranks of 'sp'; with 'local' the axis is not cut""",
     )
 
 
@@ -267,7 +268,7 @@ def test_local_over_a_cut_axis(on_two_ranks) -> None:
         """\
 layout is for 2 ranks, and this attention is done by 1
   layout  8=0:4|4:8
-  fix     make it for the ranks of mesh axis 'sp'; the method 'local' has one rank, which holds the whole axis""",
+  fix     make it for the ranks of 'sp'; with 'local' the axis is not cut""",
     )
 
 
@@ -307,7 +308,7 @@ def test_a_mask_whose_gradient_is_ambiguous(on_two_ranks) -> None:
         """\
 a mask needs a gradient, and a rank has a single query
   layout  2=0:1|1:2
-  fix     no rank can tell whether its only row is its own or everybody's: give every rank two queries or none""",
+  fix     give every rank two queries or none: one row could be everybody's""",
     )
 
 
@@ -318,7 +319,7 @@ def test_a_bare_attention_beside_mosaics(on_two_ranks) -> None:
 an attention beside Mosaic's own, in a program that works on shards already
   tests/module_jobs.py:LINE in bare
     return attn(x) + F.scaled_dot_product_attention(x, x, x)
-  fix  say whether its axis is cut: mosaic.attention(q, k, v, 'ring') if it is, mosaic.attention(q, k, v, 'local') if every rank has all of it""",
+  fix  use mosaic.attention(q, k, v, method), with 'local' if its axis is not cut""",
     )
 
 

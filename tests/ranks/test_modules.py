@@ -43,7 +43,7 @@ def test_a_model_with_other_layers(ranks, compiler: str | None) -> None:
     check(ranks(2).run(jobs.block, 2, compiler))
 
 
-KINDS = ["rows", "heads", "two axes", "cross", "composed", "nodes"]
+KINDS = ["rows", "heads", "two axes", "cross", "composed", "nodes", "dropout"]
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "mosaic"])
