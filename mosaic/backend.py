@@ -71,7 +71,7 @@ def mosaic(
     _seen[id(options)] = options
     chosen = Options(**(options or {}), is_first_graph=first)
     ranks = context_or_world_of_one()
-    group = ranks.group(chosen.spec.mesh_axis) if ranks else None
+    group = ranks.group(chosen.spec.mesh) if ranks else None
     try:
         local, context, plan = partitioned(module, chosen, ranks)
     except Exception as error:
@@ -91,8 +91,8 @@ def partitioned(
 ) -> tuple[fx.GraphModule, Context, Plan]:
     """PIPELINE: from Dynamo's graph to this rank's local program."""
     spec = options.spec
-    group = ranks.group(spec.mesh_axis) if ranks else None
-    world = world_of(ranks, spec.mesh_axis)
+    group = ranks.group(spec.mesh) if ranks else None
+    world = world_of(ranks, spec.mesh)
     first = shards.first_call(module)
     if first is not None:
         return shards.passed_through(module, first, spec, world)
@@ -104,6 +104,7 @@ def partitioned(
     resumed = resumed_at(captured.graph)
     context.is_resumed = resumed is not None
     context.is_first_graph = options.is_first_graph
+    context.worlds = {m.mesh: world_of(ranks, m.mesh) for m in spec.sharded.values()}
     context.graph_text = text_of(captured.graph)
     reports = run_passes(PIPELINE, captured.graph, context, "global")
     plan = plan_of(context, reports)
@@ -133,7 +134,8 @@ def text_of(graph: fx.Graph) -> str:
 
 
 def plan_digest(context: Context, options: Options, plan: Plan) -> str:
-    decided = [str(a) for a in plan.attentions] + plan.collective_rows() + [plan.axis, plan.layout]
+    decided = [str(a) for a in plan.attentions] + plan.collective_rows() + context.decided
+    decided += [plan.axis, plan.layout]
     return agreement.digest(
         graph=context.graph_text,
         spec=options.spec.encode(),

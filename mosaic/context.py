@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from torch import fx
 
@@ -17,18 +18,38 @@ from mosaic.values import Axis, Collective
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of one mesh axis, and which of them this is."""
+    """The ranks of one mesh axis (or of several as one), and which of them this is."""
 
     size: int
     rank: int
     group: str
     mesh_axis: str = "sp"
-    sizes: Mapping[str, int] = field(default_factory=dict)  # of all mesh axes
+    sizes: Mapping[str, int] = field(default_factory=dict)  # of all mesh axes, in their order
+
+    def pairs(self, a: str, b: str) -> list[tuple[int, int]]:
+        """For each rank its ranks along two (joint) mesh axes that make up this one."""
+        mine = own_axes(self.mesh_axis)
+        sizes = {name: n for name, n in self.sizes.items() if name in mine}
+
+        def along(mesh_axis: str, place: tuple[int, ...]) -> int:
+            rank = 0
+            for index, (name, size) in zip(place, sizes.items(), strict=True):
+                rank = rank * size + index if name in own_axes(mesh_axis) else rank
+            return rank
+
+        places = product(*map(range, sizes.values()))
+        return [(along(a, place), along(b, place)) for place in places]
+
+
+def own_axes(mesh_axis: str) -> set[str]:
+    """The mesh's own axes in a joint one."""
+    return {name.strip() for name in mesh_axis.split(",")}
 
 
 @dataclass
 class Context:
-    """Shared by the passes of one graph."""
+    """Shared by the passes of one graph. ``world`` are all ranks that take part, and ``worlds``
+    those of each mesh axis, where that is another."""
 
     spec: ShardingSpec
     world: World
@@ -40,12 +61,18 @@ class Context:
     is_first_graph: bool = True
     holds_shards: bool = False  # a program that was written for shards: it is only lowered
     graph_text: str = ""
-    axis: Axis | None = None
+    worlds: dict[str, World] = field(default_factory=dict)
+    axes: tuple[Axis, ...] = ()  # what is cut, on different mesh axes
     attentions: list[tuple[Attention, fx.Node]] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
+    decided: list[str] = field(default_factory=list)  # what else ranks must have in common
     output_shards: list[str] = field(default_factory=list)  # how each output is cut, "" if whole
     notes: list[str] = field(default_factory=list)
+
+    def on(self, mesh_axis: str) -> World:
+        """The ranks of a mesh axis."""
+        return self.world if mesh_axis == self.world.mesh_axis else self.worlds[mesh_axis]
 
     def arriving_nodes(self, graph: fx.Graph) -> dict[fx.Node, Place]:
         """The placeholders of inputs that arrive cut."""

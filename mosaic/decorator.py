@@ -9,6 +9,7 @@ import torch
 
 from mosaic.backend import mosaic as backend
 from mosaic.errors import ShardingError
+from mosaic.methods import Method
 from mosaic.spec import ShardingSpec
 
 T = TypeVar("T")
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 def shard(
     inputs: Mapping[str, str] | None = None,
-    axes: Mapping[str | int, str] | None = None,
+    axes: Mapping[str | int, Method | str] | None = None,
     *,
     inner: str = "inductor",
     **contract: Any,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -23,10 +25,14 @@ def explain(
     *args: Any,
     spec: ShardingSpec | None = None,
     sp_size: int | None = None,
+    mesh_shape: Sequence[int] | None = None,
+    mesh_axes: Sequence[str] | None = None,
     rank: int = 0,
     **kwargs: Any,
 ) -> Plan:
     """The plan for ``fn(*args, **kwargs)`` on ``sp_size`` ranks; nothing is computed or sent.
+
+    ``mesh_shape=(2, 3), mesh_axes=("r", "c")`` for ranks with several mesh axes.
 
     Needs no ranks: without a process group a fake one is made for the time of the call. The plan
     has every attention with its source line, axis, method, mask and bytes; every other collective
@@ -37,7 +43,7 @@ def explain(
     """
     found: list[Plan] = []
     options: dict[str, Any] = {"spec": spec or ShardingSpec(), "inner": "eager"}
-    with ranks(sp_size, rank), listening(found):
+    with ranks(Ranks(sp_size, mesh_shape, mesh_axes), rank), listening(found):
         compiled = torch.compile(fn, backend=_planning, options=options, dynamic=False)
         reset_dynamo()
         compiled(*args, **kwargs)
@@ -99,19 +105,32 @@ def listening(found: list[Plan]) -> Iterator[None]:
         backend.LISTENERS.remove(listen)
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks to plan for; nothing said: those of ``mosaic.init``."""
+
+    sp_size: int | None = None
+    mesh_shape: Sequence[int] | None = None
+    mesh_axes: Sequence[str] | None = None
+
+    @property
+    def world(self) -> int:
+        return prod(self.mesh_shape) if self.mesh_shape else self.sp_size or 1
+
+
 @contextmanager
-def ranks(sp_size: int | None, rank: int) -> Iterator[None]:
+def ranks(wanted: Ranks, rank: int) -> Iterator[None]:
     """The ranks of ``mosaic.init`` if there are any; else a fake world for the time of the call."""
-    if mesh.current_context() is not None and sp_size is None:
+    if mesh.current_context() is not None and wanted == Ranks():
         yield
         return
     if dist.is_initialized() or mesh.current_context() is not None:
-        mesh.get_context().size()  # says what to do if there is no context yet
+        mesh.get_context()  # says what to do if there is no context yet
         yield
         return
-    size = sp_size or 1
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    context = mesh.init(sp_size=size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=wanted.world)
+    size = None if wanted.mesh_shape else wanted.world
+    context = mesh.init(size, mesh_shape=wanted.mesh_shape, mesh_axes=wanted.mesh_axes)
     try:
         yield
     finally:

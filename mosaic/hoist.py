@@ -32,9 +32,12 @@ def hoist(s: Sharder, value: Value, place: Place) -> Value:
 
 
 def recomputed(s: Sharder, origin: fx.Node, place: Place) -> Value | None:
+    from mosaic.local.written import HELPERS
     from mosaic.rules import pull
 
     if origin.op != "call_function" or not hasattr(origin.target, "_schema"):
+        return None
+    if origin.target in HELPERS:
         return None
     places = pull(s, origin, place)
     if places is None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from math import gcd
 from typing import NamedTuple
 
@@ -122,15 +122,8 @@ class Layout:
         >>> print(Layout.grid(Layout.even(2, 2), Layout.even(3, 2)))
         6=0:2|2:3|3:5|5:6
         """
-        n = cols.n
-        return cls.of(
-            rows.n * n,
-            (
-                [(i * n + a, i * n + b) for r in held for i in range(*r) for a, b in columns]
-                for held in rows.ranks
-                for columns in cols.ranks
-            ),
-        )
+        ranks = product(range(rows.p), range(cols.p))
+        return cls.crossed(rows.blocks(1, cols.n), cols.blocks(rows.n, 1), ranks)
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -213,6 +206,22 @@ class Layout:
         """Every index becomes k neighbouring ones (rows of patches -> patches)."""
         return Layout.of(self.n * k, ([(a * k, b * k) for a, b in r] for r in self.ranks))
 
+    def blocks(self, outer: int, inner: int) -> Layout:
+        """The layout of a whole dim in which the axis is a factor (outer x n x inner): in each of
+        the outer blocks every rank's intervals, shifted and scaled.
+
+        >>> print(Layout.even(3, 2).blocks(2, 1))
+        6=0:2,3:5|2:3,5:6
+        """
+        size = self.n * inner
+        return Layout.of(
+            self.n * outer * inner,
+            (
+                [(o * size + a * inner, o * size + b * inner) for o in range(outer) for a, b in r]
+                for r in self.ranks
+            ),
+        )
+
     def coarsen(self, k: int) -> Layout | None:
         """Undo ``scale``; None where an interval does not begin and end on a multiple of k."""
         if self.n % k or any(a % k or b % k for r in self.ranks for a, b in r):
@@ -228,6 +237,24 @@ class Layout:
                 for mine, theirs in zip(self.ranks, other.ranks, strict=True)
             ),
         )
+
+    @classmethod
+    def crossed(cls, a: Layout, b: Layout, ranks: Iterable[tuple[int, int]]) -> Layout:
+        """Two axes of one dim: rank (i, j) holds what rank i of a and rank j of b both hold.
+
+        >>> rows, columns = Layout.even(2, 2).blocks(1, 3), Layout.even(3, 2).blocks(2, 1)
+        >>> print(Layout.crossed(rows, columns, [(0, 0), (0, 1), (1, 0), (1, 1)]))
+        6=0:2|2:3|3:5|5:6
+        """
+        return cls.of(
+            a.n,
+            ([_intersect(x, y) for x in a.ranks[i] for y in b.ranks[j]] for i, j in ranks),
+        )
+
+    @property
+    def is_ascending(self) -> bool:
+        """Whether each rank's memory is in the order of the axis."""
+        return all(list(r) == sorted(r) for r in self.ranks)
 
     def gather_order(self) -> tuple[tuple[int, Run], ...]:
         """(rank, its stretch of memory), sorted so that their concatenation is the whole axis."""

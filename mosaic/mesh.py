@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mosaic.errors import ShardingError
-from mosaic.torch_private import reset_dynamo
+from mosaic.torch_private import flattened, reset_dynamo
 
 log = logging.getLogger("mosaic")
 
@@ -45,7 +45,11 @@ class _Request:
 
 @dataclass(frozen=True)
 class MosaicContext:
-    """The ranks of this run. ``mesh`` is None where there is a single process."""
+    """The ranks of this run. ``mesh`` is None where there is a single process.
+
+    A mesh axis may be a joint one: ``"a,b"`` is one long axis of size_a x size_b ranks, in the
+    order of the mesh whichever way it is written: rank = index_a * size_b + index_b.
+    """
 
     mesh: DeviceMesh | None
     device: torch.device
@@ -53,21 +57,34 @@ class MosaicContext:
     _request: _Request = field(repr=False)
     _owns_group: bool = field(repr=False)
     alike: set[object] = field(repr=False, compare=False, default_factory=set)  # shards compared
+    _joint: dict[str, DeviceMesh] = field(repr=False, default_factory=dict)
 
     def size(self, mesh_axis: str = "sp") -> int:
         """How many ranks the mesh axis has."""
-        dim = self._dim(mesh_axis)
-        return 1 if self.mesh is None else self.mesh.size(dim)
+        names = self._names(mesh_axis)
+        mesh = self.mesh
+        return 1 if mesh is None else math.prod(mesh.size(self.axes.index(n)) for n in names)
 
     def rank(self, mesh_axis: str = "sp") -> int:
         """This process's place along the mesh axis."""
-        self._dim(mesh_axis)
-        return 0 if self.mesh is None else self.mesh.get_local_rank(mesh_axis)
+        rank = 0
+        for name in self._names(mesh_axis):
+            rank = rank * self.size(name)
+            rank += 0 if self.mesh is None else self.mesh.get_local_rank(name)
+        return rank
 
     def group(self, mesh_axis: str = "sp") -> dist.ProcessGroup | None:
-        """The process group of the mesh axis; None where there is a single process."""
-        self._dim(mesh_axis)
-        return None if self.mesh is None else self.mesh.get_group(mesh_axis)
+        """The process group of the mesh axis; None where there is a single process.
+
+        That of a joint axis is made when it is first asked for, which all ranks must do.
+        """
+        names = self._names(mesh_axis)
+        if self.mesh is None or len(names) == 1:
+            return None if self.mesh is None else self.mesh.get_group(names[0])
+        joint = ",".join(names)
+        if joint not in self._joint:
+            self._joint[joint] = flattened(self.mesh, names)
+        return self._joint[joint].get_group()
 
     def group_name(self, mesh_axis: str = "sp") -> str:
         """The name by which functional collectives find the group; "" for a single process."""
@@ -91,14 +108,18 @@ class MosaicContext:
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _dim(self, mesh_axis: str) -> int:
-        if mesh_axis not in self.axes:
-            raise ShardingError(
-                f"there is no mesh axis '{mesh_axis}'",
-                axes=", ".join(self.axes),
-                fix="use one of these, or name yours in mosaic.init(mesh_shape=..., mesh_axes=...)",
-            )
-        return self.axes.index(mesh_axis)
+    def _names(self, mesh_axis: str) -> tuple[str, ...]:
+        """The mesh's own axes that a (joint) mesh axis is made of, in the order of the mesh."""
+        wanted = [name.strip() for name in mesh_axis.split(",")]
+        for name in wanted:
+            if name not in self.axes:
+                raise ShardingError(
+                    f"there is no mesh axis '{name}'",
+                    axes=", ".join(self.axes),
+                    fix="use one of these, or name yours in "
+                    "mosaic.init(mesh_shape=..., mesh_axes=...)",
+                )
+        return tuple(name for name in self.axes if name in wanted)
 
 
 _context: MosaicContext | None = None

@@ -91,10 +91,9 @@ class Plan:
 
 
 def plan_of(context: Context, passes: list[PassReport]) -> Plan:
-    axis = context.axis
     return Plan(
-        axis=axis.name if axis else "",
-        layout=str(axis.layout) if axis else "",
+        axis=", ".join(axis.name for axis in context.axes),
+        layout=", ".join(str(axis.layout) for axis in context.axes),
         ranks=context.world.size,
         attentions=[report(a, n) for a, n in context.attentions],
         collectives=context.collectives,
@@ -112,7 +111,7 @@ def report(found: Attention, node: fx.Node) -> AttentionReport:
         queries=found.query.n,
         keys=found.key.n,
         method=str(node.meta["way"]),
-        mask=node.meta.get("mask", ""),
+        mask=found.mask,
         bytes=int(cost_of(node.meta["way"], found.shape, max(found.key.p, 1)).forward),
     )
 

@@ -154,6 +154,7 @@ TABLE: dict[str, LocalForm] = {
     "_log_softmax": normalization.log_softmax,
     # attention
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
+    "mosaic::sdpa": attention.scaled_dot_product_attention,  # the mask in words
     # lookups
     "embedding": rule("v e, ... -> ... e", whole="v"),
     "one_hot": rule("... -> ... c"),
@@ -250,7 +251,7 @@ POINTWISE = frozenset(
     "where.ScalarSelf where.Scalar zeros_like".split()
 )
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
-NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function"})
+NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function", "mosaic::sdpa"})
 
 
 def key(target: Any) -> str:
@@ -283,6 +284,8 @@ def written_whole(node: fx.Node) -> LocalForm | None:
     """Ops that even whole are not written as they are: every rank would draw its own numbers."""
     if not hasattr(node.target, "_schema"):
         return None
+    if "attention" in node.meta:
+        return attention.whole
     name = key(node.target)
     if name in NEVER_AS_IS:
         return TABLE[name]

@@ -25,6 +25,7 @@ from mosaic.errors import UnsupportedError
 from mosaic.hoist import hoist
 from mosaic.layout import Place
 from mosaic.modes import modes_of
+from mosaic.random import draw_seed
 from mosaic.source import innermost, line, where
 from mosaic.torch_private import fake_mode_of, pytree
 from mosaic.values import (
@@ -64,6 +65,9 @@ class Sharder:
     _entered: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _written: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _seed: fx.Node | None = None
+    is_second: bool = False  # of two axes: the nodes are the first one's local program
+    decided: list[str] = field(default_factory=list)  # about the first axis's collectives
+    recorded: list[fx.Node | None] = field(default_factory=list)  # where each collective stands
     entered_bytes: int = 0  # of whole tensors whose gradients are summed across in backward
     current: fx.Node | None = None  # the global node at hand
 
@@ -99,10 +103,26 @@ class Sharder:
         if node.target is operator.getitem:
             several, index = self.env[node.args[0]], node.args[1]
             return several[index] if isinstance(several, tuple) else recipe(node)
+        if node.target is draw_seed:
+            return self.helper(node)
         if all(is_whole(self.env[n]) for n in node.all_input_nodes):
             return recipe(node)
+        return self.helper(node) or self.apply(self.call_of(node))
+
+    def call_of(self, node: fx.Node) -> Call:
         args, kwargs = self.values((node.args, node.kwargs))
-        return self.apply(Call(node.target, args, kwargs, node.meta["val"], node))
+        return Call(node.target, args, kwargs, node.meta["val"], node)
+
+    def helper(self, node: fx.Node) -> Any:
+        """What another axis's program holds; None for an op."""
+        from mosaic.local.written import COLLECTIVES, HELPERS
+
+        if node.target not in HELPERS:
+            return None
+        value = HELPERS[node.target](self, node)
+        if node.target in COLLECTIVES and not self.probing:
+            self.decided.append(f"{node.target}: {places_of(value)}")
+        return value
 
     def arrived(self, node: fx.Node, place: Place) -> Value:
         """An input that is this rank's part already."""
@@ -199,12 +219,20 @@ class Sharder:
             return node
         if node not in self._entered:
             assert self.writer
-            self.entered_bytes += value.val.numel() * value.val.element_size()
+            if self.counts_entered(value):
+                self.entered_bytes += value.val.numel() * value.val.element_size()
             entered = self.writer.function(
                 node, collectives.enter, (node, self.writer.group), name=f"{node.name}_entered"
             )
             self._entered[node] = entered
         return self._entered[node]
+
+    def counts_entered(self, value: Value) -> bool:
+        """In an axis's program that is cut again sizes differ by rank, but those of parameters."""
+        leaf = value.origin
+        while leaf is not None and leaf.target is collectives.enter:
+            leaf = leaf.args[0]
+        return not self.is_second or (leaf is not None and leaf.op == "placeholder")
 
     def gives_shares(self, value: Value) -> bool:
         """A parameter (or input) whose gradient stays this rank's share, for an outer reducer."""
@@ -256,13 +284,14 @@ class Sharder:
 
     def sum_across(self, value: Value, call: Call, why: str, op: str = "sum") -> Value:
         """Partial results, one on each rank, become whole."""
-        self.record("all_reduce", value.val, why, call.like)
+        return self.joined(value, call.like, why, op)
+
+    def joined(self, value: Value, like: fx.Node, why: str, op: str) -> Value:
+        self.record("all_reduce", value.val, why, like)
         if not self.writer or self.axis.p == 1:
             return Value(value.val, None, value.node)
         operands = (value.node, self.writer.group, op)
-        node = self.writer.function(
-            call.like, collectives.sum_across, operands, name=f"{op}_across"
-        )
+        node = self.writer.function(like, collectives.sum_across, operands, name=f"{op}_across")
         return Value(value.val, None, node)
 
     def at(self, value: Value, place: Place) -> Value:
@@ -361,6 +390,7 @@ class Sharder:
         # The node at hand is a global fact; a local one (a slice that keeps all) differs by rank.
         traced = self.current if self.current is not None and innermost(self.current) else like
         source = line(traced) if traced is not None else ""
+        self.recorded.append(self.current)
         self.collectives.append(Collective(op, self.axis.name, int(size * factor), why, source))
 
     def dropout_seed(self, call: Call) -> fx.Node:

@@ -103,7 +103,8 @@ class Listing:
     """What each node of a graph is called, and which nodes have no line of their own."""
 
     def __init__(self, graph: fx.Graph, context: Context | None, fold_waits: bool, brief: bool):
-        self.mesh_axes = {context.world.group: context.world.mesh_axis} if context else {}
+        worlds = (context.world, *context.worlds.values()) if context else ()
+        self.mesh_axes = {world.group: world.mesh_axis for world in worlds}
         self.brief = brief
         self.hidden: set[fx.Node] = set()
         self.labels: dict[fx.Node, str] = {}
@@ -158,7 +159,7 @@ class Listing:
         return f"{head} = {self.call(node)}{decisions(node)}"
 
     def head(self, node: fx.Node) -> str:
-        return f"{self.labels[node]}: {typed(node.meta.get('val'), node.meta.get('place'))}"
+        return f"{self.labels[node]}: {typed(node.meta.get('val'), *places(node))}"
 
     def fused(self, run: list[fx.Node]) -> str:
         """``c: f64[3], d: f64[3] = fused[sub exp add](a, b)``."""
@@ -280,20 +281,29 @@ def indexed(
     return ", ".join([*before, f"{start or ''}:{stop}" + (f":{step}" if step != 1 else "")])
 
 
-def typed(val: Any, place: Any = None) -> str:
+def places(node: fx.Node) -> list[Any]:
+    """Where the sharded axes are in a node of the global graph."""
+    return [node.meta[key] for key in ("place", "second place") if node.meta.get(key)]
+
+
+def typed(val: Any, *places: Any) -> str:
     """``f64[2, 11/sp, 5]``; the layout stands behind it unless it is the even one."""
     if isinstance(val, (tuple, list)):
-        places = place if isinstance(place, tuple) else (place,) * len(val)
-        return f"({', '.join(typed(v, p) for v, p in zip(val, places, strict=True))})"
+        each = [p if isinstance(p, tuple) else (p,) * len(val) for p in places]
+        return f"({', '.join(typed(v, *p) for v, *p in zip(val, *each, strict=True))})"
     if not isinstance(val, torch.Tensor):
         return type(val).__name__
-    sizes = [str(int(s)) for s in val.shape]
+    sizes = [[str(int(s))] for s in val.shape]
     behind = ""
-    if isinstance(place, Place):
-        sizes[place.dim] = cut(place)
+    for place in places:
+        if not isinstance(place, Place):
+            continue
+        size = sizes[place.dim]
+        size[:] = [cut(place)] if size == [str(place.size)] else [*size, cut(place)]
         is_even = place.layout == Layout.even(place.layout.n, place.layout.p)
-        behind = "" if is_even else f" | {place.layout}"
-    return f"{short(val.dtype)}[{', '.join(sizes)}]{behind}"
+        behind += "" if is_even else f" | {place.layout}"
+    shown = ", ".join(" & ".join(size) for size in sizes)
+    return f"{short(val.dtype)}[{shown}]{behind}"
 
 
 def cut(place: Place) -> str:

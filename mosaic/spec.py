@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mosaic.errors import ShardingError
-from mosaic.methods import NAMED
+from mosaic.methods import Local, Method, method_of
 
 PATH = re.compile(r"""[A-Za-z_]\w*|\[\s*(?:\d+|'[^']*'|"[^"]*")\s*\]|\.[A-Za-z_]\w*""")
 
@@ -19,10 +19,12 @@ class ShardingSpec:
 
     inputs: names for the dims of arguments, ``{"x": "batch rows columns"}``. A key is a path as the
         user would write it: ``x``, ``src[0]``, ``batch["ids"]``.
-    axes: a method for each named axis, ``{"rows": "ring", "columns": "local"}``; or, when the only
-        tensor argument needs no names, for dims of it: ``{1: "ring", 2: "local"}``. Methods are
-        those of ``mosaic.methods``; "local" leaves the axis whole. With neither inputs
-        nor axes the longest attended axis is cut.
+    axes: a method for each named axis, ``{"rows": Ring(mesh="r"), "columns": "local"}``; or, when
+        the only tensor argument needs no names, for dims of it: ``{1: "ring", 2: "local"}``. A
+        string is the method with its defaults, on ``mesh_axis``; "local" leaves the axis whole.
+        Axes on different mesh axes are cut at once. A tensor is cut over one mesh axis only once:
+        of axes on the same one the longest is cut, the others stay whole, and the plan says so.
+        With neither inputs nor axes the longest attended axis is cut.
     inputs_are: "whole" on every rank, or "shards": the inputs that name a cut axis arrive as this
         rank's part, made by ``mosaic.shard_tensor`` or cut as ``torch.chunk`` does.
     outputs: "whole" (every rank has the single-device result) or "shards" (what holds the axis
@@ -33,12 +35,13 @@ class ShardingSpec:
         axis is the gradient: for an outer reducer that sums over it).
     check_inputs: compare whole inputs and parameters across ranks on the "first" run of each graph,
         "always", or never (False).
+    mesh_axis: the mesh axis of methods given as strings, and of an axis that Mosaic finds itself.
 
     Raises ShardingError for names and methods that do not fit together.
     """
 
     inputs: Mapping[str, str] | None = None
-    axes: Mapping[str | int, str] | None = None
+    axes: Mapping[str | int, Method | str] | None = None
     inputs_are: Literal["whole", "shards"] = "whole"
     outputs: Literal["whole", "shards"] = "whole"
     on_gather: Literal["warn", "error"] = "warn"
@@ -53,12 +56,9 @@ class ShardingSpec:
                     f"{name} = {getattr(self, name)!r} is not a choice",
                     fix=f"use one of {', '.join(map(repr, allowed))}",
                 )
-        for axis, method in (self.axes or {}).items():
-            if method not in NAMED:
-                raise ShardingError(
-                    f"axis {axis!r}: there is no method {method!r}",
-                    fix=f"use one of {', '.join(map(repr, NAMED))}",
-                )
+        if self.axes is not None:
+            methods = {a: method_of(m, mesh=self.mesh_axis) for a, m in self.axes.items()}
+            object.__setattr__(self, "axes", methods)
         self._check_names()
 
     def _check_names(self) -> None:
@@ -81,17 +81,24 @@ class ShardingSpec:
                 "inputs arrive as shards, and nothing says along which axis",
                 fix="name it: inputs={'x': 'batch rows features'}, axes={'rows': 'ring'}",
             )
-        if len(self.sharded) > 1:
+        if len(self.sharded) > 1 and "shards" in (self.inputs_are, self.outputs):
             raise ShardingError(
-                "only one axis of a model can be cut for now",
+                "inputs and outputs that stay cut are cut along one axis",
                 axes=", ".join(map(repr, self.sharded)),
-                fix="give the others the method 'local'",
+                fix="leave inputs_are and outputs whole, or give the other axes the method 'local'",
             )
 
     @property
-    def sharded(self) -> dict[str | int, str]:
+    def sharded(self) -> dict[str | int, Method]:
         """The axes to be cut, with their methods."""
-        return {a: m for a, m in (self.axes or {}).items() if m != "local"}
+        methods = {a: method_of(m) for a, m in (self.axes or {}).items()}
+        return {a: m for a, m in methods.items() if not isinstance(m, Local)}
+
+    @property
+    def mesh(self) -> str:
+        """Every mesh axis that takes part, as one long one."""
+        names = [n for m in self.sharded.values() for n in m.mesh.replace(" ", "").split(",")]
+        return ",".join(dict.fromkeys(names)) or self.mesh_axis
 
     def __hash__(self) -> int:
         return hash(self.encode())

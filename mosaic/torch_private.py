@@ -25,6 +25,7 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _Namespace
@@ -51,6 +52,7 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "fake_mode_of",
+    "flattened",
     "has_decomposition",
     "make_fx",
     "may_vary",
@@ -74,6 +76,11 @@ def fake_mode_of(*values: Any) -> FakeTensorMode | None:
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode
     return None
+
+
+def flattened(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
+    """Several axes of a mesh, in its order, as one; torch makes their groups once."""
+    return mesh[axes]._flatten(",".join(axes))
 
 
 def no_tracing_context() -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from mosaic.layout import Layout, Place
+from mosaic.methods import Method
 from mosaic.torch_private import pytree
 
 
@@ -89,12 +90,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Axis:
-    """The sharded axis of one graph: its name, mesh axis, base layout, and where it begins."""
+    """A sharded axis of one graph: its name, mesh axis, base layout, and where it begins."""
 
     name: str
     mesh_axis: str
     layout: Layout
-    method: str
+    method: Method
     seeds: tuple[tuple[str, int], ...] = ()  # (node, dim)
 
     @property

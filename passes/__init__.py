@@ -20,9 +20,9 @@ from mosaic.passes.rewrite_attention import rewrite_attention
 PIPELINE = (
     normalize,
     raise_attention,  # from here on every attention is one node
+    analyze_masks,  # what attention masks mean; most of them disappear
     infer_axes,  # which axis, and where it begins
     propagate,  # where it is in every tensor
-    analyze_masks,
     choose_method,
     assign_layouts,  # who holds which indices; propagate's places then follow
     partition,  # the only pass that sees the rank

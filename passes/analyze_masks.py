@@ -1,16 +1,157 @@
-"""What each attention's mask means: for now causal comes from ``is_causal``, and any other mask
-stays a tensor of which each rank computes its own rows (``partition`` hoists the slice)."""
+"""What each attention's mask means, in words that a method understands.
+
+    causal = arange[None] <= arange[:, None]
+    sdpa(q, k, v, causal)                        ->  sdpa(q, k, v, is_causal=True)
+    sdpa(q, k, v, causal & (ids[q] == ids[k]))   ->  mosaic.sdpa(q, k, v, right=0,
+                                                         query_documents=ids, key_documents=ids)
+    sdpa(q, k, v, expand(padding))               ->  sdpa(q, k, v, padding)      one row for all
+
+A dense mask of a long axis does not fit in memory, and needs the slowest kernel; a compiled
+transformers Llama builds one even when it is called without a mask. Legal because the mask's
+program is read exactly (``mosaic/masks``): what cannot be read stays in ``attn_mask``.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx
 
+from mosaic.attention.blocks import FULL
 from mosaic.context import Context
+from mosaic.masks.additive import INF, additive
+from mosaic.masks.conditions import Allowed, as_queries
+from mosaic.masks.constants import Constants
+from mosaic.masks.op import PLAIN, STRUCTURED
+from mosaic.masks.read import Mask, Reader, joined
+from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
+from mosaic.masks.words import band_of, documents_of, mask_words
+from mosaic.rewrite import insert
+from mosaic.values import Call
+
+aten = torch.ops.aten
 
 
 def analyze_masks(graph: fx.Graph, context: Context) -> int:
-    for found, node in context.attentions:
-        node.meta["mask"] = ", ".join(
-            word for word in ("causal" if found.causal else "", found.mask) if word
-        )
-    return sum(bool(node.meta["mask"]) for _, node in context.attentions)
+    constants = Constants()
+    read: dict[tuple[fx.Node, int], dict[str, Any] | None] = {}
+    count = 0
+    for node in graph.find_nodes(op="call_function", target=PLAIN):
+        call = Call(node.target, node.args, node.kwargs, node.meta["val"], node)
+        mask, ndim = call["attn_mask"], call.val.ndim
+        if isinstance(mask, fx.Node) and (mask, ndim) not in read:
+            read[mask, ndim] = structured(graph, mask, call, constants)
+        said = read.get((mask, ndim))
+        if said is not None:
+            rewrite(node, call, said)
+            count += 1
+        node.meta["mask"] = words(node)
+    graph.eliminate_dead_code()
+    return count
+
+
+def structured(
+    graph: fx.Graph, mask: fx.Node, call: Call, constants: Constants
+) -> dict[str, Any] | None:
+    """The arguments that say what ``mask`` says; None where that is no shorter."""
+    term = broadcast(mask, call.val.ndim)
+    if not term.is_pairwise:
+        return None
+    if mask.meta["val"].dtype == torch.bool:
+        found, fill = joined(Reader(constants)(Allowed(term)), constants), -INF
+    else:
+        added = additive(term, constants)
+        found, fill = joined(added.conditions, constants, added.biases), added.fill
+    square = call["query"].meta["val"].shape[-2] <= call["key"].meta["val"].shape[-2]
+    exact = fill == -INF or is_of_keys(found) or (square and every_row_sees(found))
+    if not exact or not is_shorter(found):
+        return None
+    with graph.inserting_before(mask):
+        said = {"attn_mask": dense(graph, found, mask, call.val.ndim, fill), **found.band._asdict()}
+        if found.documents is not None:
+            said["query_documents"] = identities(graph, found.documents.queries, QUERY)
+            said["key_documents"] = identities(graph, found.documents.keys, KEY)
+    return said
+
+
+def is_shorter(found: Mask) -> bool:
+    """Whether something was read, so that what is left is less than the whole mask."""
+    left = [a.term for a in found.allowed] + list(found.biases)
+    structure = found.band != FULL or found.documents is not None
+    return structure or not any(term.is_pairwise for term in left)
+
+
+def is_of_keys(found: Mask) -> bool:
+    """One row for all queries: ``finfo.min`` may then stay what it is."""
+    parts = [a.term for a in found.allowed]
+    structure = found.band != FULL or found.documents or found.biases
+    return not structure and not any(QUERY in term.coordinates for term in parts)
+
+
+def every_row_sees(found: Mask) -> bool:
+    """Whether every query sees at least the key at its own position."""
+    documents, band = found.documents, found.band
+    same = documents is None or as_queries(documents.keys) == documents.queries
+    return same and not found.allowed and (band.left or 0) >= 0 and (band.right or 0) >= 0
+
+
+def dense(graph: fx.Graph, found: Mask, mask: fx.Node, ndim: int, fill: float) -> fx.Node | None:
+    """What could not be read, as one tensor: boolean, or added to the scores."""
+    order = coordinates(ndim)
+    biases = [arranged(graph, term, order) for term in found.biases]
+    bias = biases[0] if biases else None
+    for other in biases[1:]:
+        bias = made(graph, aten.add.Tensor, bias, other)
+    if not found.allowed:
+        return bias
+    allowed = [boolean(graph, a, order) for a in found.allowed]
+    both = allowed[0]
+    for other in allowed[1:]:
+        both = made(graph, aten.logical_and.default, both, other)
+    if bias is None and fill == -INF:
+        return both
+    if bias is None:
+        val = mask.meta["val"]
+        options = {"dtype": val.dtype, "device": val.device}
+        bias = insert(graph, mask, aten.zeros.default, ([],), options)
+    return made(graph, aten.where.ScalarOther, both, bias, fill)
+
+
+def boolean(graph: fx.Graph, allowed: Allowed, order: tuple[int, ...]) -> fx.Node:
+    node = arranged(graph, allowed.term, order)
+    if not allowed.positive:
+        return made(graph, aten.logical_not.default, node)
+    return node if is_bool(node) else made(graph, aten.ne.Scalar, node, 0)
+
+
+def is_bool(node: fx.Node) -> bool:
+    return node.meta["val"].dtype == torch.bool
+
+
+def identities(graph: fx.Graph, term: Term, coordinate: int) -> fx.Node:
+    """Which document each query (or key) belongs to: int64 (batch|1, n)."""
+    node = arranged(graph, term, (BATCH, coordinate))
+    if node.meta["val"].dtype == torch.int64:
+        return node
+    return insert(graph, node, aten._to_copy.default, (node,), {"dtype": torch.int64})
+
+
+def rewrite(node: fx.Node, call: Call, said: dict[str, Any]) -> None:
+    """The node becomes the call that says the same; it keeps its name and its line."""
+    said = {name: value for name, value in said.items() if value is not None}
+    n, m = (call[name].meta["val"].shape[-2] for name in ("query", "key"))
+    if said == {"right": 0} and n == m:
+        said = {"is_causal": True}
+    target = PLAIN if said.keys() <= {"attn_mask", "is_causal"} else STRUCTURED
+    plain = {**call.bound, "attn_mask": None}
+    new = Call(target, (), {**plain, **said}, call.val, node)
+    node.target, (node.args, node.kwargs) = target, new.split(new.bound)
+
+
+def words(node: fx.Node) -> str:
+    call = Call(node.target, node.args, node.kwargs, None, node)
+    mask = call["attn_mask"]
+    return mask_words(
+        band_of(call), bool(documents_of(call)), None if mask is None else mask.meta["val"]
+    )

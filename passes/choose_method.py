@@ -14,7 +14,6 @@ from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, Way, way_of
 from mosaic.context import Context
 from mosaic.layout import Layout
 from mosaic.local.attention import Attention
-from mosaic.methods import method_of
 
 
 def choose_method(graph: fx.Graph, context: Context) -> int:
@@ -27,7 +26,7 @@ def choose_method(graph: fx.Graph, context: Context) -> int:
 
 def resolved(found: Attention, context: Context) -> tuple[Way, str]:
     """How one attention is done, and a note where its axis's method does not do it."""
-    world = context.world
+    world = context.on(found.mesh)
     if not found.is_distributed or is_whole(found.key):
         return LOCAL, ""
     if is_whole(found.query):
@@ -41,7 +40,7 @@ def resolved(found: Attention, context: Context) -> tuple[Way, str]:
         heads_are_cut=found.heads is not None,
         sizes=world.sizes,
     )
-    return way_of(method_of(found.method), facts)
+    return way_of(found.method, facts)
 
 
 def is_whole(layout: Layout) -> bool:

@@ -1,8 +1,8 @@
-"""Find the axis to cut, and the nodes in which it begins.
+"""Find the axes to cut, and the nodes in which they begin.
 
-With names the axis is a dim of a named input. Without, each attention's query dim is followed back
+With names an axis is a dim of a named input. Without, each attention's query dim is followed back
 through the program to where it begins, and the longest such axis is taken. Nothing is rewritten but
-``context.axis``: its length, its method and its seeds (node, dim).
+``context.axes``: their lengths, methods and seeds (node, dim).
 
 There are no backward rules. To step back over an op, candidate places of each operand go through
 the op's own forward rule, and one that gives the place at hand is a carrier of the axis.
@@ -16,54 +16,74 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from mosaic.context import Context
+from mosaic.context import Context, own_axes
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place
+from mosaic.masks.op import ATTENTIONS
+from mosaic.methods import Auto, Method, Ring
 from mosaic.rules import key
 from mosaic.sharder import Sharder
 from mosaic.spec import binds
 from mosaic.values import Axis, candidates
 
 aten = torch.ops.aten
-DEFAULT_METHOD = "ring"
 
 
 def infer_axes(graph: fx.Graph, context: Context) -> int:
-    attentions = graph.find_nodes(
-        op="call_function", target=aten.scaled_dot_product_attention.default
-    )
-    named = None if context.is_resumed else named_axis(graph, context)
-    if named is not None:
-        context.axis = named
+    attentions = [node for node in graph.nodes if node.target in ATTENTIONS]
+    named = () if context.is_resumed else named_axes(graph, context)
+    if named:
+        context.axes = one_for_each_mesh_axis(named, context)
     elif context.spec.sharded and context.is_first_graph and not context.is_resumed:
         raise unbound(graph, context)
     elif context.spec.axes and not context.spec.sharded:
         context.notes.append("every axis is 'local': nothing is cut")
     elif attentions:
-        context.axis = longest_axis(attentions, context)
+        context.axes = longest_axis(attentions, context)
     else:
         context.notes.append("no attention in this graph: it stays whole")
-    return len(context.axis.seeds) if context.axis else 0
+    return sum(len(axis.seeds) for axis in context.axes)
 
 
 # --- by name ------------------------------------------------------------------------------------
 
 
-def named_axis(graph: fx.Graph, context: Context) -> Axis | None:
-    spec, world = context.spec, context.world
-    for name, method in spec.sharded.items():
+def named_axes(graph: fx.Graph, context: Context) -> tuple[Axis, ...]:
+    axes = []
+    for name, method in context.spec.sharded.items():
         found = named_dims(graph, context, name)
-        if not found:
-            return None
-        n = max(size for _, _, size in found)
-        seeds = tuple((node.name, dim) for node, dim, size in found if size == n)
-        layout = Layout.even(n, world.size)
-        return Axis(str(name), world.mesh_axis, layout, chosen(method), seeds)
-    return None
+        if found:
+            n = max(size for _, _, size in found)
+            seeds = tuple((node.name, dim) for node, dim, size in found if size == n)
+            layout = Layout.even(n, context.on(method.mesh).size)
+            axes.append(Axis(str(name), method.mesh, layout, chosen(method), seeds))
+    return tuple(axes)
 
 
-def chosen(method: str) -> str:
-    return DEFAULT_METHOD if method == "auto" else method
+def one_for_each_mesh_axis(axes: tuple[Axis, ...], context: Context) -> tuple[Axis, ...]:
+    """A tensor is cut over a mesh axis only once: the longest axis is, others on it stay whole."""
+    kept: list[Axis] = []
+    for axis in sorted(axes, key=lambda a: -a.layout.n):
+        mine = own_axes(axis.mesh_axis)
+        rival = next((k for k in kept if mine & own_axes(k.mesh_axis)), None)
+        if rival is None:
+            kept.append(axis)
+        else:
+            context.notes.append(
+                f"axis {axis.name!r} ({axis.layout.n}) stays whole: {rival.name!r} "
+                f"({rival.layout.n}) is cut over mesh axis {rival.mesh_axis!r}"
+            )
+    if len(kept) > 2:
+        raise ShardingError(
+            "at most two axes of a model can be cut at once",
+            axes=", ".join(repr(axis.name) for axis in axes),
+            fix="give the shortest the method 'local'",
+        )
+    return tuple(axis for axis in axes if axis in kept)
+
+
+def chosen(method: Method) -> Method:
+    return Ring(mesh=method.mesh) if isinstance(method, Auto) else method
 
 
 def named_dims(
@@ -137,7 +157,7 @@ class Begin:
     place: Place
 
 
-def longest_axis(attentions: list[fx.Node], context: Context) -> Axis | None:
+def longest_axis(attentions: list[fx.Node], context: Context) -> tuple[Axis, ...]:
     """The longest attended axis; of one length the first in the program."""
     best: list[Begin] = []
     for node in attentions:
@@ -146,12 +166,13 @@ def longest_axis(attentions: list[fx.Node], context: Context) -> Axis | None:
             best = found
     if not best:
         context.notes.append("no attended axis depends on an input: the graph stays whole")
-        return None
-    n, world = best[0].place.layout.n, context.world
+        return ()
+    n = best[0].place.layout.n
+    method = next(iter(context.spec.sharded.values()), Auto(mesh=context.spec.mesh_axis))
+    layout = Layout.even(n, context.on(method.mesh).size)
     seeds = tuple((b.node.name, b.place.dim) for b in best)
     name = axis_name(best[0], context)
-    method = chosen(next(iter(context.spec.sharded.values()), "auto"))
-    return Axis(name, world.mesh_axis, Layout.even(n, world.size), method, seeds)
+    return (Axis(name, method.mesh, layout, chosen(method), seeds),)
 
 
 def axis_name(begin: Begin, context: Context) -> str:
@@ -231,7 +252,7 @@ def whole_length(node: fx.Node, dim: int) -> int:
 
 
 def probe(node: fx.Node, operand: fx.Node, candidate: Place, index: int | None) -> Place | None:
-    axis = Axis("", candidate.mesh_axis, candidate.layout, DEFAULT_METHOD)
+    axis = Axis("", candidate.mesh_axis, candidate.layout, Ring())
     found = Sharder(axis).probe(node, {operand: candidate})
     return found[index] if isinstance(found, tuple) and index is not None else found
 

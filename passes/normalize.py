@@ -132,8 +132,10 @@ def needs_gradient(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target == aten.detach.default:
         return False
     floating = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in as_tuple(val))
+    if not floating:
+        return False
     inside = node.target == operator.getitem or node.meta["modes"].grad
-    return floating and inside and any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
+    return inside and any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
 
 
 def as_tuple(val: Any) -> tuple[Any, ...]:

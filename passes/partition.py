@@ -7,11 +7,12 @@ the rank: it runs the rules that ``propagate`` ran, this time with a writer.
                                       m = div(sum_across(sum(h, [1])), 37)
 
 Sizes are computed from places. A whole value stays a recipe until it is needed, and then only the
-part that is needed is computed.
+part that is needed is computed. Of two axes the second is written over the first one's program.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,27 +20,64 @@ from torch import fx
 
 from mosaic.context import Context
 from mosaic.layout import Layout
+from mosaic.methods import Local
 from mosaic.modes import Modes
+from mosaic.passes.normalize import mark_gradients
+from mosaic.passes.propagate import attended, follow
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
-from mosaic.values import Axis, Collective, Value
+from mosaic.values import Axis, Collective, Value, places_of
 from mosaic.writer import Writer
 
 aten = torch.ops.aten
 
 
 def partition(graph: fx.Graph, context: Context) -> int:
+    if len(context.axes) > 1:
+        plan_together(graph, context)
+    count = 0
+    for number, axis in enumerate(context.axes or (nothing_cut(context),)):
+        sharder = write(graph, context, axis, number)
+        count += len(sharder.collectives)
+    return count
+
+
+def plan_together(graph: fx.Graph, context: Context) -> None:
+    """What two axes send, from the global graph: sizes in the second one's program differ by rank.
+
+    What one axis sends of a tensor that the other one cuts is a part of it.
+    """
+    planners = follow(graph, context)
+    attended(planners, context)  # now with the final layouts
+    for planner, other in zip(planners, reversed(planners), strict=True):
+        for node in returned(graph):
+            planner.current = node
+            planner.gather(planner.env[node], "an output is whole", node)
+        for node, sent in zip(planner.recorded, planner.collectives, strict=True):
+            cut = node is not None and places_of(other.env.get(node))
+            share = other.axis.p if cut else 1
+            context.collectives.append(replace(sent, bytes=sent.bytes // share))
+
+
+def returned(graph: fx.Graph) -> list[fx.Node]:
+    tensors = (n for n in graph.output_node().args[0] if isinstance(n, fx.Node))
+    return [n for n in tensors if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Sharder:
+    """Write the program of this rank along one axis; the second one's over the first one's."""
     old = list(graph.nodes)
     output = graph.output_node()
-    world = context.world
+    world, spec = context.on(axis.mesh_axis), context.spec
+    is_last = number + 1 >= len(context.axes)
     writer = Writer(graph, world.rank, world.group, Modes.current())
-    spec = context.spec
     sharder = Sharder(
-        context.axis or nothing_cut(context),
+        axis,
         writer,
         on_gather=spec.on_gather,
         gradients=spec.gradients,
         arriving=context.arriving_nodes(graph),
+        is_second=number > 0,
     )
     with graph.inserting_before(output):
         sharder.run(old)
@@ -47,23 +85,35 @@ def partition(graph: fx.Graph, context: Context) -> int:
         updates = [result(sharder, r, whole=True) for r in output.args[0][:written]]
         whole = spec.outputs == "whole"
         outputs = [result(sharder, r, whole) for r in output.args[0][written:]]
-        write_back(writer, [node for node, _ in updates], context)
+        if is_last:
+            write_back(writer, [node for node, _ in updates], context)
         writer.switch(Modes.current())
-    output.args = (tuple(node for node, _ in outputs),)
+    output.args = (tuple(node for node, _ in (outputs if is_last else updates + outputs)),)
     context.output_shards = [shard for _, shard in outputs]
     erase(graph, old)
     rename_all(graph)
-    context.collectives, context.gathered = sharder.collectives, sharder.gathered
+    report(sharder, context)
+    if not is_last:
+        mark_gradients(graph)
+    return sharder
+
+
+def report(sharder: Sharder, context: Context) -> None:
+    """What the plan shows, and what the ranks compare."""
+    if len(context.axes) < 2:
+        context.collectives += sharder.collectives
     if sharder.entered_bytes:
         context.collectives.append(gradients_of(sharder))
-    return len(sharder.collectives)
+    context.gathered += sharder.gathered
+    context.decided += sharder.decided
 
 
 def nothing_cut(context: Context) -> Axis:
     """A graph without an axis is written whole, by the same engine: it too may write to its inputs
     and draw random numbers, which must be the same on every rank."""
     world = context.world
-    return Axis("", world.mesh_axis, Layout.whole(1, world.size), "local")
+    whole = Layout.whole(1, world.size)
+    return Axis("", world.mesh_axis, whole, Local(mesh=world.mesh_axis))
 
 
 def gradients_of(sharder: Sharder) -> Collective:

@@ -1,4 +1,4 @@
-"""Follow the axis through the program: ``meta["place"]`` of every node, and who attends over it.
+"""Follow the axes through the program: ``meta["place"]`` of every node, and who attends over them.
 
 The rules run without a rank and write nothing; layouts are still provisional (even), since the
 choice between even and zigzag needs to know the attentions first.
@@ -6,36 +6,58 @@ choice between even and zigzag needs to know the attentions first.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from mosaic.context import Context
 from mosaic.errors import ShardingError
+from mosaic.local.attention import Attention, flattened, with_axis
+from mosaic.masks.op import ATTENTIONS
 from mosaic.sharder import Sharder
 from mosaic.values import Axis, places_of
 
-CALL, SDPA = "call_function", torch.ops.aten.scaled_dot_product_attention.default
-
 
 def propagate(graph: fx.Graph, context: Context) -> int:
-    if context.axis is None:
-        return 0
-    planner = Sharder(context.axis, arriving=context.arriving_nodes(graph))
-    planner.run(list(graph.nodes))
-    places = 0
-    for node, value in planner.env.items():
-        node.meta["place"] = places_of(value)
-        places += node.meta["place"] is not None
-    context.attentions = [(found, call.like) for found, call in planner.attentions]
-    if context.spec.sharded and not any(a.is_distributed for a, _ in context.attentions):
-        raise nothing_attends(graph, context.axis)
-    return places
+    planners = follow(graph, context)
+    for key, planner in zip(("place", "second place"), planners, strict=False):
+        for node, value in planner.env.items():
+            node.meta[key] = places_of(value)
+    context.attentions = attended(planners, context)
+    for axis in context.axes:
+        if context.spec.sharded and not any(axis.name in a.axes for a, _ in context.attentions):
+            raise nothing_attends(graph, axis)
+    return sum(node.meta.get("place") is not None for node in graph.nodes)
+
+
+def follow(graph: fx.Graph, context: Context) -> list[Sharder]:
+    """Each axis followed through the global graph as if it were the only one."""
+    planners = [Sharder(a, arriving=context.arriving_nodes(graph)) for a in context.axes]
+    for planner in planners:
+        planner.run(list(graph.nodes))
+    return planners
+
+
+def attended(planners: list[Sharder], context: Context) -> list[tuple[Attention, fx.Node]]:
+    """What was decided about each attention, for all axes together."""
+    found: dict[fx.Node, Attention] = {}
+    for planner in planners:
+        for mine, call in planner.attentions:
+            before = found.get(call.like)
+            found[call.like] = mine if before is None else merged(before, mine, call.like, context)
+    return [(attention, node) for node, attention in found.items()]
+
+
+def merged(a: Attention, b: Attention, node: fx.Node, context: Context) -> Attention:
+    """One attention that two axes meet in; of one that attends over both ``partition`` is told."""
+    if a.axes and b.axes:
+        first, second = context.axes
+        node.meta["both"] = flattened(a, b, (first, second), context.world, node)
+        return node.meta["both"]
+    return with_axis(a, b, None)
 
 
 def nothing_attends(graph: fx.Graph, axis: Axis) -> ShardingError:
-    lengths = sorted(
-        {n.args[0].meta["val"].shape[-2] for n in graph.find_nodes(op=CALL, target=SDPA)}
-    )
+    attended = [n for n in graph.nodes if n.target in ATTENTIONS]
+    lengths = sorted({n.args[0].meta["val"].shape[-2] for n in attended})
     return ShardingError(
         f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
         sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: "

@@ -20,7 +20,6 @@ import torch
 from torch import fx
 
 from mosaic.attention.attend import Inputs
-from mosaic.attention.blocks import CAUSAL, FULL
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.context import Context
@@ -43,7 +42,8 @@ def rewrite_attention(graph: fx.Graph, context: Context) -> int:
 
 
 def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
-    q, k, v, mask, *documents = [*node.args, None, None][:6]
+    q, k, v, mask = node.args
+    documents = [node.kwargs.get(name) for name in ("query_documents", "key_documents")]
     operands = tuple(four_dims(graph, node, x) for x in (q, k, v))
     inputs = Inputs(mask_of(graph, node, mask, q), documents[0], documents[1], node.meta["seed"])
     last = node.prev
@@ -56,15 +56,15 @@ def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
 
 
 def plan_of(found: Attention, context: Context) -> AttentionPlan:
-    world = context.world
-    cut = [encoded(place, world.rank, world.group) for place in (found.batch, found.heads)]
+    world = context.on(found.mesh)
+    cut = [encoded(place, context) for place in (found.batch, found.heads)]
     return AttentionPlan(
         way=resolved(found, context)[0],
         rank=world.rank,
         group=world.group,
         query=found.query,
         key=found.key,
-        band=CAUSAL if found.causal else FULL,
+        band=found.band,
         scale=found.scale,
         dropout=found.dropout,
         site=found.site,
@@ -73,8 +73,11 @@ def plan_of(found: Attention, context: Context) -> AttentionPlan:
     )
 
 
-def encoded(place: Place | None, rank: int, group: str) -> str:
-    return Shard(place.at(0), rank, group).encode() if place else ""
+def encoded(place: Place | None, context: Context) -> str:
+    if place is None:
+        return ""
+    world = context.on(place.mesh_axis)
+    return Shard(place.at(0), world.rank, world.group).encode()
 
 
 def four_dims(graph: fx.Graph, node: fx.Node, x: fx.Node) -> fx.Node:

@@ -53,15 +53,17 @@ def model_image_size(model: nn.Module) -> int:
     return getattr(model, "image", 32)
 
 
+CAUSAL_LM = {
+    "vocab_size": 29, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "attn_implementation": "sdpa", "use_cache": False,
+}  # fmt: skip
+
+
 def hf_llama(batch: int = 3, n: int = 37, checkpointing: bool = False) -> Built:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=29, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**CAUSAL_LM))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -82,6 +84,40 @@ def hf_bert(batch: int = 3, n: int = 37) -> Built:
     return model, (), {"input_ids": ids, "labels": ids.clone(), "attention_mask": padding(batch, n)}
 
 
+def hf_llama_packed(batch: int = 3, n: int = 37) -> Built:
+    """Three texts in each row: positions start again, and transformers sees it from that."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ids = tokens(29, batch, n)
+    positions = torch.cat([torch.arange(size) for size in (9, 16, n - 25)]).repeat(batch, 1)
+    return LlamaForCausalLM(LlamaConfig(**CAUSAL_LM)), (), {
+        "input_ids": ids, "labels": ids.clone(), "position_ids": positions,
+    }  # fmt: skip
+
+
+def hf_mistral(batch: int = 3, n: int = 37) -> Built:
+    """A window of 6 tokens, and no mask given."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    ids = tokens(29, batch, n)
+    model = MistralForCausalLM(MistralConfig(**CAUSAL_LM, sliding_window=6))
+    return model, (), {"input_ids": ids, "labels": ids.clone()}
+
+
+def hf_t5(batch: int = 3, n: int = 37) -> Built:
+    """Scores get a learned bias by distance: a float mask with a gradient."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=29, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, use_cache=False,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config), (), {
+        "input_ids": tokens(29, batch, n), "attention_mask": padding(batch, n),
+        "labels": tokens(29, batch, 13),
+    }  # fmt: skip
+
+
 def tokens(vocab: int, batch: int, n: int) -> torch.Tensor:
     return torch.randint(0, vocab, (batch, n))
 
@@ -99,7 +135,10 @@ TOKENS = Spec(inputs={"input_ids": "batch tokens"}, axes={"tokens": "ring"})
 CASES = {
     "hf_llama": (hf_llama, TOKENS),
     "hf_llama_checkpointing": (partial(hf_llama, checkpointing=True), TOKENS),
+    "hf_llama_packed": (hf_llama_packed, TOKENS),
+    "hf_mistral": (hf_mistral, None),
     "hf_bert": (hf_bert, TOKENS),
+    "hf_t5": (hf_t5, TOKENS),
     "gpt": (gpt, None),
     "gpt_gather": (gpt, Spec(inputs={"ids": "batch tokens"}, axes={"tokens": "all_gather"})),
     "llama": (llama, None),

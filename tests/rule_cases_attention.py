@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from rule_case import Cases, b, f
+from rule_case import Cases, b, f, i
 
 CASES = Cases()
 add = CASES.add
 sdpa = F.scaled_dot_product_attention
+
+
+def steps(n):
+    """How far each key stands behind each query."""
+    return torch.arange(n)[:, None] - torch.arange(n)
 
 
 def all_of(x):
@@ -93,6 +98,30 @@ add(
 )
 add("attention mask 3d", lambda x, m: sdpa(x, x, x, m), f(2, 5, 4), f(2, 5, 5))
 add("attention mask 3d broadcast", lambda x, m: sdpa(x, x, x, m), f(2, 5, 4), f(1, 5, 5))
+add(
+    "attention window",
+    lambda x: sdpa(x, x, x, (steps(5) >= 0) & (steps(5) < 3)),
+    f(2, 3, 5, 4),
+)
+add("attention of both sides", lambda x: sdpa(x, x, x, steps(5).abs() < 2), f(2, 5, 4))
+add(
+    "attention documents",
+    lambda x, ids: sdpa(x, x, x, (ids[:, :, None] == ids[:, None])[:, None] & (steps(5) >= 0)),
+    f(2, 3, 5, 4),
+    i(2, 2, 5),
+)
+add(
+    "attention documents 3d",
+    lambda x, ids: sdpa(x, x, x, ids[:, :, None] == ids[:, None]),
+    f(2, 5, 4),
+    i(2, 2, 5),
+)
+add(
+    "attention causal padding",
+    lambda x, m: sdpa(x, x, x, m[:, None, None, :] & (steps(5) >= 0)),
+    f(2, 2, 5, 4),
+    b(2, 5),
+)
 add("attention keys shifted", lambda x: sdpa(x[:, 2:], x[:, :5], x[:, :5]), f(2, 7, 4))
 add(
     "attention keys longer",

@@ -25,6 +25,7 @@ from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout
 from mosaic.mesh import current_context
 from mosaic.modes import Modes
+from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
 from mosaic.passes.normalize import normalize
@@ -67,6 +68,7 @@ def captured(name: str) -> Captured:
     context = Context(ShardingSpec(), World(1, 0, ""), found.inputs, found.mutated, Modes.current())
     normalize(found.graph, context)
     raise_attention(found.graph, context)
+    analyze_masks(found.graph, context)
     return found
 
 
@@ -80,14 +82,14 @@ def axis_of(case: Case, cut: Cut, layout: str, p: int, graph: fx.Graph) -> Axis:
     names = [n.name for n in graph.nodes if n.op == "placeholder"]
     size = case.inputs[cut[0][0]].shape[cut[0][1]]
     seeds = tuple((names[arg], dim) for arg, dim in cut)
-    return Axis("axis", "sp", LAYOUTS[layout](size, p), "ring", seeds)
+    return Axis("axis", "sp", LAYOUTS[layout](size, p), mosaic.Ring(), seeds)
 
 
 def local_program(case: Case, cut: Cut, layout: str, world: World) -> Any:
     program = captured(case.name)
     graph = copied(program.graph)
     context = Context(ShardingSpec(), world, program.inputs, program.mutated, Modes.current())
-    context.axis = axis_of(case, cut, layout, world.size, graph)
+    context.axes = (axis_of(case, cut, layout, world.size, graph),)
     partition(graph, context)
     rewrite_attention(graph, context)
     local = fx.GraphModule(program.root, graph)

@@ -15,6 +15,7 @@ from mosaic.attention.blocks import Piece, pieces
 from mosaic.attention.kernels import Gradients
 from mosaic.attention.merge import Partial, accumulator, merge, nothing
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.shift import row_shift
 from mosaic.layout import Intervals, Layout, Place, Run, Shard
 from mosaic.moves import take_runs
 from mosaic.random import global_indices, uniform_keep
@@ -84,7 +85,7 @@ def visit(
 ) -> Visit:
     """What the queries at global intervals ``rows`` see of the keys at ``keys``."""
     mask = inputs.mask
-    shift = row_shift(mask) if mask is not None and mask.is_floating_point() else None
+    shift = None if mask is None or mask.dtype == torch.bool else row_shift(mask, plan.band, rows)
     if mask is not None and mask.shape[3] != 1:
         mask = take_runs(mask, _runs(keys), 3)
     documents = None
@@ -100,16 +101,6 @@ def visit(
 
 def _runs(intervals: Intervals) -> list[Run]:
     return [Run(*interval) for interval in intervals]
-
-
-def row_shift(mask: Tensor) -> Tensor | None:
-    """The largest number of each row of a float mask. A row that is ``finfo.min`` everywhere has
-    equal weights on one device; its log-sum-exp, finfo.min + log(n), would round the count of keys
-    away, and blocks of unequal length could not be merged."""
-    if not mask.numel():
-        return None
-    largest = mask.detach().amax(-1, keepdim=True)
-    return torch.where(largest.isfinite(), largest, torch.zeros_like(largest))
 
 
 def _keep(

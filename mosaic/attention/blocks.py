@@ -29,11 +29,11 @@ class Band(NamedTuple):
     right: int | None
 
     def __str__(self) -> str:
-        """``causal``, ``causal window 4096`` (which many keys a query sees), or nothing."""
+        """``causal``, ``causal, window 4096`` (so many keys a query sees), or nothing."""
         if self.left is None:
             return {None: "", 0: "causal"}.get(self.right, f"up to {self.right} ahead")
         if self.right == 0:
-            return f"causal window {self.left + 1}"
+            return f"causal, window {self.left + 1}"
         return f"window -{self.left} to {'end' if self.right is None else f'+{self.right}'}"
 
 
@@ -106,6 +106,8 @@ def pieces(
 
 def visible(queries: Intervals, keys: Intervals, band: Band) -> Intervals:
     """The keys, in their order, that at least one of the queries sees."""
+    if band.left is not None and band.right is not None and band.left + band.right < 0:
+        return ()
     found: list[Interval] = []
     for c, d in keys:
         reaches = sorted(

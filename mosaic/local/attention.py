@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
+from mosaic.attention.blocks import FULL, Band, pieces
 from mosaic.attention.cost import Shape
+from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
+from mosaic.masks.op import PLAIN, STRUCTURED
+from mosaic.masks.words import band_of, documents_of, mask_words
+from mosaic.methods import AllGather, Local, Method, Ring, Ulysses
 from mosaic.sharder import Sharder
-from mosaic.values import Call, Value
+from mosaic.source import where
+from mosaic.values import Axis, Call, Value
+
+if TYPE_CHECKING:
+    from mosaic.context import World
 
 aten = torch.ops.aten
+QKV = ("query", "key", "value")
+#: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for.
+PIECES = 8
 
 
 @dataclass(frozen=True)
 class Attention:
     """What was decided about one attention: global facts only, on every rank the same."""
 
-    axis: str  # the sharded axis when it attends over it, "" when another dim is attended over
-    method: str
+    axes: tuple[str, ...]  # the sharded axes that it attends over; () when over another dim
+    mesh: str  # the mesh axis over which they are cut
+    method: Method
     query: Layout
     key: Layout
-    causal: bool
-    mask: str  # "" or what is known of the mask
+    band: Band
+    documents: bool
+    mask: str  # in words, for the plan
     scale: float
     dropout: float
     site: int
@@ -40,8 +56,23 @@ class Attention:
         return self.shape.flops
 
     @property
+    def axis(self) -> str:
+        """``rows``, or ``rows x columns`` for both, flattened."""
+        return " x ".join(self.axes)
+
+    @property
     def is_distributed(self) -> bool:
-        return bool(self.axis)
+        return bool(self.axes)
+
+    @property
+    def causal(self) -> bool:
+        return self.band[1] == 0
+
+    @property
+    def is_window(self) -> bool:
+        """Whether what a query sees is no longer than a shard: even shards then work alike."""
+        left, right = self.band
+        return left is not None and right is not None and left + right < self.key.n / self.key.p
 
 
 def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
@@ -49,28 +80,36 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
     c = unbroadcast(s, c)
     if all(v.place is None for v in c.tensors()):
         return whole(s, c)
+    if is_taken(c) and any(c[n].place and c[n].place.dim == c[n].ndim - 2 for n in QKV):
+        return gathered(s, c, "attends over two axes, and was planned for one of them")
     q = c["query"]
-    if q.place is None or q.place.dim < q.ndim - 2:
+    if q.place is None:
+        return with_whole_queries(s, c)
+    if q.place.dim < q.ndim - 2:
         return over_other_dim(s, c, q.place)
     place = q.place.refined()
-    if place.dim == q.ndim - 1 or (place.outer, place.inner) != (1, 1):
-        return gathered(s, c, "cuts the head dim or a part of the attended dim")
+    if place.dim == q.ndim - 1:
+        return gathered(s, c, "cuts the head dim")
+    rows = place.layout.blocks(place.outer, place.inner)
+    if band_of(c) != FULL and max(map(len, rows.ranks)) > PIECES:
+        return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
     k, v, keys = with_keys(s, c, place)
-    method = s.axis.method if k.place else "local"
+    method = s.axis.method if k.place else Local(mesh=s.axis.mesh_axis)
     mask = c["attn_mask"]
     if mask is not None:
-        rows = mask.ndim >= 2 and mask.shape[-2] == q.shape[-2] != 1
-        mask = s.at(mask, place.at(mask.ndim - 2)) if rows else s.gather(mask, "a mask of keys")
+        per_row = mask.ndim >= 2 and mask.shape[-2] == q.shape[-2] != 1
+        mask = s.at(mask, place.at(mask.ndim - 2)) if per_row else s.gather(mask, "a mask of keys")
     q = s.at(q, place)
-    found = attention(s, c, method, place.layout, keys, None)
-    return marked(s, c, found, place, (q, k, v, mask))
+    found = attention(s, c, method, rows, keys, None)
+    ids = (s.gather(x, "every rank has all documents") for x in documents_of(c))
+    return marked(s, c, found, place, (q, k, v, mask, *ids))
 
 
 def unbroadcast(s: Sharder, c: Call) -> Call:
     """Batches as long as the result's (a method may not broadcast them), and a mask of two dims."""
     changed = {}
     lead = list(c.val.shape[: -3 if c.val.ndim > 3 else -2])
-    for name in ("query", "key", "value"):
+    for name in QKV:
         x = c[name]
         heads = [x.shape[-3] if x.ndim > 2 else 1] if c.val.ndim > 3 else []
         if name == "query" and heads:
@@ -91,32 +130,56 @@ def gathered(s: Sharder, c: Call, reason: str) -> Value:
 
 
 def whole(s: Sharder, c: Call) -> Value:
-    if not c["dropout_p"]:
+    if is_plain(c):
         return s.emit(c, None, enter=False)
     c = unbroadcast(s, c)
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
-    found = attention(s, c, "local", query, key, None)
-    place = Place(query, c.val.ndim - 2)
-    operands = tuple(c[n] for n in ("query", "key", "value", "attn_mask"))
-    out = marked(s, c, found, place, operands, enter=False)
-    return Value(out.val, None, out.node)
+    found = replace(attention(s, c, Local(mesh=s.axis.mesh_axis), query, key, None), axes=())
+    operands = tuple(c[n] for n in (*QKV, "attn_mask"))
+    return marked(s, c, found, None, (*operands, *documents_of(c)), enter=False)
+
+
+def is_plain(c: Call) -> bool:
+    """Whether ATen's op does it: equal dropout on every rank, a mask in words and what another axis
+    decided need ours."""
+    return c.target is PLAIN and not c["dropout_p"] and "attention" not in c.like.meta
 
 
 def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
     """Keys and values sharded alike along their own axis, or whole."""
     k, v = c["key"], c["value"]
     have = next((x.place.refined() for x in (k, v) if x.place), None)
-    if have and have.dim == k.ndim - 2 and (have.outer, have.inner) == (1, 1):
-        return s.at(k, have), s.at(v, have), have.layout
+    if have and have.dim == k.ndim - 2:
+        return s.at(k, have), s.at(v, have), have.layout.blocks(have.outer, have.inner)
     why = "whole keys meet sharded queries"
     return s.gather(k, why), s.gather(v, why), Layout.whole(k.shape[-2], place.layout.p)
 
 
-def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
-    """The sharded axis is a batch or head dim of the queries (or no dim of them): local."""
+def with_whole_queries(s: Sharder, c: Call) -> Value:
+    """Keys are cut and queries are not (latents, decoding): each rank attends to its own keys, and
+    one merge makes the output whole on every rank (split-KV). So is dq, and q is not entered; of a
+    mask each rank gives the gradient of its own columns."""
     q, k, v, mask = c["query"], c["key"], c["value"], c["attn_mask"]
-    if place is None:
-        return gathered(s, c, "has whole queries and sharded keys")
+    place = next((x.place for x in (k, v) if x.place), None)
+    if place is None or place.dim == k.ndim - 1:
+        return gathered(s, c, "has whole queries and a sharded mask or head dim")
+    if place.dim < k.ndim - 2:
+        if q.shape[place.dim] != k.shape[place.dim]:
+            return gathered(s, c, "has fewer heads or batches of keys than of queries")
+        return over_other_dim(s, c.replaced({"query": s.at(q, place)}), place)
+    k, v, keys = with_keys(s, c, place)
+    if mask is not None:
+        mask = s.gather(mask, "a mask of whole queries")
+        mask = Value(mask.val, None, s.operand(mask, enter=True) if s.writer else None)
+    query = Layout.whole(q.shape[-2], s.axis.p)
+    found = attention(s, c, s.axis.method, query, keys, None)
+    ids = (s.gather(x, "every rank has all documents") for x in documents_of(c))
+    return marked(s, c, found, None, (q, k, v, mask, *ids), enter=False)
+
+
+def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
+    """The sharded axis is a batch or head dim of the queries: local."""
+    q, k, v, mask = c["query"], c["key"], c["value"], c["attn_mask"]
     from_end = q.ndim - place.dim
     if any(x.ndim < from_end or x.shape[-from_end] != q.shape[place.dim] for x in (k, v)):
         return gathered(s, c, "has fewer heads or batches of keys than of queries")
@@ -125,28 +188,33 @@ def over_other_dim(s: Sharder, c: Call, place: Place | None) -> Value:
     if mask is not None:
         cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
         mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
+    ids = documents_of(c)
+    cut = place.dim == 0 and all(x.shape[0] == q.shape[0] for x in ids)
+    ids = tuple(s.at(x, place) if cut else s.gather(x, "is broadcast") for x in ids)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
-    found = attention(s, c, "local", whole[0], whole[1], place)
+    found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
     # A plain attention of an empty shard loses its gradients, and with them their collectives.
-    if not found.dropout and all(place.layout.lengths):
+    if is_plain(c) and all(place.layout.lengths):
         s.attentions.append((found, c))
         return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
-    return marked(s, c, found, place, (q, k, v, mask))
+    return marked(s, c, found, place, (q, k, v, mask, *ids))
 
 
 def attention(
-    s: Sharder, c: Call, method: str, query: Layout, key: Layout, cut: Place | None
+    s: Sharder, c: Call, method: Method, query: Layout, key: Layout, cut: Place | None
 ) -> Attention:
     q, v, mask = c["query"], c["value"], c["attn_mask"]
-    causal = bool(c["is_causal"])
+    band, documents = band_of(c), bool(documents_of(c))
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
     return Attention(
-        axis="" if cut else s.axis.name,
+        axes=() if cut else (s.axis.name,),
+        mesh=s.axis.mesh_axis,
         method=method,
         query=query,
         key=key,
-        causal=causal,
-        mask="" if mask is None else ("boolean" if mask.val.dtype == torch.bool else "float"),
+        band=band,
+        documents=documents,
+        mask=mask_words(band, documents, None if mask is None else mask.val),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
@@ -161,10 +229,16 @@ def attention(
             dim=q.shape[-1],
             v_dim=v.shape[-1],
             itemsize=v.val.element_size(),
-            area=0.5 if causal else 1.0,
+            area=share_seen(band, query.n, key.n),
         ),
         has_rows=mask is not None and mask.shape[-2] > 1,
     )
+
+
+def share_seen(band: Band, queries: int, keys: int) -> float:
+    """Of all pairs of a query and a key."""
+    seen = sum(piece.area for piece in pieces([(0, queries)], [(0, keys)], band))
+    return seen / (queries * keys) if seen else 0.0
 
 
 def folded(place: Place, shape: torch.Size) -> Place:
@@ -177,7 +251,12 @@ def folded(place: Place, shape: torch.Size) -> Place:
 
 
 def marked(
-    s: Sharder, c: Call, found: Attention, place: Place, operands: tuple, enter: bool = True
+    s: Sharder,
+    c: Call,
+    found: Attention,
+    place: Place | None,
+    operands: tuple,
+    enter: bool = True,
 ) -> Value:
     """The node stays an SDPA, with its decision on it: ``rewrite_attention`` makes the op.
 
@@ -187,11 +266,93 @@ def marked(
     if not s.writer:
         return Value(c.val, place)
     nodes = [None if x is None else s.operand(x, enter) for x in operands]
-    shape = place.local_shape(c.val.shape, s.writer.rank)
-    meta = {
-        "attention": found,
-        "way": c.like.meta.get("way"),
-        "seed": s.dropout_seed(c) if found.dropout else None,
+    shape = place.local_shape(c.val.shape, s.writer.rank) if place else c.val.shape
+    decided = c.like.meta
+    if "attention" in decided:  # for another axis
+        found = with_axis(decided["attention"], found, decided["both"])
+    kept = {key: decided.get(key) for key in ("way", "both")}
+    meta = {"attention": found, "seed": seed_of(s, c, found), **kept}
+    target = PLAIN if len(nodes) == 4 else STRUCTURED
+    node = s.writer.marked(c.like, target, nodes, c.val.new_empty(shape), meta)
+    return Value(c.val, place, node)
+
+
+def seed_of(s: Sharder, c: Call, found: Attention) -> fx.Node | None:
+    if not found.dropout:
+        return None
+    before = c.like.meta.get("seed")
+    return s.dropout_seed(c) if before is None else s.node(s.env[before])
+
+
+# --- two axes -----------------------------------------------------------------------------------
+
+
+def is_taken(c: Call) -> bool:
+    """Whether an axis that was written before is attended over alone, by its method."""
+    before = c.like.meta.get("attention")
+    return before is not None and bool(before.axes) and c.like.meta["both"] is None
+
+
+def with_axis(before: Attention, found: Attention, both: Attention | None) -> Attention:
+    """What was decided for one axis, and for a second one. ``both``: for the two flattened.
+
+    What is not about an axis (scale, mask, dropout) stands in ``before`` alone.
+    """
+    if before.axes and found.axes:
+        assert both is not None
+        return both
+    if found.axes:
+        names = ("axes", "mesh", "method", "query", "key")
+        along = {name: getattr(found, name) for name in names}
+        return replace(before, **along, shape=share(before.shape, before))
+    if before.dropout and before.batch and found.batch:
+        raise UnsupportedError(
+            "two axes cut the batches of an attention with dropout",
+            batches=f"{before.batch}; {found.batch}",
+            fix="give one of the axes the method 'local'",
+        )
+    return replace(
+        before,
+        batch=before.batch or found.batch,
+        heads=before.heads or found.heads,
+        shape=share(before.shape, found),
+    )
+
+
+def share(shape: Shape, cut: Attention) -> Shape:
+    """The part of an attention that is left where an axis cuts its batches or heads."""
+    if cut.heads:
+        heads, kv_heads = (-(-n // cut.heads.layout.p) for n in (shape.heads, shape.kv_heads))
+        return replace(shape, heads=heads, kv_heads=kv_heads)
+    return replace(shape, batch=-(-shape.batch // cut.batch.layout.p)) if cut.batch else shape
+
+
+def flattened(
+    a: Attention, b: Attention, axes: tuple[Axis, Axis], world: World, node: fx.Node
+) -> Attention:
+    """An attention over two axes that share its dim: one layout over all ranks of both.
+
+    Its method is that of the first axis where it has no numbers of its own, else a ring. Raises
+    UnsupportedError where keys are cut along one axis only, or shards are not in order.
+    """
+    names = f"an attention over {axes[0].name!r} and {axes[1].name!r}, flattened,"
+    facts = {
+        "where": where(node),
+        "sizes": f"{a.query.n} queries, {a.key.n} keys",
+        "fix": "give one of the axes the method 'local'",
     }
-    return Value(c.val, place, s.writer.marked(c.like, aten.scaled_dot_product_attention.default,
-                                               nodes, c.val.new_empty(shape), meta))  # fmt: skip
+    are_local = {isinstance(x.method, Local) for x in (a, b)}
+    if len(are_local) > 1:
+        raise UnsupportedError(f"{names} has keys that only one of them cuts", **facts)
+    if not all(layout.is_ascending for layout in (a.query, b.query, a.key, b.key)):
+        raise UnsupportedError(f"{names} has shards that are not in the order of the axis", **facts)
+    pairs = world.pairs(*(axis.mesh_axis for axis in axes))
+    method = a.method if isinstance(a.method, (Local, Ring, AllGather, Ulysses)) else Ring()
+    return replace(
+        a,
+        axes=(*a.axes, *b.axes),
+        mesh=world.mesh_axis,
+        method=replace(method, mesh=world.mesh_axis),
+        query=Layout.crossed(a.query, b.query, pairs),
+        key=Layout.crossed(a.key, b.key, pairs),
+    )

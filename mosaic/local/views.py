@@ -22,12 +22,27 @@ def viewed(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
     """
     outside = prod(before[: place.dim]) * place.outer
     n = place.layout.n
+    if not outside and n:
+        return viewed_from_right(place, before, after)
     reach = 1
     for dim, size in enumerate(after):
-        if size and outside % reach == 0 and (reach * size) % (outside * n or 1) == 0:
-            return replace(
-                place, dim=dim, outer=outside // reach, inner=reach * size // (outside * n)
-            )
+        if reach and outside % reach == 0 and (reach * size) % (outside * n or 1) == 0:
+            inner = reach * size // (outside * n) if n else 0
+            return replace(place, dim=dim, outer=outside // reach, inner=inner)
+        reach *= size
+    return None
+
+
+def viewed_from_right(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
+    """``viewed`` where another axis, outside of this one, has no elements on this rank."""
+    inside = place.inner * prod(before[place.dim + 1 :])
+    n = place.layout.n
+    reach = 1
+    for dim in reversed(range(len(after))):
+        size = after[dim]
+        if inside and inside % reach == 0 and (reach * size) % (inside * n) == 0:
+            inner = inside // reach
+            return replace(place, dim=dim, outer=size // (n * inner), inner=inner)
         reach *= size
     return None
 
@@ -50,7 +65,8 @@ def split_axis(place: Place, before: torch.Size, after: torch.Size) -> Place | N
 def view(s: Sharder, c: Call) -> Value:
     """Free if the axis survives as one run of elements, or splits where no interval is torn."""
     x, size = c["self"], c.val.shape
-    if not x.val.numel():  # without elements there is no telling which dim became which
+    if not x.val.numel() and not (s.is_second and x.place.layout.n):
+        # Without elements there is no telling which dim became which.
         return s.call(c, aten.reshape.default, s.gather(x, "is empty"), list(size))
     place = (
         viewed(x.place, x.shape, size)

@@ -56,8 +56,8 @@ def test_unknown_method() -> None:
     assert_expected_inline(
         text,
         """\
-axis 'rows': there is no method 'star'
-  fix  use one of 'ring', 'all_gather', 'local', 'auto'""",
+there is no method 'star'
+  fix  use one of 'auto', 'local', 'ring', 'all_gather', 'ulysses', or an object such as mosaic.Mesh2D(2, 2)""",  # noqa: E501
     )
 
 
@@ -104,16 +104,29 @@ nothing attends over axis 'batch', so there is no reason to cut it
     )
 
 
-def test_two_axes() -> None:
-    text = message_of(
-        ShardingSpec, inputs={"x": "batch rows columns"}, axes={"rows": "ring", "columns": "ring"}
-    )
+def test_two_axes_of_shards() -> None:
+    axes = {"rows": mosaic.Ring(mesh="r"), "columns": mosaic.Ring(mesh="c")}
+    text = message_of(ShardingSpec, inputs={"x": "batch rows columns"}, axes=axes, outputs="shards")
     assert_expected_inline(
         text,
         """\
-only one axis of a model can be cut for now
+inputs and outputs that stay cut are cut along one axis
   axes  'rows', 'columns'
-  fix   give the others the method 'local'""",
+  fix   leave inputs_are and outputs whole, or give the other axes the method 'local'""",
+    )
+
+
+def test_a_mesh_axis_that_is_not_there() -> None:
+    method = mosaic.Composed(heads=mosaic.Ulysses(mesh="h"), sequence=mosaic.Ring(mesh="s"))
+    spec = ShardingSpec(inputs={"x": "batch tokens features"}, axes={"tokens": method})
+    assert_expected_inline(
+        message_of(
+            mosaic.explain, Model(), X, spec=spec, mesh_shape=(2, 2), mesh_axes=("s", "heads")
+        ),
+        """\
+there is no mesh axis 'h'
+  axes  dp, s, heads
+  fix   use one of these, or name yours in mosaic.init(mesh_shape=..., mesh_axes=...)""",
     )
 
 

@@ -58,8 +58,8 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Axis]:
     found: dict[str, Axis] = {}
 
     def observe(after: str, kind: str, graph: fx.Graph, context: Context) -> None:
-        if context.axis is not None:
-            found[after] = context.axis
+        if context.axes:
+            (found[after],) = context.axes
 
     monkeypatch.setattr(pipeline, "OBSERVERS", [observe])
     return found

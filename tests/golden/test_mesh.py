@@ -45,6 +45,15 @@ def test_named_axes(world_of_4):
     assert [context.rank(axis) for axis in context.axes] == [0, 0, 1]
 
 
+def test_two_axes_as_one_long_one(world_of_4):
+    context = mesh.init(mesh_shape=(2, 2), mesh_axes=("rows", "columns"))
+    assert (context.size("rows,columns"), context.rank("rows,columns")) == (4, 1)
+    group = context.group("rows,columns")
+    assert dist.get_process_group_ranks(group) == [0, 1, 2, 3]
+    assert context.group("columns, rows") is group  # always in the order of the mesh
+    assert context.mesh["dp"].size() == 1
+
+
 def test_ready_mesh(world_of_4):
     ready = init_device_mesh("cpu", (4,), mesh_dim_names=("sp",))
     context = mesh.init(sp_size=4, mesh=ready)

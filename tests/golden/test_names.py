@@ -91,3 +91,22 @@ def test_importing_mosaic_starts_nothing() -> None:
         "assert 'torch._inductor.compile_fx' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+NAMES = {"x": "batch tokens features"}
+
+
+def test_of_two_axes_on_one_mesh_axis_the_longer_is_cut() -> None:
+    spec = ShardingSpec(inputs=NAMES, axes={"tokens": "ring", "features": "ulysses"})
+    plan = mosaic.explain(cc.Reductions(), X, spec=spec, sp_size=3)
+    assert (plan.axis, plan.layout) == ("tokens", CUT)
+    assert plan.notes == [
+        "axis 'features' (8) stays whole: 'tokens' (13) is cut over mesh axis 'sp'"
+    ]
+
+
+def test_an_axis_on_two_mesh_axes() -> None:
+    spec = ShardingSpec(inputs=NAMES, axes={"tokens": mosaic.Ring(mesh="a,b")})
+    world = {"mesh_shape": (2, 3), "mesh_axes": ("a", "b"), "rank": 4}
+    plan = mosaic.explain(cc.Reductions(), X, spec=spec, **world)
+    assert (plan.axis, plan.layout, plan.ranks) == ("tokens", "13=0:3|3:6|6:9|9:12|12:13|", 6)

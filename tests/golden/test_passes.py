@@ -57,6 +57,11 @@ def attended(x: Tensor) -> Tensor:
     return sdpa(x, x, x)
 
 
+def masked(x: Tensor) -> Tensor:
+    behind = torch.arange(11)[:, None] - torch.arange(11)
+    return sdpa(x, x, x, (behind >= 0) & (behind < 3))
+
+
 def two_sums(x: Tensor) -> Tensor:
     y = sdpa(x, x, x)
     return y.sum(dim=1) / y.exp().sum(dim=1)
@@ -122,9 +127,9 @@ def test_infer_axes(planned, axes, check):
     planned(table, random(2, 11, 3, 8))
     found = axes["infer_axes"]
     check(
-        f"{found.name}: {found.layout} {found.method} seeds {found.seeds}",
+        f"{found.name}: {found.layout} {type(found.method).__name__} seeds {found.seeds}",
         """\
-x.1: 11=0:3|3:6|6:9|9:11 ring seeds (('x', 1),)
+x.1: 11=0:3|3:6|6:9|9:11 Ring seeds (('x', 1),)
 """,
     )
 
@@ -160,14 +165,22 @@ def test_propagate(planned, check):
 
 
 def test_analyze_masks(planned, check):
-    plan = planned(averaged, *of_averaged())
+    plan = planned(masked, random(2, 11, 8))
     check(
         plan.diffs["analyze_masks"],
         """\
- # y = sdpa(y, y, y, is_causal=True)
--sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)
-+sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # causal
- # return y.mean(dim=1)
+ x: f64[2, 11, 8]
+-# behind = torch.arange(11)[:, None] - torch.arange(11)
+-arange: i64[11] = arange(11)
+-unsqueeze: i64[11, 1] = unsqueeze(arange, 1)
+-sub: i64[11, 11] = sub(unsqueeze, arange)
+ # return sdpa(x, x, x, (behind >= 0) & (behind < 3))
+-ge: b8[11, 11] = ge(sub, 0)
+-lt: b8[11, 11] = lt(sub, 3)
+-and_1: b8[11, 11] = __and__(ge, lt)
+-sdpa: f64[2, 11, 8] = sdpa(x, x, x, and_1)
++sdpa: f64[2, 11, 8] = mosaic.sdpa(x, x, x, left=2, right=0)  # causal, window 3
+ return [sdpa]
 """,
     )
 

@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic.attention import kernels
-from mosaic.attention.attend import Visit, attend, attend_backward, row_shift
+from mosaic.attention.attend import Visit, attend, attend_backward
 from mosaic.attention.blocks import CAUSAL, FULL, Band, pieces
+from mosaic.attention.shift import row_shift
 from mosaic.errors import UnsupportedError
+from mosaic.layout import Interval
 from mosaic.torch_private import make_fx
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,7 +152,7 @@ def by_kernel(check: Check, mask: Tensor | None) -> list[Tensor]:
     columns = [slice(*keys) for keys in cuts]
 
     def run(q, k, v, dout, mask):
-        shift = row_shift(mask) if need_dmask else None
+        shift = row_shift(mask, check.band, (Interval(0, check.tokens),)) if need_dmask else None
         tiles = [None if mask is None else mask[..., keys] for keys in columns]
         visits = [
             Visit(s, check.dim**-0.5, tile, shift) for s, tile in zip(seen, tiles, strict=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mosaic.attention.kernels.kernel import (
+    Bounds,
     Case,
     Gradients,
     Kernel,
@@ -56,26 +57,27 @@ def _fits_cpu_flash(case: Case) -> bool:
 # --- flash attention 2 on CUDA ----------------------------------------------------------------
 
 
-def _flash_options(q: Tensor, k: Tensor, band) -> tuple[bool, dict]:
-    """Is it causal, with the last row seeing the last key; else the window."""
+def _flash_sides(q: Tensor, k: Tensor, band: Bounds) -> dict[str, int | None]:
+    """The window, always with a left side: without one torch 2.11 lets the triangle begin at the
+    first key, where it should end at the last one."""
     left, right = window(band, q.shape[2], k.shape[2])
-    if (left, right) == (None, 0):
-        return True, {}
-    return False, {"window_size_left": left, "window_size_right": right}
+    if left is None and right is not None:
+        left = k.shape[2] - 1
+    return {"window_size_left": left, "window_size_right": right}
 
 
 def _flash_forward(q, k, v, *, band, scale, **_) -> Partial:
-    causal, sides = _flash_options(q, k, band)
+    sides = _flash_sides(q, k, band)
     dim = multiple_of_8(max(q.shape[-1], v.shape[-1]))
     wide = [seq_first(widened(x, dim)) for x in (q, k, v)]
     lengths = (None, None, q.shape[2], k.shape[2])
     op = aten._flash_attention_forward.default
-    out, lse, *_ = op(*wide, *lengths, 0.0, causal, False, scale=scale, **sides)
+    out, lse, *_ = op(*wide, *lengths, 0.0, False, False, scale=scale, **sides)
     return narrowed(seq_first(out), v.shape[-1]), whole_lse(lse, q.shape[2])
 
 
 def _flash_backward(dout, q, k, v, out, lse, *, band, scale, **_) -> Gradients:
-    causal, sides = _flash_options(q, k, band)
+    sides = _flash_sides(q, k, band)
     dim = multiple_of_8(max(q.shape[-1], v.shape[-1]))
     inputs = (dout.to(q.dtype), q, k, v, out.to(q.dtype))
     wide = [seq_first(widened(x, dim)) for x in inputs]
@@ -83,7 +85,7 @@ def _flash_backward(dout, q, k, v, out, lse, *, band, scale, **_) -> Gradients:
     lengths = (None, None, q.shape[2], k.shape[2])
     state = (_no_seed(q), _no_seed(q))
     op = aten._flash_attention_backward.default
-    grads = op(*wide, lse, *lengths, 0.0, causal, *state, scale=scale, **sides)
+    grads = op(*wide, lse, *lengths, 0.0, False, *state, scale=scale, **sides)
     return without_padding([seq_first(grad) for grad in grads], q, k, v)
 
 

@@ -20,6 +20,7 @@ from mosaic.attention.kernels.kernel import (
     Kernel,
     multiple_of_8,
     narrowed,
+    seq_first,
     whole_lse,
     widened,
 )
@@ -119,8 +120,10 @@ def _backward(dout, q, k, v, out, lse, *, band, mask, scale, shift, need_dmask, 
     lse = torch.where(lse == float("-inf"), float("inf"), lse)  # weight 0 for a row without keys
     lse = F.pad(lse, (0, -q.shape[2] % 32), value=float("inf"))
     queries, keys = _doubled(q, k, shift)
-    inputs = (_wide(queries), *(_wide(_repeated(x, q.shape[1])) for x in (keys, v)))
-    dout, out = _wide(dout.to(q.dtype)), _wide(out.to(q.dtype))
+    # Slices of rows come in; their strides are not heeded by all of the backward.
+    inputs = [_wide(queries), *(_wide(_repeated(x, q.shape[1])) for x in (keys, v))]
+    dout, *inputs = (x.contiguous() for x in (_wide(dout.to(q.dtype)), *inputs))
+    out, lse = seq_first(seq_first(_wide(out.to(q.dtype))).contiguous()), lse.contiguous()
     state = torch.zeros([], dtype=torch.int64, device=q.device)  # of a generator that is not used
     needed = [True, True, True, need_dmask]
     op = aten._scaled_dot_product_efficient_attention_backward.default
@@ -128,8 +131,15 @@ def _backward(dout, q, k, v, out, lse, *, band, mask, scale, shift, need_dmask, 
         dout, *inputs, bias, out, lse, state, state, 0.0, needed, band == (None, 0), scale=scale
     )
     dk, dv = _added_up(narrowed(dk, keys.shape[-1]), k), _added_up(narrowed(dv, v.shape[-1]), v)
-    dmask = summed_to(dbias.to(accumulator(q.dtype)), mask.shape) if need_dmask else None
+    dmask = _dmask(dbias, band, mask) if need_dmask else None
     return narrowed(dq, q.shape[-1]), _halved(dk, k), dv, dmask
+
+
+def _dmask(dbias: Tensor, band: Bounds, mask: Tensor) -> Tensor:
+    if band == (None, 0):  # what a causal kernel skips is never written
+        s, t = dbias.shape[2:]
+        dbias = dbias.masked_fill(outside(band, s, t, dbias.device), 0)
+    return summed_to(dbias.to(accumulator(dbias.dtype)), mask.shape)
 
 
 #: So little of a query leaves equal weights equal; a power of two changes no digit of a gradient.

@@ -1,0 +1,82 @@
+"""Scaled dot product attention with a mask in words: what ``analyze_masks`` writes.
+
+It stands in graphs for what rules shard. Run whole it is decomposed: the dense mask is built from
+positions, so it is right under autograd, fake tensors and ``torch.compile`` alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCHEMA = (
+    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+    "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int? left=None, "
+    "int? right=None, Tensor? query_documents=None, Tensor? key_documents=None) -> Tensor"
+)
+
+library = torch.library.Library("mosaic", "FRAGMENT")
+library.define(SCHEMA)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    left: int | None = None,
+    right: int | None = None,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` in which query i sees key j only where
+
+    - i - left <= j <= i + right (None: no bound; ``is_causal`` is right=0), and
+    - query_documents[b, i] == key_documents[b, j]: int64, (batch|1, queries) and (batch|1, keys).
+
+    ``attn_mask`` is boolean or added to the scores, as ever.
+    """
+    seen = in_band(query, key, left, right, is_causal)
+    if query_documents is not None and key_documents is not None:
+        same = query_documents[:, :, None] == key_documents[:, None, :]
+        same = same[:, None] if query.ndim > 3 else same
+        seen = same if seen is None else seen & same
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, allowed(attn_mask, seen), dropout_p, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def in_band(
+    query: Tensor, key: Tensor, left: int | None, right: int | None, is_causal: bool
+) -> Tensor | None:
+    """(queries, keys), boolean; None: everything is seen."""
+    if is_causal:
+        right = 0 if right is None else min(right, 0)
+    i = torch.arange(query.shape[-2], device=query.device)[:, None]
+    j = torch.arange(key.shape[-2], device=key.device)[None]
+    bounds = [] if left is None else [i - left <= j]
+    bounds += [] if right is None else [j <= i + right]
+    if not bounds:
+        return None
+    return bounds[0] if len(bounds) == 1 else bounds[0] & bounds[1]
+
+
+def allowed(mask: Tensor | None, seen: Tensor | None) -> Tensor | None:
+    """``mask``, and nothing where ``seen`` is False."""
+    if mask is None or seen is None:
+        return seen if mask is None else mask
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return torch.where(seen, mask, -float("inf"))
+
+
+library.impl("sdpa", sdpa, "CompositeImplicitAutograd")
+
+PLAIN = torch.ops.aten.scaled_dot_product_attention.default
+STRUCTURED = torch.ops.mosaic.sdpa.default
+ATTENTIONS = (PLAIN, STRUCTURED)

@@ -1,0 +1,46 @@
+"""What a call of ``sdpa`` (ATen's or ours) says about its mask, and how plans print it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosaic.attention.blocks import Band
+from mosaic.values import Call
+
+
+def band_of(call: Call) -> Band:
+    """Which keys a query sees; ATen's op has only ``is_causal``."""
+    left, right = call.bound.get("left"), call.bound.get("right")
+    if call["is_causal"]:
+        right = 0 if right is None else min(right, 0)
+    return Band(left, right)
+
+
+def documents_of(call: Call) -> tuple[Any, ...]:
+    """The ids of queries and of keys, if a query sees only keys with its own id; else ()."""
+    queries = call.bound.get("query_documents")
+    return () if queries is None else (queries, call["key_documents"])
+
+
+def mask_words(band: Band, documents: bool, mask: Tensor | None) -> str:
+    """
+    >>> mask_words(Band(4095, 0), True, None)
+    'causal, window 4096, documents'
+    """
+    words = [word for word in (str(band), "documents" if documents else "") if word]
+    if mask is not None:
+        of_keys = mask.ndim < 2 or mask.shape[-2] == 1
+        words.append(TENSORS[of_keys, mask.dtype == torch.bool])
+    return ", ".join(words)
+
+
+#: (one row for all queries, boolean)
+TENSORS = {
+    (True, True): "padding",
+    (True, False): "bias of keys",
+    (False, True): "dense boolean",
+    (False, False): "dense float",
+}
