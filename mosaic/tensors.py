@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mosaic.agreement import check_shards_alike
 from mosaic.collectives import slice_to
+from mosaic.context import own_axes
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.mesh import get_context
@@ -61,7 +62,7 @@ def _along(spec: str, dim: int, mesh_axis: str) -> str:
     place = Shard.decode(spec).place
     if place.dim != dim or (place.outer, place.inner) != (1, 1):
         return ""
-    if place.mesh_axis != mesh_axis:
+    if own_axes(place.mesh_axis) != own_axes(mesh_axis):
         raise ShardingError(
             f"dim {dim} is cut over mesh axis '{place.mesh_axis}', and '{mesh_axis}' is asked for",
             fix=f"use a method with mesh='{place.mesh_axis}', or gather the tensor first",

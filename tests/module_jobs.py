@@ -263,6 +263,31 @@ def plain_modules(p: int) -> dict[str, float]:
     return errors
 
 
+def joint() -> dict[str, float]:
+    """Two mesh axes as one: a composition by mesh axes, and a grid of rows and cols."""
+    mosaic.init(mesh_shape=(2, 2), mesh_axes=("rows", "cols"))
+    torch.manual_seed(1)
+    errors = {}
+    for heads, sequence in (("rows", "cols"), ("cols", "rows")):
+        composed = mosaic.Composed(mosaic.Ulysses(mesh=heads), mosaic.Ring(mesh=sequence))
+        q, k, v = (torch.randn(2, 4, 8, 6, dtype=F64, requires_grad=True) for _ in range(3))
+        want = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        parts = [mosaic.shard_tensor(x, 2, mesh_axis="rows,cols") for x in (q, k, v)]
+        out = mosaic.attention(*parts, composed, causal=True)
+        out = mosaic.gather(out, 2, mesh_axis="rows,cols")
+        dout = torch.randn(want.shape, dtype=F64)
+        got, grads = (gradients(y, [q, k, v], dout) for y in (out, want))
+        errors[str(composed)] = difference([out, *got], [want, *grads])
+    module = mosaic.MultiAxisAttention2D(EMBED, HEADS, 1, 2, (2, 2), mesh="rows,cols").double()
+    local = mosaic.MultiAxisAttention(EMBED, HEADS, 1).double()
+    local.load_state_dict(module.state_dict())
+    x = torch.randn(1, 4, 6, EMBED, dtype=F64)
+    part = mosaic.shard_tensor(mosaic.shard_tensor(x, 1, mesh_axis="rows"), 2, mesh_axis="cols")
+    out = mosaic.gather(mosaic.gather(module(part), 1, mesh_axis="rows"), 2, mesh_axis="cols")
+    errors["two axes"] = difference([out], [local(x.flatten(1, 2)).unflatten(1, (4, 6))])
+    return errors
+
+
 # --- dropout, and layers beside the modules -------------------------------------------------------
 
 

@@ -28,6 +28,10 @@ def test_equals_one_process(ranks, job: str, p: int) -> None:
     check(ranks(p).run(getattr(jobs, job), p))
 
 
+def test_two_mesh_axes_as_one(ranks) -> None:
+    check(ranks(4).run(jobs.joint))
+
+
 def test_dropout_is_the_same_for_every_backend_and_p(ranks) -> None:
     (want,) = ranks(1).run(jobs.dropout, 1)
     for p in (2, 4):
