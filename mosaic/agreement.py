@@ -48,20 +48,22 @@ def exchange(
     group: dist.ProcessGroup,
     text: str,
     doing: str = "compile this graph",
-    patience: timedelta = TIMEOUT,
+    patience: timedelta | None = None,
 ) -> list[str]:
     """What every rank of the group says, in rank order, through the store."""
     store, ranks, prefix = default_store(), dist.get_process_group_ranks(group), _key(group, doing)
+    patience = patience or TIMEOUT
     _compiles[prefix] += 1
     keys = {rank: f"{prefix}/{_compiles[prefix]}/{rank}" for rank in ranks}
     store.set(keys[dist.get_rank()], text)
     try:
         store.wait(list(keys.values()), patience)
     except (RuntimeError, dist.DistError):
+        time = f"{doing.split()[0]} {_compiles[prefix]}"
         late = [rank for rank, key in keys.items() if not store.check([key])]
         raise ShardingError(
             f"ranks {late} did not {doing} within {patience.seconds} s",
-            ranks=f"this is rank {dist.get_rank()} of {ranks}, time {_compiles[prefix]}",
+            ranks=f"this is rank {dist.get_rank()} of {ranks}, {time}",
             fix="every rank must run the same program with inputs of the same sizes",
         ) from None
     said = {rank: store.get(key).decode() for rank, key in keys.items()}
