@@ -93,7 +93,9 @@ def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
             return fn(*pytree.tree_unflatten(filled, tree))
 
         with no_tracing_context(), mode or nullcontext(), torch.no_grad():
-            made = make_fx(program, decomposition_table=decompositions_for_inductor())(*values)
+            # Nodes that were written from one trace share its values; the tracer would mix them up.
+            apart = [value.detach() for value in values]
+            made = make_fx(program, decomposition_table=decompositions_for_inductor())(*apart)
         made.graph.eliminate_dead_code()
         known[key] = made.graph
     return known[key]
