@@ -3,6 +3,7 @@
 from mosaic.decorator import shard
 from mosaic.errors import MosaicError, ShardingError, UnsupportedError
 from mosaic.explain import explain
+from mosaic.functional import attention
 from mosaic.layout import Layout
 from mosaic.mesh import MosaicContext, get_context, init
 from mosaic.methods import (
@@ -16,7 +17,15 @@ from mosaic.methods import (
     Ring,
     Ulysses,
 )
+from mosaic.modules import (
+    ComposedAttention,
+    CrossAxisAttention,
+    HierarchicalAttention,
+    MultiAxisAttention,
+    MultiAxisAttention2D,
+)
 from mosaic.plan import Plan
+from mosaic.projections import sum_gradients
 from mosaic.spec import ShardingSpec
 from mosaic.tensors import gather, layout_of, shard_like, shard_tensor
 
@@ -24,19 +33,25 @@ __all__ = [
     "AllGather",
     "Auto",
     "Composed",
+    "ComposedAttention",
+    "CrossAxisAttention",
     "Hierarchical",
+    "HierarchicalAttention",
     "Layout",
     "Local",
     "Mesh2D",
     "Method",
     "MosaicContext",
     "MosaicError",
+    "MultiAxisAttention",
+    "MultiAxisAttention2D",
     "Plan",
     "Ring",
     "ShardingError",
     "ShardingSpec",
     "Ulysses",
     "UnsupportedError",
+    "attention",
     "explain",
     "gather",
     "get_context",
@@ -45,5 +60,6 @@ __all__ = [
     "shard",
     "shard_like",
     "shard_tensor",
+    "sum_gradients",
 ]
 __version__ = "0.1.0"

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from mosaic.capture import Input
 from mosaic.errors import MosaicError, ShardingError
+from mosaic.mesh import MosaicContext
 from mosaic.torch_private import default_store
 
 TIMEOUT = timedelta(seconds=30)
@@ -43,19 +44,26 @@ def agree(group: dist.ProcessGroup | None, facts: str) -> None:
     )
 
 
-def exchange(group: dist.ProcessGroup, text: str) -> list[str]:
+def exchange(
+    group: dist.ProcessGroup,
+    text: str,
+    doing: str = "compile this graph",
+    patience: timedelta | None = None,
+) -> list[str]:
     """What every rank of the group says, in rank order, through the store."""
-    store, ranks, prefix = default_store(), dist.get_process_group_ranks(group), _key(group)
+    store, ranks, prefix = default_store(), dist.get_process_group_ranks(group), _key(group, doing)
+    patience = patience or TIMEOUT
     _compiles[prefix] += 1
     keys = {rank: f"{prefix}/{_compiles[prefix]}/{rank}" for rank in ranks}
     store.set(keys[dist.get_rank()], text)
     try:
-        store.wait(list(keys.values()), TIMEOUT)
+        store.wait(list(keys.values()), patience)
     except (RuntimeError, dist.DistError):
+        time = f"{doing.split()[0]} {_compiles[prefix]}"
         late = [rank for rank, key in keys.items() if not store.check([key])]
         raise ShardingError(
-            f"ranks {late} did not compile this graph within {TIMEOUT.seconds} s",
-            ranks=f"this is rank {dist.get_rank()} of {ranks}, compile {_compiles[prefix]}",
+            f"ranks {late} did not {doing} within {patience.seconds} s",
+            ranks=f"this is rank {dist.get_rank()} of {ranks}, {time}",
             fix="every rank must run the same program with inputs of the same sizes",
         ) from None
     said = {rank: store.get(key).decode() for rank, key in keys.items()}
@@ -67,8 +75,8 @@ def exchange(group: dist.ProcessGroup, text: str) -> list[str]:
     return list(said.values())
 
 
-def _key(group: dist.ProcessGroup) -> str:
-    return "mosaic/" + "-".join(map(str, dist.get_process_group_ranks(group)))
+def _key(group: dist.ProcessGroup, doing: str = "compile this graph") -> str:
+    return f"mosaic/{doing}/" + "-".join(map(str, dist.get_process_group_ranks(group)))
 
 
 def report_failure(group: dist.ProcessGroup | None, error: BaseException) -> None:
@@ -118,6 +126,34 @@ def check_data(group: dist.ProcessGroup, given: Sequence[tuple[Input, Any]]) -> 
         fix=SAME_STATE if first.is_state else SAME_DATA,
     )
 
+
+def check_shards_alike(
+    context: MosaicContext, mesh_axis: str, shapes: tuple[tuple[int, ...], ...], dim: int
+) -> None:
+    """Raise ShardingError if shards without a layout are not of one shape on every rank.
+
+    Asked once for each shape. It goes through the store: a rank with another shape, whose turn it
+    is not on the others, is told so after a while, and meets no collective that is not its own.
+    """
+    group, question = context.group(mesh_axis), (mesh_axis, shapes)
+    if group is None or question in context.alike or dist.get_backend(group) == "fake":
+        return
+    said = [json.loads(text) for text in exchange(group, json.dumps(shapes), COMPARE, PATIENCE)]
+    wrong = next((i for i in range(len(shapes)) if len({str(s[i]) for s in said}) > 1), None)
+    if wrong is None:
+        context.alike.add(question)
+        return
+    everyone = [shape[wrong] for shape in said]
+    n, p = sum(shape[dim] for shape in everyone), len(said)
+    raise ShardingError(
+        "the ranks hold shards of different sizes, and no layout says who holds what",
+        sizes=", ".join(f"rank {rank}: {shape}" for rank, shape in enumerate(everyone)),
+        fix=f"if the axis is cut as torch.chunk does, pass layout=mosaic.Layout.even({n}, {p})",
+    )
+
+
+COMPARE = "compare the sizes of its shards"
+PATIENCE = timedelta(minutes=5)  # ranks may come to their first batch at different times
 
 SAME_STATE = "seed the ranks alike before building the model, or broadcast its state_dict"
 SAME_DATA = (

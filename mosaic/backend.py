@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from mosaic import agreement
+from mosaic import agreement, shards
 from mosaic.arriving import arriving_shards, global_sizes
 from mosaic.capture import capture, read_inputs
 from mosaic.context import Context, World
 from mosaic.errors import ShardingError
-from mosaic.mesh import MosaicContext, current_context
+from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
 from mosaic.notices import announce, resumed_at
 from mosaic.passes import LOWERING, PIPELINE
@@ -87,17 +86,6 @@ def mosaic(
     return checked(compiled, context, chosen.spec, group)
 
 
-def context_or_world_of_one() -> MosaicContext | None:
-    found = current_context()
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    if found is None and (several or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-        raise ShardingError(
-            "there are several ranks, and Mosaic does not know which belong together",
-            fix="call mosaic.init(sp_size=...) before the first call of the compiled model",
-        )
-    return found
-
-
 def partitioned(
     module: fx.GraphModule, options: Options, ranks: MosaicContext | None
 ) -> tuple[fx.GraphModule, Context, Plan]:
@@ -105,6 +93,9 @@ def partitioned(
     spec = options.spec
     group = ranks.group(spec.mesh) if ranks else None
     world = world_of(ranks, spec.mesh)
+    first = shards.first_call(module)
+    if first is not None:
+        return shards.passed_through(module, first, spec, world)
     arriving = arriving_shards(module, read_inputs(module), spec, world, group)
     captured = capture(module, global_sizes(module, arriving))
     context = Context(
@@ -167,7 +158,7 @@ def checked(
             whole = [
                 (i, a)
                 for i, a in zip(context.inputs, args, strict=True)
-                if i.index not in context.arriving
+                if i.index not in context.arriving and (i.is_state or not context.holds_shards)
             ]
             agreement.check_data(group, whole)
             pending = spec.check_inputs == "always"

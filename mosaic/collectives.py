@@ -18,6 +18,7 @@ each in ``mosaic/moves.py``, which the op runs and the lowering traces.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -34,7 +35,15 @@ from mosaic.moves import (
     spread,
 )
 
-__all__ = ["broadcast", "enter", "gather", "reshard", "slice_to", "sum_across"]
+__all__ = [
+    "broadcast",
+    "enter",
+    "enter_together",
+    "gather",
+    "reshard",
+    "slice_to",
+    "sum_across",
+]
 
 _decode = lru_cache(maxsize=None)(Shard.decode)
 
@@ -130,6 +139,28 @@ class _Slice(torch.autograd.Function):
 def enter(x: Tensor, group: str) -> Tensor:
     """A whole tensor goes into sharded work: the identity; the ranks' gradients are summed."""
     return _Enter.apply(x, group) if group else x
+
+
+class _EnterTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group: str, *xs: Tensor):
+        ctx.group = group
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        total = sum_across(torch.cat([grad.reshape(-1) for grad in grads]), ctx.group)
+        parts = total.split([grad.numel() for grad in grads])
+        return None, *(p.view_as(g).to(g.dtype) for p, g in zip(parts, grads, strict=True))
+
+
+def enter_together(xs: Sequence[Tensor], group: str) -> list[Tensor]:
+    """``enter`` for several tensors, with one all-reduce for their gradients."""
+    wanted = [x for x in xs if x.requires_grad]
+    if not wanted or not group:
+        return list(xs)
+    entered = iter(_EnterTogether.apply(group, *wanted))
+    return [next(entered) if x.requires_grad else x for x in xs]
 
 
 @torch.compiler.allow_in_graph

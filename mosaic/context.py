@@ -59,6 +59,7 @@ class Context:
     arriving: dict[int, Place] = field(default_factory=dict)  # inputs that are shards already
     is_resumed: bool = False  # after a graph break: locals may have other meanings
     is_first_graph: bool = True
+    holds_shards: bool = False  # a program that was written for shards: it is only lowered
     graph_text: str = ""
     worlds: dict[str, World] = field(default_factory=dict)
     axes: tuple[Axis, ...] = ()  # what is cut, on different mesh axes

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from math import gcd
 from typing import NamedTuple
 
@@ -113,6 +113,17 @@ class Layout:
     @classmethod
     def whole(cls, n: int, p: int) -> Layout:
         return cls.of(n, ([(0, n)] for _ in range(p)))
+
+    @classmethod
+    def grid(cls, rows: Layout, cols: Layout) -> Layout:
+        """Two axes as one of rows.n x cols.n, over ranks r * cols.p + c: each holds, row by row,
+        its columns of its rows.
+
+        >>> print(Layout.grid(Layout.even(2, 2), Layout.even(3, 2)))
+        6=0:2|2:3|3:5|5:6
+        """
+        ranks = product(range(rows.p), range(cols.p))
+        return cls.crossed(rows.blocks(1, cols.n), cols.blocks(rows.n, 1), ranks)
 
     @classmethod
     def parse(cls, text: str) -> Layout:

@@ -56,6 +56,7 @@ class MosaicContext:
     axes: tuple[str, ...]
     _request: _Request = field(repr=False)
     _owns_group: bool = field(repr=False)
+    alike: set[object] = field(repr=False, compare=False, default_factory=set)  # shards compared
     _joint: dict[str, DeviceMesh] = field(repr=False, default_factory=dict)
 
     def size(self, mesh_axis: str = "sp") -> int:
@@ -170,6 +171,17 @@ def get_context() -> MosaicContext:
     if _context is None:
         raise ShardingError(
             "mosaic.init was not called", fix="call mosaic.init(sp_size=...) on every rank first"
+        )
+    return _context
+
+
+def context_or_world_of_one() -> MosaicContext | None:
+    """The context, or None for a single process that has not called ``init``."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if _context is None and (several or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise ShardingError(
+            "there are several ranks, and Mosaic does not know which belong together",
+            fix="call mosaic.init(sp_size=...) on every rank first",
         )
     return _context
 

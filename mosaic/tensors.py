@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mosaic.agreement import check_shards_alike
 from mosaic.collectives import slice_to
+from mosaic.context import own_axes
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.mesh import get_context
@@ -25,6 +27,10 @@ def mark(x: Tensor, spec: str) -> Tensor:
 
 def shard_of(x: Tensor) -> Shard:
     """How a tensor is cut. Raises ShardingError for one that Mosaic did not cut."""
+    return Shard.decode(_spec(x))
+
+
+def _spec(x: Tensor) -> str:
     spec = getattr(x, _MARK, None)
     if spec is None:
         raise ShardingError(
@@ -32,9 +38,10 @@ def shard_of(x: Tensor) -> Shard:
             sizes=list(x.shape),
             fix="pass an output of a model compiled with outputs='shards', "
             "or of mosaic.shard_tensor; what is computed from one is a plain tensor: "
-            "use mosaic.shard_like(whole, that output)",
+            "use mosaic.shard_like(whole, that output), or say how it is cut: "
+            "mosaic.gather(x, dim, layout=...)",
         )
-    return Shard.decode(spec)
+    return spec
 
 
 def layout_of(x: Tensor) -> Layout:
@@ -42,9 +49,56 @@ def layout_of(x: Tensor) -> Layout:
     return shard_of(x).place.layout
 
 
-def gather(x: Tensor) -> Tensor:
-    """The whole tensor on every rank, in global order."""
-    return torch.ops.mosaic.gather(x, shard_of(x).encode())
+def layout_text(layout: Layout | None, x: Tensor, dim: int, mesh_axis: str) -> str:
+    """The layout of a dim as text: the given one, else what is remembered; "" if nothing is."""
+    if layout is not None:
+        return str(layout)
+    spec = getattr(x, _MARK, None)
+    return "" if spec is None else _along(spec, dim % x.ndim, mesh_axis)
+
+
+@torch.compiler.assume_constant_result
+def _along(spec: str, dim: int, mesh_axis: str) -> str:
+    place = Shard.decode(spec).place
+    if place.dim != dim or (place.outer, place.inner) != (1, 1):
+        return ""
+    if own_axes(place.mesh_axis) != own_axes(mesh_axis):
+        raise ShardingError(
+            f"dim {dim} is cut over mesh axis '{place.mesh_axis}', and '{mesh_axis}' is asked for",
+            fix=f"use a method with mesh='{place.mesh_axis}', or gather the tensor first",
+        )
+    return str(place.layout)
+
+
+def gather(
+    x: Tensor, dim: int | None = None, *, layout: Layout | None = None, mesh_axis: str = "sp"
+) -> Tensor:
+    """The whole tensor on every rank, in global order.
+
+    A tensor that Mosaic cut knows how. Of others say the dim, and the layout unless all ranks have
+    equal shards, one behind the other. Raises ShardingError where the shard does not fit.
+    """
+    if dim is None:
+        return torch.ops.mosaic.gather(x, _spec(x))
+    return gather_node(x, dim, layout_text(layout, x, dim, mesh_axis), mesh_axis)
+
+
+@torch.compiler.allow_in_graph
+def gather_node(x: Tensor, dim: int, layout: str, mesh_axis: str) -> Tensor:
+    """``gather`` along a dim, with its layout as text."""
+    context, dim = get_context(), dim % x.ndim
+    n, p, rank = int(x.shape[dim]), context.size(mesh_axis), context.rank(mesh_axis)
+    if not layout:
+        check_shards_alike(context, mesh_axis, (tuple(map(int, x.shape)),), dim)
+    found = Layout.parse(layout) if layout else Layout.even(n * p, p)
+    if found.p != p or found.lengths[rank] != n:
+        raise ShardingError(
+            f"the shard is not the part of dim {dim} that the layout says",
+            sizes=f"{list(x.shape)} on rank {rank} of {p}",
+            layout=found,
+        )
+    shard = Shard(Place(found, dim, mesh_axis=mesh_axis), rank, context.group_name(mesh_axis))
+    return torch.ops.mosaic.gather(x, shard.encode())
 
 
 def shard_tensor(

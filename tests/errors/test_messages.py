@@ -195,7 +195,7 @@ def test_a_tensor_without_a_layout() -> None:
         """\
 this tensor carries no layout
   sizes  [2, 13, 8]
-  fix    pass an output of a model compiled with outputs='shards', or of mosaic.shard_tensor; what is computed from one is a plain tensor: use mosaic.shard_like(whole, that output)""",  # noqa: E501
+  fix    pass an output of a model compiled with outputs='shards', or of mosaic.shard_tensor; what is computed from one is a plain tensor: use mosaic.shard_like(whole, that output), or say how it is cut: mosaic.gather(x, dim, layout=...)""",  # noqa: E501
     )
 
 
