@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 
+import torch
 from torch import fx
 
 from mosaic.capture import Input
@@ -39,6 +42,21 @@ class World:
 
         places = product(*map(range, sizes.values()))
         return [(along(a, place), along(b, place)) for place in places]
+
+    @property
+    def node_size(self) -> int:
+        """How many neighbouring ranks share a node, by torchrun's word; 0 for all of them."""
+        names = list(self.sizes)
+        inner = names[names.index(self.mesh_axis) + 1 :] if self.mesh_axis in names else []
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+        return local // math.prod(self.sizes[name] for name in inner)
+
+
+def device_memory() -> int:
+    """Of a GPU, in bytes, the same on every rank; 0 on the CPU, where it is not the limit."""
+    if not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def own_axes(mesh_axis: str) -> set[str]:

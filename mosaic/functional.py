@@ -15,12 +15,13 @@ from torch import Tensor
 
 from mosaic.agreement import check_shards_alike
 from mosaic.attention.attend import Inputs
-from mosaic.attention.blocks import FULL, Band
+from mosaic.attention.blocks import FULL, Band, share_seen
+from mosaic.attention.cost import Shape
 from mosaic.attention.op import Calls, calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, way_of
 from mosaic.collectives import enter, enter_together
-from mosaic.context import World
+from mosaic.context import World, device_memory
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout
 from mosaic.mesh import context_or_world_of_one
@@ -226,14 +227,13 @@ def plan_of(
     method, sizes = request.method, world.sizes
     if isinstance(method, Folded):
         method, sizes = unfolded(method, world)
-    per_key = sum(int(x.shape[0] * x.shape[1] * x.shape[3]) * x.element_size() for x in (k, v))
     facts = Facts(
         p=world.size,
-        heads=int(q.shape[1]),
-        kv_heads=int(k.shape[1]),
-        kv_bytes=per_key * key.n // world.size,
+        shape=shape_of(q, k, v, query, key, request.band),
         has_rows=may_have_rows(inputs.mask, query),
         sizes=sizes,
+        node_size=world.node_size,
+        memory=device_memory(),
     )
     if world.size == 1 or not is_cut(key):
         way = LOCAL
@@ -242,6 +242,21 @@ def plan_of(
     scale = int(q.shape[3]) ** -0.5 if request.scale is None else request.scale
     return AttentionPlan(
         way, world.rank, world.group, query, key, request.band, scale, request.dropout
+    )
+
+
+def shape_of(q: Tensor, k: Tensor, v: Tensor, query: Layout, key: Layout, band: Band) -> Shape:
+    return Shape(
+        batch=int(q.shape[0]),
+        heads=int(q.shape[1]),
+        kv_heads=int(k.shape[1]),
+        queries=query.n,
+        keys=key.n,
+        dim=int(q.shape[3]),
+        v_dim=int(v.shape[3]),
+        itemsize=q.element_size(),
+        area=share_seen(band, query.n, key.n),
+        window=band.length,
     )
 
 

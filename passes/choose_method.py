@@ -9,14 +9,10 @@ for what "auto" chose.
 
 from __future__ import annotations
 
-import math
-import os
-
-import torch
 from torch import fx
 
 from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, Way, way_of
-from mosaic.context import Context, World
+from mosaic.context import Context, device_memory
 from mosaic.layout import Layout
 from mosaic.local.attention import Attention
 
@@ -42,25 +38,10 @@ def resolved(found: Attention, context: Context) -> tuple[Way, str]:
         has_rows=found.has_rows,
         heads_are_cut=found.heads is not None,
         sizes=world.sizes,
-        node_size=node_size(world),
+        node_size=world.node_size,
         memory=device_memory(),
     )
     return way_of(found.method, facts)
-
-
-def node_size(world: World) -> int:
-    """How many neighbouring ranks of the mesh axis share a node, by torchrun's word; 0 for all."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    names = list(world.sizes)
-    inner = names[names.index(world.mesh_axis) + 1 :] if world.mesh_axis in names else []
-    return local // math.prod(world.sizes[name] for name in inner)
-
-
-def device_memory() -> int:
-    """Of a GPU, in bytes, the same on every rank; 0 on the CPU, where it is not the limit."""
-    if not torch.cuda.is_initialized():
-        return 0
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def is_whole(layout: Layout) -> bool:

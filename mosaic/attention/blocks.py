@@ -36,6 +36,11 @@ class Band(NamedTuple):
             return f"causal, window {self.left + 1}"
         return f"window -{self.left} to {'end' if self.right is None else f'+{self.right}'}"
 
+    @property
+    def length(self) -> int | None:
+        """How many keys a query sees beside that at its own position; None is all of them."""
+        return None if self.left is None or self.right is None else self.left + self.right
+
 
 FULL = Band(None, None)
 CAUSAL = Band(None, 0)
@@ -124,6 +129,12 @@ def visible(queries: Intervals, keys: Intervals, band: Band) -> Intervals:
                 found.append(Interval(start, stop))
                 c = stop
     return Layout.of(0, [found]).ranks[0]  # those that touch are joined
+
+
+def share_seen(band: Band, queries: int, keys: int) -> float:
+    """Of all pairs of a query and a key."""
+    seen = sum(piece.area for piece in pieces([(0, queries)], [(0, keys)], band))
+    return seen / (queries * keys) if seen else 0.0
 
 
 def simple(piece: Piece) -> tuple[Piece, ...]:

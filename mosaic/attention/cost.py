@@ -160,7 +160,7 @@ def cost_of(way: Way, shape: Shape, p: int, node_size: int = 0) -> Cost:
         between=sum(pair[1] for pair in (sent.heads, sent.queries, sent.windows, sent.steps)),
         memory=_memory(way, parts),
         merges=way.inter.stages * way.intra.stages - 1 + grids,
-        sends=2 * (way.heads > 1) + _sends(way.inter, way.intra) + 2 * grids,
+        sends=2 * (way.heads > 1) + _sends(way.inter, way.intra) + 3 * grids,
     )
 
 

@@ -105,22 +105,11 @@ def home(found: Partial, q: Tensor, route: Route) -> Partial:
     """Partial outputs return to the ranks whose queries they are, and are merged there."""
     if route.queries.is_identity:
         return found
-    sent = packed(found, q.dtype)
-    back = route.queries.finish_back(route.queries.start_back(sent), sent)
-    return merge([unpacked(part, found[1].dtype) for _, part in back])
-
-
-def packed(found: Partial, dtype: torch.dtype) -> Tensors:
-    """out in the dtype of q, and lse's bits as numbers of that dtype: one buffer for both."""
-    out, lse = found
-    bits = lse.unsqueeze(-1).contiguous()
-    return out.to(dtype), bits if bits.dtype == dtype else bits.view(dtype)
-
-
-def unpacked(sent: Tensors, dtype: torch.dtype) -> Partial:
-    out, bits = sent
-    lse = bits if bits.dtype == dtype else bits.contiguous().view(dtype)
-    return out, lse.squeeze(-1)
+    out, lse = (found[0].to(q.dtype),), (found[1].unsqueeze(-1),)
+    crossing = route.queries
+    pending = [crossing.start_back(sent) for sent in (out, lse)]
+    outs, lses = (crossing.finish_back(x, y) for x, y in zip(pending, (out, lse), strict=True))
+    return merge([(o[0], x[0].squeeze(-1)) for (_, o), (_, x) in zip(outs, lses, strict=True)])
 
 
 def everywhere(found: Partial, plan: AttentionPlan) -> Partial:
@@ -172,9 +161,10 @@ def gathered(mine: Tensors, route: Route) -> Tensors:
     if route.queries.is_identity:
         return mine
     dout, q, out, lse = mine
-    sent = (dout.to(q.dtype), q, *packed((out, lse), q.dtype))
-    douts, rows, *partial = route.queries.finish(route.queries.start(sent), sent)
-    return (douts, rows, *unpacked(tuple(partial), lse.dtype))
+    sent, sizes = (dout.to(q.dtype), q, out.to(q.dtype)), (lse.unsqueeze(-1),)
+    coming = [route.queries.start(xs) for xs in (sent, sizes)]
+    (lses,) = route.queries.finish(coming[1], sizes)
+    return (*route.queries.finish(coming[0], sent), lses.squeeze(-1))
 
 
 def home_gradient(dq: Tensor, q: Tensor, route: Route) -> Tensor:

@@ -263,7 +263,9 @@ def _composed(method: Composed, facts: Facts) -> tuple[Way, str]:
         return rest, f"ulysses({u}) and more is done by {rest.name}: {why_no_heads(facts)}"
     way, note = way_of(method.sequence, after_heads(facts, u))
     name = f"ulysses({u}) x {way.name}"
-    return replace(way, name=name, heads=u, is_outer=True), note
+    order = list(facts.sizes)  # ranks are numbered in the order of the mesh
+    is_outer = order.index(method.heads.mesh) < order.index(method.sequence.mesh)
+    return replace(way, name=name, heads=u, is_outer=is_outer), note
 
 
 def _local(method: Local, facts: Facts) -> tuple[Way, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from mosaic.attention.blocks import FULL, Band, pieces
+from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
 from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place
@@ -71,8 +71,8 @@ class Attention:
     @property
     def is_window(self) -> bool:
         """Whether what a query sees is no longer than a shard: even shards then work alike."""
-        left, right = self.band
-        return left is not None and right is not None and left + right < self.key.n / self.key.p
+        length = self.band.length
+        return length is not None and length < self.key.n / self.key.p
 
 
 def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
@@ -230,15 +230,10 @@ def attention(
             v_dim=v.shape[-1],
             itemsize=v.val.element_size(),
             area=share_seen(band, query.n, key.n),
+            window=band.length,
         ),
         has_rows=mask is not None and mask.shape[-2] > 1,
     )
-
-
-def share_seen(band: Band, queries: int, keys: int) -> float:
-    """Of all pairs of a query and a key."""
-    seen = sum(piece.area for piece in pieces([(0, queries)], [(0, keys)], band))
-    return seen / (queries * keys) if seen else 0.0
 
 
 def folded(place: Place, shape: torch.Size) -> Place:

@@ -119,7 +119,7 @@ def _cut(case: Case, piece: Piece) -> tuple[Piece, ...]:
         for kernel in _table
         if kernel.fits(case) and (kernel.bands != "square" or piece.lower is None)
     )
-    if next(can, MATH).bands == "native":
+    if next(can, MATH).is_whole(piece):
         return (piece,)
     return simple(piece) if piece.lower is None else row_blocks(piece)
 

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -150,7 +150,8 @@ def _kernel(version: int, capabilities: range) -> Kernel:
         able = case.plain and case.half_on_cuda and case.capability in capabilities
         return able and max(case.head_dim, case.v_dim) <= widest and _installed(version)
 
-    return Kernel(f"flash_attn {version}", fits, "native", forward, backward)
+    bands: Literal["short", "native"] = "short" if version == 2 else "native"
+    return Kernel(f"flash_attn {version}", fits, bands, forward, backward)
 
 
 FLASH_ATTN_2 = _kernel(2, range(8, 13))

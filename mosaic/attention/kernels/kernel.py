@@ -67,12 +67,13 @@ class Kernel(NamedTuple):
     """A line of the table.
 
     ``bands``: "square" does all keys or the triangle of a square; "tile" does any band, at the cost
-    of rows x keys; "native" does any band, at the cost of what is seen.
+    of rows x keys; "native" does any band, at the cost of what is seen; "short" does so with no
+    more rows than keys (flash attention 2 takes a right side as long as the keys for unbounded).
     """
 
     name: str
     fits: Callable[[Case], bool]
-    bands: Literal["square", "tile", "native"]
+    bands: Literal["square", "tile", "native", "short"]
     forward: Callable[..., Partial]
     backward: Callable[..., Gradients]
 
@@ -82,7 +83,13 @@ class Kernel(NamedTuple):
         if self.bands == "square":
             several = piece.rows * piece.keys > 1  # cuDNN refuses one query with one key
             return several and (piece.causal or piece.band == (None, None))
-        return self.bands == "tile" or piece.is_tight
+        return self.bands == "tile" or self.is_whole(piece)
+
+    def is_whole(self, piece: Piece) -> bool:
+        """Whether it does a band in one piece, at the cost of what is seen."""
+        short = piece.upper is None or piece.rows <= piece.keys
+        fits = self.bands == "native" or (self.bands == "short" and short)
+        return fits and piece.is_tight
 
 
 def window(band: Bounds, s: int, t: int) -> Bounds:
