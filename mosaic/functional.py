@@ -76,7 +76,7 @@ def attention(
     """
     name = key_of(method)
     left, right = (None, None) if window is None else window
-    mesh = method.mesh if isinstance(method, Method) else "sp"
+    mesh = mesh_of(name)
     queries = layout_text(layout, q, 2, mesh)
     keys = layout_text(key_layout, k, 2, mesh) or queries
     tensors = (q, k, v, mask, query_documents, key_documents)
@@ -110,10 +110,18 @@ _methods: dict[str, Method] = {}
 
 @torch.compiler.assume_constant_result
 def key_of(method: str | Method) -> str:
-    """A string by which a method goes into a graph."""
+    """A string by which a method goes into a graph; modules keep it, as Dynamo of torch 2.11 takes
+    no frozen dataclass for a constant."""
+    if isinstance(method, str) and method in _methods:
+        return method
     found = method_of(method)
     _methods[repr(found)] = found
     return repr(found)
+
+
+@torch.compiler.assume_constant_result
+def mesh_of(key: str) -> str:
+    return _methods[key].mesh
 
 
 def method_named(key: str) -> Method:

@@ -204,7 +204,7 @@ class MultiAxisAttention2D(Projected):
         *projections, last = self.parameters_of(layers, "")
         q, k, v = (self.heads_of(tokens, layer) for layer in projections)
         held = str(layout or self.layout or "")
-        out = grid_node(q, k, v, key_of(self.method), self.causal, self.rate, held)
+        out = grid_node(q, k, v, self.key, self.causal, self.rate, held)
         return self.joined(out, last).reshape(grid.shape).movedim((-3, -2), axes)
 
 
@@ -251,6 +251,7 @@ class _Plain(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.method, self.causal, self.dropout = method, causal, dropout
+        self.key = key_of(method)
         self.scale, self.layout = scale, layout
 
     def extra_repr(self) -> str:
@@ -270,7 +271,7 @@ class _Plain(nn.Module):
             q,
             k,
             v,
-            self.method,
+            self.key,
             causal=self.causal,
             mask=mask,
             scale=self.scale,

@@ -38,6 +38,7 @@ class Projected(nn.Module):
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv_heads
         self.head_dim = embed_dim // num_heads
         self.method, self.causal, self.dropout = method, causal, dropout
+        self.key = key_of(method)
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, kv_heads * self.head_dim, bias=bias)
@@ -67,7 +68,7 @@ class Projected(nn.Module):
         """``mosaic.attention`` as this module does it."""
         tensors = (q, k, v, mask, None, None)
         options = (self.causal, None, None, None, self.rate)
-        return attention_node(*tensors, key_of(self.method), *options, layout, key_layout)
+        return attention_node(*tensors, self.key, *options, layout, key_layout)
 
     def joined(self, out: Tensor, layer: tuple[Tensor, Tensor | None]) -> Tensor:
         """(batch, heads, ..., head_dim) -> (batch, ..., embed)."""
@@ -78,7 +79,7 @@ class Projected(nn.Module):
     ) -> list[tuple[Tensor, Tensor | None]]:
         """The layers' weights and biases, for rows of this layout: their gradients are summed."""
         given = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-        left = iter(parameters_node(given, key_of(self.method), layout))
+        left = iter(parameters_node(given, self.key, layout))
         return [(next(left), None if layer.bias is None else next(left)) for layer in layers]
 
 

@@ -25,16 +25,10 @@ from torch import Tensor
 
 import mosaic
 from mosaic.attention import kernels
-from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import CAUSAL, FULL, Band
-from mosaic.attention.op import calls_of, sharded_attention
-from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.way import Facts, way_of
+from mosaic.functional import key_of
 from mosaic.layout import Layout
 from mosaic.methods import AllGather, Hierarchical, Mesh2D, Method, Ring, Ulysses
-from mosaic.passes import LOWERING
-from mosaic.pipeline import run_passes
-from mosaic.torch_private import compile_by_eager, compile_by_inductor
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -71,27 +65,17 @@ def layout_for(band: Band, n: int, p: int) -> Layout:
     return Layout.zigzag(n, p) if band == CAUSAL else Layout.even(n, p)
 
 
-def lowered(module, inputs):
-    """A graph with Mosaic's ops: AOTAutograd, the lowering of both graphs, Inductor on GPUs."""
-    inner = compile_by_inductor if CUDA else compile_by_eager
-    return inner(module, inputs, lambda graph, kind: run_passes(LOWERING, graph, None, kind))
-
-
 def compiled(method: Method, size: Size, band: Band, context: mosaic.MosaicContext) -> Callable:
     """The method as a compiled function of local q, k, v and a mask of all keys."""
-    p, rank = context.size("sp"), context.rank("sp")
-    layout = layout_for(band, size.tokens, p)
-    kv_bytes = 2 * size.tokens // p * size.kv_heads * size.dim * 2
-    way, _ = way_of(method, Facts(p, size.heads, size.kv_heads, kv_bytes))
-    scale = 1 / math.sqrt(size.dim)
-    plan = AttentionPlan(way, rank, context.group_name("sp"), layout, layout, band, scale)
-    calls = calls_of(plan, size.heads, size.kv_heads)
+    layout = layout_for(band, size.tokens, context.size("sp"))
+    name = key_of(method)  # torch 2.11 wants a string
     torch._dynamo.reset()
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return sharded_attention(q, k, v, Inputs(mask), calls)
+        return mosaic.attention(q, k, v, name, window=tuple(band), mask=mask, layout=layout)
 
-    return torch.compile(run, backend=lowered, fullgraph=True, dynamic=False)
+    inner = {"inner": "inductor" if CUDA else "eager"}
+    return torch.compile(run, backend="mosaic", options=inner, fullgraph=True, dynamic=False)
 
 
 def mine(x: Tensor, layout: Layout, rank: int) -> Tensor:
