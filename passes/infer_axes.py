@@ -20,7 +20,7 @@ from mosaic.context import Context, own_axes
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import ATTENTIONS
-from mosaic.methods import Auto, Method, Ring
+from mosaic.methods import Auto, Ring
 from mosaic.rules import key
 from mosaic.sharder import Sharder
 from mosaic.spec import binds
@@ -56,7 +56,7 @@ def named_axes(graph: fx.Graph, context: Context) -> tuple[Axis, ...]:
             n = max(size for _, _, size in found)
             seeds = tuple((node.name, dim) for node, dim, size in found if size == n)
             layout = Layout.even(n, context.on(method.mesh).size)
-            axes.append(Axis(str(name), method.mesh, layout, chosen(method), seeds))
+            axes.append(Axis(str(name), method.mesh, layout, method, seeds))
     return tuple(axes)
 
 
@@ -80,10 +80,6 @@ def one_for_each_mesh_axis(axes: tuple[Axis, ...], context: Context) -> tuple[Ax
             fix="give the shortest the method 'local'",
         )
     return tuple(axis for axis in axes if axis in kept)
-
-
-def chosen(method: Method) -> Method:
-    return Ring(mesh=method.mesh) if isinstance(method, Auto) else method
 
 
 def named_dims(
@@ -172,7 +168,7 @@ def longest_axis(attentions: list[fx.Node], context: Context) -> tuple[Axis, ...
     layout = Layout.even(n, context.on(method.mesh).size)
     seeds = tuple((b.node.name, b.place.dim) for b in best)
     name = axis_name(best[0], context)
-    return (Axis(name, method.mesh, layout, chosen(method), seeds),)
+    return (Axis(name, method.mesh, layout, method, seeds),)
 
 
 def axis_name(begin: Begin, context: Context) -> str:

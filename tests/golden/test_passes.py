@@ -129,7 +129,7 @@ def test_infer_axes(planned, axes, check):
     check(
         f"{found.name}: {found.layout} {type(found.method).__name__} seeds {found.seeds}",
         """\
-x.1: 11=0:3|3:6|6:9|9:11 Ring seeds (('x', 1),)
+x.1: 11=0:3|3:6|6:9|9:11 Auto seeds (('x', 1),)
 """,
     )
 
@@ -197,7 +197,7 @@ def test_choose_method(planned, check):
 ...
  slice_2: f64[2, 3, 6/sp, 8] | 6=0:3|3:6|| = transpose[:, :, :6]
 -sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)
-+sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)  # ring(stages=2)
++sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)  # all_gather
  return [sdpa_1]
 """,
     )
@@ -229,8 +229,8 @@ def test_partition(planned, check):
 +weight_entered: f64[5, 8] = enter(weight, sp)
 +linear: f64[2, 2, 5] = linear(add, weight_entered)
  # y = sdpa(y, y, y, is_causal=True)
--sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # ring(stages=2), causal
-+sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # ring(stages=2), 11 x 11
+-sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # all_gather, causal
++sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # all_gather, 11 x 11
  # return y.mean(dim=1)
 -mean: f64[2, 5] = mean(sdpa, [1])
 -return [mean]
@@ -248,12 +248,12 @@ def test_rewrite_attention(planned, check):
         plan.diffs["rewrite_attention"],
         """\
  # y = sdpa(y, y, y, is_causal=True)
--sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # ring(stages=2), 11 x 11
+-sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # all_gather, 11 x 11
 +reshape: f64[2, 1, 2, 5] = reshape(linear)
 +reshape_1: f64[2, 1, 2, 5] = reshape(linear)
 +reshape_2: f64[2, 1, 2, 5] = reshape(linear)
 +attention: (f64[2, 1, 2, 5], f64[2, 1, 2]) = mosaic.attention(reshape, reshape_1, reshape_2,
-+    plan(ring(stages=2) causal q,k=11=0:2|2:4|4:6,10:11|6:10 scale=0.4472))
++    plan(all_gather causal q,k=11=0:2|2:4|4:6,10:11|6:10 scale=0.4472))
 +getitem: f64[2, 1, 2, 5] = attention[0]
 +reshape_3: f64[2, 2, 5] = reshape(getitem)
  # return y.mean(dim=1)
@@ -273,7 +273,7 @@ def test_lower_collectives(planned, check):
         plan.diffs["lower_collectives"],
         """\
  attention: (f64[2, 1, 3, 8], f64[2, 1, 3]) = mosaic.attention(x[:, 3:6], x[:, 3:6], x[:, 3:6],
-     plan(ring(stages=2) q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
+     plan(all_gather q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
 -reshard: f64[2, 3, 8] = mosaic.reshard(attention[0], shard(10=0:3|3:6|6:9|9:10 dim=1),
 -    shard(10=0:2|2:5|5:8|8:10 dim=1))
 +cat: f64[3, 2, 1, 1, 8] = cat([attention[0][:2], attention[0][2:3]])
@@ -299,18 +299,14 @@ def test_lower_attention(planned, check):
         """\
  # return sdpa(x, x, x)
 -attention: (f64[2, 5, 3, 8], f64[2, 5, 3]) = mosaic.attention(x[:, :, 3:6], x[:, :, 3:6], x[:, :,
--    3:6], plan(ring(stages=2) q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
+-    3:6], plan(all_gather q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
 -all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(attention[0], 4, sp)
 +cat: f64[3, 160] = cat([x[:, :, 3:6], x[:, :, 3:6]], 1)
 +all_gather_1: f64[12, 160] = all_gather(cat, 4, sp)
-+flash: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], x[:, :, 3:6], x[:, :, 3:6],
-+    scale=0.3536)
 +wait_1: f64[12, 160] = wait(all_gather_1)
-+cat_1: f64[2, 5, 8, 8] = cat([wait_1[:, :80][:, :, :3], wait_1[:, :80][:, :, 6:11]], 2)
-+cat_2: f64[2, 5, 8, 8] = cat([wait_1[:, 80:160][:, :, :3], wait_1[:, 80:160][:, :, 6:11]], 2)
-+flash_1: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], cat_1, cat_2, scale=0.3536)
-+add_1: f64[2, 5, 3, 8], add_2: f64[2, 5, 3] = fused[maximum eq .. 17 ops](flash, flash_1)
-+all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(add_1, 4, sp)
++flash: (f64[2, 5, 3, 8], f64[2, 5, 3]) = flash(x[:, :, 3:6], wait_1[:, :80][:, :, :11], wait_1[:,
++    80:160][:, :, :11], scale=0.3536)
++all_gather: f64[12, 2, 5, 1, 1, 8] = all_gather(flash[0], 4, sp)
  wait: f64[12, 2, 5, 1, 1, 8] = wait(all_gather)
 """,
     )
@@ -323,7 +319,7 @@ def test_overlap_waits_late(planned, check):
         """\
  all_reduce: f64[2, 8] = all_reduce(sum_1, 'sum', sp)
 -wait: f64[2, 8] = wait(all_reduce)
- exp: f64[2, 3, 8] = exp(add_1)
+ exp: f64[2, 3, 8] = exp(flash[0])
 ...
  wait_1: f64[2, 8] = wait(all_reduce_1)
 +wait: f64[2, 8] = wait(all_reduce)

@@ -31,11 +31,11 @@ def test_table(planned, check):
         """\
 x.1 37=0:10|10:20|20:30|30:37
 other dim 6 x 6 local full 0 B
-x.1 26 x 26 ring(stages=2) full 179712 B
-x.1 11 x 26 ring(stages=2) full 179712 B
+x.1 26 x 26 all_gather full 179712 B
+x.1 11 x 26 all_gather full 179712 B
 other dim 6 x 6 local full 0 B
-x.1 26 x 26 ring(stages=2) full 179712 B
-x.1 11 x 26 ring(stages=2) full 179712 B
+x.1 26 x 26 all_gather full 179712 B
+x.1 11 x 26 all_gather full 179712 B
 3 x all_reduce x.1 180 B: sum over the axis
 1 x all_gather x.1 396 B: an output is whole
 1 x all_reduce x.1 336768 B: gradients of whole tensors, in backward
@@ -49,8 +49,8 @@ def test_gpt(planned, check):
         decided(planned(model, *args)),
         """\
 ids.1 37=0:5,35:37|5:10,30:35|10:15,25:30|15:25
-ids.1 37 x 37 ring(stages=2) causal 31968 B
-ids.1 37 x 37 ring(stages=2) causal 31968 B
+ids.1 37 x 37 all_gather causal 31968 B
+ids.1 37 x 37 all_gather causal 31968 B
 1 x all_reduce ids.1 12 B: sum of the losses
 1 x all_reduce ids.1 12 B: sum over the axis
 1 x all_gather ids.1 15318 B: an output is whole
@@ -65,8 +65,8 @@ def test_llama(planned, check):
         decided(planned(model, *args)),
         """\
 ids.1 37=0:5,35:37|5:10,30:35|10:15,25:30|15:25
-ids.1 37 x 37 ring(stages=2) causal 7104 B
-ids.1 37 x 37 ring(stages=2) causal 7104 B
+ids.1 37 x 37 all_gather causal 7104 B
+ids.1 37 x 37 all_gather causal 7104 B
 1 x all_reduce ids.1 12 B: sum of the losses
 1 x all_reduce ids.1 12 B: sum over the axis
 1 x all_gather ids.1 21534 B: an output is whole
@@ -81,8 +81,8 @@ def test_vit(planned, check):
         decided(planned(model, *args)),
         """\
 dim 2 of view 16=0:4|4:8|8:12|12:16
-dim 2 of view 17 x 17 ring(stages=2) full 19584 B
-dim 2 of view 17 x 17 ring(stages=2) full 19584 B
+dim 2 of view 17 x 17 all_gather full 19584 B
+dim 2 of view 17 x 17 all_gather full 19584 B
 1 x slice dim 2 of view 9216 B: gradient of a whole value that is used in parts
 1 x slice dim 2 of view 192 B: gradient of a whole value that is used in parts
 1 x slice dim 2 of view 3264 B: gradient of a whole value that is used in parts
