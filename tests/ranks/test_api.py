@@ -86,7 +86,7 @@ def test_the_fused_encoder_layer_is_cut() -> None:
     model, (x,), _ = built(Encoder)
     with torch.no_grad():
         plan = mosaic.explain(model.eval(), x, sp_size=3)
-    assert [a.method for a in plan.attentions] == ["ring"] * 3
+    assert [a.method for a in plan.attentions] == ["all_gather"] * 3
 
 
 def test_inputs_may_arrive_cut(ranks) -> None:
