@@ -1,7 +1,7 @@
-"""Causal attention over ranks on several nodes, by six methods: what crosses nodes, and is it exact?
+"""Causal attention over ranks on several nodes, by seven methods: what is sent between nodes.
 
-    python examples/hierarchical.py                                   # 4 ranks as 2 nodes x 2
-    torchrun --nproc-per-node=8 examples/hierarchical.py --node-size 4 --length 32768 --dtype bfloat16
+    python examples/hierarchical.py                        # 4 ranks as 2 nodes x 2
+    torchrun --nproc-per-node=8 examples/hierarchical.py --node-size 4 --length 8192
 
 Alone it starts 4 processes on this machine; its nodes are simulated, the numbers are not.
 """
@@ -111,8 +111,8 @@ def cost(method: mosaic.Method, shape: Shape, p: int, node_size: int) -> Cost:
 
 def show(rows: list[tuple[str, Cost, list[float]]], given: argparse.Namespace, p: int) -> None:
     print(
-        f"causal attention of {given.length} x {given.length} in {given.dtype}, {given.heads} heads "
-        f"that share {given.kv_heads} KV heads,\non {p} ranks in nodes of {given.node_size}; "
+        f"causal attention of {given.length} x {given.length} in {given.dtype}, {given.heads} "
+        f"heads that share {given.kv_heads} KV heads,\non {p} ranks in nodes of {given.node_size}; "
         "bytes are sent by each rank in forward, differences are to one process\n\n"
         f"{'':<33}{'sent':>10}{'between nodes':>15}"
         + "".join(f"{name:>10}" for name in ("out", "dq", "dk", "dv"))
