@@ -121,7 +121,7 @@ class Sharder:
             return None
         value = HELPERS[node.target](self, node)
         if node.target in COLLECTIVES and not self.probing:
-            # By name: the address of a function differs between ranks, and their plans are compared.
+            # By name: plans are compared, and the address of a function differs between ranks.
             name = getattr(node.target, "__name__", node.target)
             self.decided.append(f"{name}: {places_of(value)}")
         return value
