@@ -13,6 +13,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4, help="processes to start")
     parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--known", type=int, help="rows with a known class; a tenth of them")
     parser.add_argument("--columns", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
     parser.add_argument("--inner", choices=["eager", "inductor"], help="inductor on GPUs")
     parser.add_argument("--check-up-to", type=int, default=4000, metavar="ROWS")
@@ -46,11 +49,11 @@ def run(given: argparse.Namespace) -> None:
     ranks = mosaic.init(sp_size=None)
     inner = given.inner or ("inductor" if ranks.device.type == "cuda" else "eager")
     torch.manual_seed(0)
-    model = TableModel().to(ranks.device, getattr(torch, given.dtype))
+    model = TableModel(layers=given.layers).to(ranks.device, getattr(torch, given.dtype))
     x, y, targets = table(given, ranks.device)
-    part = mosaic.shard_tensor(x, 1)  # from here on a rank needs its rows only
+    part, inputs_are = given_to_a_rank(x, y)
     spec = mosaic.ShardingSpec(
-        inputs={"x": "batch rows columns"}, axes={"rows": "ring"}, inputs_are="shards"
+        inputs={"x": "batch rows columns"}, axes={"rows": "ring"}, inputs_are=inputs_are
     )
     plan = mosaic.explain(model, part, y, y.shape[1], spec=spec)
     compiled = torch.compile(model, backend="mosaic", options={"spec": spec, "inner": inner})
@@ -64,8 +67,10 @@ def run(given: argparse.Namespace) -> None:
     end = time.perf_counter()
     kept = int(largest(kept, ranks.device))
     if ranks.rank() == 0:
-        show(plan, part, kept)
-        print(f"first step, inner={inner}  {begin - first:.1f} s\na later step  {end - begin:.1f} s")
+        show(plan, part, kept, inputs_are)
+        print(
+            f"first step, inner={inner}  {begin - first:.1f} s\na later step  {end - begin:.1f} s"
+        )
         if ranks.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
             print(f"largest GPU memory in use, rank 0  {mebibytes(peak)}")
@@ -82,16 +87,24 @@ def run(given: argparse.Namespace) -> None:
 
 
 def table(given: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x (1, rows, columns), y (1, training rows) and the classes of the other rows.
+    """x (1, rows, columns), y (1, known rows) and the classes of the other rows.
 
     The numbers of the table are few; it is what the model makes of each cell that takes memory.
     """
     draw = torch.Generator().manual_seed(1)  # the same table on each rank
     x = torch.randn(1, given.rows, given.columns, generator=draw)
     classes = (x[..., 0] * x[..., 1] > x[..., 2]).long()
-    split = given.rows * 3 // 4
+    split = given.known or given.rows // 10
     dtype = getattr(torch, given.dtype)
     return x.to(device, dtype), classes[:, :split].to(device, dtype), classes[0, split:].to(device)
+
+
+def given_to_a_rank(x: Tensor, y: Tensor) -> tuple[Tensor, Literal["shards", "whole"]]:
+    """Its rows only. The model's Python sees that length when it is traced, and takes the number of
+    known rows from it: where these are more, every rank is given the table as it is."""
+    part = mosaic.shard_tensor(x, 1)
+    fits = y.shape[1] < min(mosaic.layout_of(part).lengths)
+    return (part, "shards") if fits else (x, "whole")
 
 
 def step(
@@ -117,9 +130,9 @@ def compare(
     return max(losses, others)
 
 
-def show(plan: mosaic.Plan, part: Tensor, kept: int) -> None:
-    world = os.environ["WORLD_SIZE"]
-    print(f"axis {plan.axis} over {world} ranks; rank 0 is given {list(part.shape)}\n")
+def show(plan: mosaic.Plan, part: Tensor, kept: int, inputs_are: str) -> None:
+    world, shape = os.environ["WORLD_SIZE"], list(part.shape)
+    print(f"axis {plan.axis} over {world} ranks; inputs are {inputs_are}, on rank 0 {shape}\n")
     print(f"{'attention':<32}{'attends over':<26}{'method':<18}{'sent by each rank':>18}")
     for found in plan.attentions:
         over = f"{found.axis or 'columns'}, {found.queries} x {found.keys}"
