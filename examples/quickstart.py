@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from launch import launch
+from measure import difference, kept_for_backward, largest, mebibytes
 from models.table import TableModel
 from rich import box
 from rich.console import Console
@@ -67,7 +67,7 @@ def run(inner: str) -> None:
     one = [measure(model), measure(compiled("alone"))] if context.rank() == 0 else []
     dist.barrier()
     sharded = measure(compiled("sp"))
-    sharded.kept = largest(sharded.kept)
+    sharded.kept = int(largest(sharded.kept))
     if context.rank() == 0:
         show_results(*one, sharded, world, inner)
 
@@ -111,33 +111,6 @@ def measured(
     (loss, gradients), kept = kept_for_backward(step, given)
     times.append(time.perf_counter())
     return Result(loss, gradients, kept, *(b - a for a, b in pairwise(times)))
-
-
-def kept_for_backward(step: Callable[[], Any], given: list[Tensor]) -> tuple[Any, int]:
-    """What ``step`` gives, and the bytes of activations it holds between forward and backward.
-
-    Every storage that autograd saves, once each, but those of parameters and inputs. A compiled
-    graph is one autograd function, so what its partitioner chose to keep comes through these hooks.
-    """
-    storages: dict[int, int] = {}
-    alive = []  # so that no address is used twice
-
-    def pack(x: Tensor) -> Tensor:
-        alive.append(x)
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = step()
-    for x in given:
-        storages.pop(x.untyped_storage().data_ptr(), None)
-    return result, sum(storages.values())
-
-
-def largest(n: int) -> int:
-    found = torch.tensor(n)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
 
 
 # --- what rank 0 prints -------------------------------------------------------------------------
@@ -187,14 +160,6 @@ def new_table(title: str, first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right")
     return table
-
-
-def mebibytes(n: int) -> str:
-    return f"{n / 2**20:.1f} MiB"
-
-
-def difference(expected: list[Tensor], actual: list[Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(expected, actual, strict=True))
 
 
 if __name__ == "__main__":

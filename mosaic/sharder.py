@@ -121,7 +121,9 @@ class Sharder:
             return None
         value = HELPERS[node.target](self, node)
         if node.target in COLLECTIVES and not self.probing:
-            self.decided.append(f"{node.target}: {places_of(value)}")
+            # By name: plans are compared, and the address of a function differs between ranks.
+            name = getattr(node.target, "__name__", node.target)
+            self.decided.append(f"{name}: {places_of(value)}")
         return value
 
     def arrived(self, node: fx.Node, place: Place) -> Value:

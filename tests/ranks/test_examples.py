@@ -34,6 +34,31 @@ def test_train_gpt() -> None:
     assert after < before, said
 
 
+@pytest.mark.parametrize(
+    "known, inputs", [(13, "shards"), pytest.param(64, "whole", marks=pytest.mark.full)]
+)
+def test_table_150k(known: int, inputs: str) -> None:
+    """The parts of 4 ranks have 32 or 33 rows; with 64 known ones the table is given whole."""
+    said = run("examples/table_150k.py", "--rows", "131", "--known", str(known))
+    assert f"inputs are {inputs}" in said, said
+    assert max(errors(said)) < 1e-5 and len(errors(said)) == 2, said
+
+
+def test_video_2d() -> None:
+    said = run("examples/video_2d.py", "--times", "5", "--places", "9")
+    assert "times x places, 45 x 45" in said, said
+    assert max(errors(said)) < 1e-12 and len(errors(said)) == 4, said
+
+
+def test_hierarchical() -> None:
+    said = run("examples/hierarchical.py", "--length", "67")
+    assert max(errors(said)) < 1e-12 and len(errors(said)) == 28, said
+
+
+def errors(said: str) -> list[float]:
+    return [float(x) for x in re.findall(r"\b\d\.\de[+-]\d+", said)]
+
+
 @pytest.mark.full
 def test_quickstart() -> None:
     said = run("examples/quickstart.py")
