@@ -303,7 +303,10 @@ class Sharder:
     def with_whole_operands(self, call: Call, reason: str) -> Call:
         if self.probing:
             raise NotLocalError
-        self.gathered.append((f"{call.name} {reason}", call.like))
+        why = f"{call.name} {reason}"
+        if self.has_recipes(call):
+            return call.replaced(map_values(lambda v: self.gather(v, why), call.bound))
+        self.gathered.append((why, call.like))
         if self.on_gather == "error":
             raise UnsupportedError(
                 f"{call.name} cannot run on a part of axis {self.axis.name!r}: {reason}",
@@ -312,8 +315,11 @@ class Sharder:
                 fix='allow it with on_gather="warn" (every rank then computes it whole), '
                 "or keep this op out of the sharded part",
             )
-        why = f"{call.name} {reason}"
         return call.replaced(map_values(lambda v: self.gather(v, why, call.like), call.bound))
+
+    def has_recipes(self, call: Call) -> bool:
+        """Whether every rank can have all operands whole, and nothing is sent."""
+        return all(v.place is None or v.origin is not None for v in call.tensors())
 
     def slice(self, value: Value, place: Place) -> Value:
         """My intervals of a whole value."""

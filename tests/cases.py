@@ -172,6 +172,7 @@ CASES = {
     "hf_llama": (hf_llama, TOKENS),
     "hf_llama_checkpointing": (partial(hf_llama, checkpointing=True), TOKENS),
     "hf_llama_packed": (hf_llama_packed, TOKENS),
+    "hf_llama_packed_auto": (hf_llama_packed, Spec(on_gather="error")),
     "hf_mistral": (hf_mistral, None),
     "hf_bert": (hf_bert, TOKENS),
     "hf_t5": (hf_t5, TOKENS),
