@@ -78,6 +78,7 @@ def mosaic(
         agreement.report_failure(group, error)
         raise
     agreement.agree(group, plan_digest(context, chosen, plan))
+    context.constants = len([*local.parameters(), *local.buffers()])
     compiled = INNER[chosen.inner](
         local, example_inputs, lambda g, kind: lower(g, kind, context, plan)
     )

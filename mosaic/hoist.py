@@ -1,14 +1,17 @@
-"""A whole value at a place: the slice goes up through the rules to the leaves of its recipe.
+"""Writes the recipe of a whole value: whole, or at a place.
 
-Only this rank's part is ever computed; where no rule goes further, the whole is sliced.
+At a place the slice goes up through the rules to the leaves of the recipe: only this rank's part is
+ever computed. Where no rule goes further, the whole is sliced.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
+from mosaic import collectives
 from mosaic.layout import Place
 from mosaic.torch_private import pytree
 from mosaic.values import Call, Value, recipe
@@ -59,3 +62,46 @@ def whole_form(s: Sharder, node: fx.Node) -> Any:
 def created(s: Sharder, call: Call, place: Place) -> Value:
     """zeros, ones, full: made at the local size."""
     return s.emit(call, place, size=s.local(call.val.shape, place))
+
+
+# --- whole --------------------------------------------------------------------------------------
+
+
+def whole(s: Sharder, origin: fx.Node) -> fx.Node:
+    """Write a recipe whole, and whatever it needs that is not written yet, in graph order."""
+    for node in unwritten(s, origin):
+        s.written[node] = write(s, node)
+    return s.written[origin]
+
+
+def unwritten(s: Sharder, origin: fx.Node) -> list[fx.Node]:
+    todo, found = [origin], set()
+    while todo:
+        node = todo.pop()
+        value = s.env.get(node)
+        if isinstance(value, Value) and value.node is not None and value.place is None:
+            s.written[node] = value.node
+        if node not in found and node not in s.written:
+            found.add(node)
+            todo += node.all_input_nodes
+    return sorted(found)
+
+
+def write(s: Sharder, node: fx.Node) -> fx.Node:
+    from mosaic.rules import written_whole
+
+    assert s.writer
+    if s.gives_shares(recipe(node)):  # whole work gives the whole gradient on every rank
+        return s.writer.function(node, collectives.divide_gradient, (node, s.axis.p))
+    if node.op != "call_function":
+        return node
+    special = written_whole(node)
+    if special:
+        return s.node(special(s, s.call_of(node)))
+    args, kwargs = pytree.tree_map(
+        lambda a: s.written[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
+    )
+    # A whole attention of ours has other strides than the user's, through which a view went.
+    is_view = node.target is torch.ops.aten.view.default
+    target = torch.ops.aten.reshape.default if is_view else node.target
+    return s.writer.op(node, target, args, kwargs)

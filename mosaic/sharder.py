@@ -22,7 +22,7 @@ from torch import fx
 
 from mosaic import collectives
 from mosaic.errors import UnsupportedError
-from mosaic.hoist import hoist
+from mosaic.hoist import hoist, whole
 from mosaic.layout import Place
 from mosaic.modes import modes_of
 from mosaic.random import draw_seed
@@ -63,7 +63,7 @@ class Sharder:
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
     hoisted: dict[tuple[fx.Node, Place], Value] = field(default_factory=dict)
     _entered: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    _written: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    written: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _seed: fx.Node | None = None
     is_second: bool = False  # of two axes: the nodes are the first one's local program
     decided: list[str] = field(default_factory=list)  # about the first axis's collectives
@@ -245,44 +245,8 @@ class Sharder:
         """The local node of a value; a recipe is written whole now."""
         if value.node is None:
             assert value.origin is not None
-            value.node = self.written(value.origin)
+            value.node = whole(self, value.origin)
         return value.node
-
-    def written(self, origin: fx.Node) -> fx.Node:
-        """Write a recipe whole, and whatever it needs that is not written yet, in graph order."""
-        assert self.writer
-        for node in self.unwritten(origin):
-            self._written[node] = self.write(node)
-        return self._written[origin]
-
-    def unwritten(self, origin: fx.Node) -> list[fx.Node]:
-        todo, found = [origin], set()
-        while todo:
-            node = todo.pop()
-            value = self.env.get(node)
-            if isinstance(value, Value) and value.node is not None and value.place is None:
-                self._written[node] = value.node
-            if node not in found and node not in self._written:
-                found.add(node)
-                todo += node.all_input_nodes
-        return sorted(found)
-
-    def write(self, node: fx.Node) -> fx.Node:
-        from mosaic.rules import written_whole
-
-        assert self.writer
-        if self.gives_shares(recipe(node)):  # whole work gives the whole gradient on every rank
-            return self.writer.function(node, collectives.divide_gradient, (node, self.axis.p))
-        if node.op != "call_function":
-            return node
-        special = written_whole(node)
-        if special:
-            args, kwargs = self.values((node.args, node.kwargs))
-            return self.node(special(self, Call(node.target, args, kwargs, node.meta["val"], node)))
-        args, kwargs = pytree.tree_map(
-            lambda a: self._written[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
-        )
-        return self.writer.op(node, node.target, args, kwargs)
 
     def sum_across(self, value: Value, call: Call, why: str, op: str = "sum") -> Value:
         """Partial results, one on each rank, become whole."""
@@ -341,7 +305,10 @@ class Sharder:
     def with_whole_operands(self, call: Call, reason: str) -> Call:
         if self.probing:
             raise NotLocalError
-        self.gathered.append((f"{call.name} {reason}", call.like))
+        why = f"{call.name} {reason}"
+        if self.has_recipes(call):
+            return call.replaced(map_values(lambda v: self.gather(v, why), call.bound))
+        self.gathered.append((why, call.like))
         if self.on_gather == "error":
             raise UnsupportedError(
                 f"{call.name} cannot run on a part of axis {self.axis.name!r}: {reason}",
@@ -350,8 +317,11 @@ class Sharder:
                 fix='allow it with on_gather="warn" (every rank then computes it whole), '
                 "or keep this op out of the sharded part",
             )
-        why = f"{call.name} {reason}"
         return call.replaced(map_values(lambda v: self.gather(v, why, call.like), call.bound))
+
+    def has_recipes(self, call: Call) -> bool:
+        """Whether every rank can have all operands whole, and nothing is sent."""
+        return all(v.place is None or v.origin is not None for v in call.tensors())
 
     def slice(self, value: Value, place: Place) -> Value:
         """My intervals of a whole value."""

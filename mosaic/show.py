@@ -90,12 +90,16 @@ def wrapped(line: str) -> list[str]:
 
 
 def inputs_of(graph: fx.Graph, context: Context | None) -> dict[fx.Node, Input]:
-    """The placeholders that are inputs of the user's function; AOTAutograd numbers those."""
+    """The placeholders that are inputs of the user's function; AOTAutograd numbers those, and puts
+    the program's constants in front."""
+    if context is None:
+        return {}
     found = {}
-    for index, node in enumerate(graph.find_nodes(op="placeholder")):
-        lowered = re.fullmatch(r"primals_(\d+)", node.name)
-        if context is not None and (lowered or node.name.startswith("arg")):
-            found[node] = context.inputs[int(lowered[1]) - 1 if lowered else index]
+    for node in graph.find_nodes(op="placeholder"):
+        trained, other = (re.fullmatch(p, node.name) for p in (r"primals_(\d+)", r"arg(\d+)_1"))
+        number = int(trained[1]) - 1 if trained else int(other[1]) if other else -1
+        if number >= context.constants:
+            found[node] = context.inputs[number - context.constants]
     return found
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from models.gpt import GPT
 from models.llama import Llama
 from models.table import TableModel
 from models.vit import ViT
-from torch import nn
+from torch import Tensor, nn
 
 import mosaic
 
@@ -30,8 +31,8 @@ def llama(batch: int = 1, n: int = 37, **config) -> Built:
     return model, (ids, ids), {}
 
 
-def table(batch: int = 3, rows: int = 37, split: int = 26) -> Built:
-    model = TableModel().double()
+def table(batch: int = 3, rows: int = 37, split: int = 26, **config) -> Built:
+    model = TableModel(**config).double()
     return (
         model,
         (torch.randn(batch, rows, 5).double(), torch.randn(batch, split).double(), split),
@@ -47,6 +48,41 @@ def vit(batch: int = 3, pool: str = "cls") -> Built:
         (torch.randn(batch, 3, size, size).double(), torch.zeros(batch, dtype=torch.long)),
         {},
     )
+
+
+class Causal(nn.Module):
+    """Causal attention of grouped queries in the way of Mistral: within a window of ``window``
+    tokens, or within the documents of a packed row."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.tokens = nn.Embedding(23, 16)
+        self.q, self.kv, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        x = self.tokens(ids)
+        q = self.q(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, 2, 4)).permute(2, 0, 3, 1, 4)
+        positions = torch.arange(ids.shape[1])
+        behind = positions[:, None] - positions
+        seen = behind >= 0
+        if self.window:
+            seen = seen & (behind < self.window)
+        if documents is not None:
+            seen = seen & (documents[:, :, None] == documents[:, None])[:, None]
+        y = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+        return x + self.out(y.transpose(1, 2).flatten(-2))
+
+
+def window(batch: int = 2, n: int = 19) -> Built:
+    return Causal(4).double(), (torch.randint(0, 23, (batch, n)),), {}
+
+
+def documents(batch: int = 2, n: int = 19) -> Built:
+    """Each row has other borders."""
+    borders = torch.rand(batch, n) < 0.2
+    return Causal(0).double(), (torch.randint(0, 23, (batch, n)), borders.cumsum(1)), {}
 
 
 def model_image_size(model: nn.Module) -> int:
@@ -136,6 +172,7 @@ CASES = {
     "hf_llama": (hf_llama, TOKENS),
     "hf_llama_checkpointing": (partial(hf_llama, checkpointing=True), TOKENS),
     "hf_llama_packed": (hf_llama_packed, TOKENS),
+    "hf_llama_packed_auto": (hf_llama_packed, Spec(on_gather="error")),
     "hf_mistral": (hf_mistral, None),
     "hf_bert": (hf_bert, TOKENS),
     "hf_t5": (hf_t5, TOKENS),
@@ -148,4 +185,13 @@ CASES = {
     "table_tiny": (partial(table, batch=1, rows=3, split=2), ROWS),
     "vit": (vit, None),
     "vit_mean": (partial(vit, pool="mean"), None),
+}
+
+#: Models that are run by every method, with names for the dims of their inputs.
+IDS = {"ids": "batch tokens"}
+BY_METHOD = {
+    "table": (partial(table, batch=1, rows=13, split=9, layers=1), ROWS.inputs),
+    "llama": (partial(llama, batch=1, n=13, layers=1), IDS),
+    "window": (window, IDS),
+    "documents": (documents, {**IDS, "documents": "batch tokens"}),
 }

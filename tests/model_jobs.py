@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 import mosaic
+from mosaic.backend import LISTENERS
+from mosaic.plan import Plan
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
@@ -24,14 +26,15 @@ def loss_of(out: Any) -> torch.Tensor:
 
 
 def run_model(
-    build: Callable[[], tuple[Any, tuple, dict]], options: dict | None, p: int = 1
+    build: Callable[[], tuple[Any, tuple, dict]], options: dict | None, p: int = 1, **mesh: Any
 ) -> dict:
-    """Loss, gradients and buffers of a model; with ``options`` through Mosaic on p ranks."""
+    """Loss, gradients and buffers of a model; with ``options`` through Mosaic on p ranks, or on the
+    ``mesh`` that ``mosaic.init`` is told."""
     torch.manual_seed(0)
     model, args, kwargs = build()
     called = model
     if options is not None:
-        mosaic.init(sp_size=p)
+        mosaic.init(**(mesh or {"sp_size": p}))
         called = torch.compile(model, backend="mosaic", options=options)
     loss = loss_of(called(*args, **kwargs))
     loss.backward()
@@ -43,3 +46,15 @@ def run_model(
         "gradients": {**gradients(model), **inputs},
         "buffers": {n: b.clone() for n, b in model.named_buffers()},
     }
+
+
+def run_by_method(build: Callable[[], tuple[Any, tuple, dict]], options: dict, **mesh: Any) -> dict:
+    """The same, with the methods that were planned for the attentions over the cut axis."""
+    plans: list[Plan] = []
+    LISTENERS.append(plans.append)
+    try:
+        found = run_model(build, options, **mesh)
+    finally:
+        LISTENERS.remove(plans.append)
+    methods = {a.method for plan in plans for a in plan.attentions if a.axis}
+    return {**found, "methods": methods}

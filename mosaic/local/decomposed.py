@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from mosaic.modes import modes_of
-from mosaic.sharder import Sharder
+from mosaic.sharder import NotLocalError, Sharder
 from mosaic.torch_private import decompose_op, fake_mode_of, make_fx, pytree
 from mosaic.values import Call, Value
 
@@ -33,7 +33,18 @@ def decomposed(s: Sharder, c: Call) -> Any:
     called = [n.target for n in traced.graph.nodes if n.op == "call_function"]
     if not all(is_usable(target, c.target) for target in called):
         return s.gather_for(c, "has no rule")
+    if s.has_recipes(c) and not s.probing and not is_local(s, c, traced.graph, tensors):
+        return s.gather_for(c, "works along the axis")
     return run(s, c, traced.graph, tensors)
+
+
+def is_local(s: Sharder, c: Call, graph: fx.Graph, tensors: list[Value]) -> bool:
+    """Whether nothing is sent."""
+    try:
+        run(Sharder(s.axis, probing=True), c, graph, tensors)
+    except NotLocalError:
+        return False
+    return True
 
 
 def is_usable(target: Any, whole: Any) -> bool:

@@ -6,12 +6,14 @@ import time
 from types import SimpleNamespace
 
 import cases
+import contract_cases as cc
 import pytest
 import torch
 from models.gpt import GPT
 
-from mosaic import pipeline
+from mosaic import ShardingSpec, pipeline
 from mosaic.plan import Plan
+from mosaic.show import inputs_of, path_of
 
 
 def decided(plan: Plan) -> str:
@@ -90,6 +92,30 @@ dim 2 of view 17 x 17 all_gather full 19584 B
 1 x all_reduce dim 2 of view 305664 B: gradients of whole tensors, in backward
 """,
     )
+
+
+def test_integers_that_every_rank_has_are_not_gathered(planned):
+    """transformers finds a packed row's documents by a diff and a cumsum along the axis."""
+    model, args, inputs = cases.hf_llama_packed(1)
+    plan = planned(model, *args, spec=ShardingSpec(on_gather="error"), **inputs)
+    assert [a.mask for a in plan.attentions] == ["causal, documents"] * 2
+    assert not plan.gathered
+    sent = [c for c in plan.collectives if c.op != "all_reduce"]
+    assert [c.why for c in sent] == ["an output is whole"]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_constants_are_no_inputs(planned, contexts, trained: bool):
+    class Shifted(cc.Attention):
+        def forward(self, x):
+            return super().forward(x + torch.tensor(2.0))
+
+    with torch.set_grad_enabled(trained):
+        plan = planned(Shifted(), torch.randn(2, 13, cc.E))
+    inputs = inputs_of(plan.graphs["forward"], contexts[0])
+    names = ["x", "qkv.weight", "qkv.bias", "out.weight", "out.bias"]
+    assert [path_of(given) for given in inputs.values()] == names
+    assert plan.graphs["forward"].find_nodes(op="placeholder")[1:] == list(inputs)
 
 
 def test_passes_are_fast(planned, monkeypatch: pytest.MonkeyPatch):

@@ -91,12 +91,13 @@ def test_a_window_moves_a_halo(window: int, stages: int):
 
 @pytest.mark.parametrize("cut", [Layout.even, Layout.zigzag])
 def test_memory(cut: Callable[[int, int], Layout]):
-    """Long keys and few queries, so that what is held is keys."""
-    p, shape = 4, Shape(1, 8, 8, queries=16, keys=256, dim=8, v_dim=8, itemsize=8)
+    """Long keys and few queries, so that what is held is keys. In float32: for float64 some
+    versions of torch hold the scores."""
+    p, shape = 4, Shape(1, 8, 8, queries=16, keys=256, dim=8, v_dim=8, itemsize=4)
     small = 6 * shape.kv_bytes / p * shape.queries / shape.keys  # partial outputs and merges
     for way in ways(shape, p):
         with FakeTensorMode():
-            forward, _ = calls(way, shape, p, cut=cut, device="cpu")
+            forward, _ = calls(way, shape, p, torch.float32, cut=cut, device="cpu")
             cost, found = cost_of(way, shape, p), held(forward.graph())
         assert found <= cost.memory + small, way
         assert found >= 0.45 * cost.memory, way
