@@ -40,7 +40,10 @@ def test_an_axis_on_two_mesh_axes(ranks) -> None:
 BOTH = spec_of(rows=Ring(mesh="r"), columns=AllGather(mesh="c"))
 
 
-@pytest.mark.parametrize("columns", [2, 3])
+SIX = pytest.param(3, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("columns", [2, SIX])
 @pytest.mark.parametrize("name", ["InTurn", "InTurnFlat", "Training", "table"])
 def test_two_axes(ranks, name: str, columns: int) -> None:
     """7 rows over 2 ranks, 5 columns over 2 or 3."""

@@ -98,27 +98,27 @@ def check_method(ranks, name: str, p: int, method: str) -> None:
         compare_gradients(want["gradients"], got["gradients"], 1e-10)
 
 
-@pytest.mark.parametrize("method", methods(4))
-@pytest.mark.parametrize("name", ["table", "llama"])
-def test_methods(ranks, name: str, method: str) -> None:
-    check_method(ranks, name, 4, method)
-
-
 @pytest.mark.parametrize(
     ("name", "method"),
     [
+        ("table", "ring(stages=4)"),
+        ("table", "mesh2d(2, 2)"),
+        ("llama", "ulysses(4)"),
+        ("llama", "ulysses(2) x ring(stages=2)"),
+        ("llama", "hierarchical(2, ulysses, ring)"),
+        ("llama", "auto"),
         ("window", "ring(stages=4)"),
         ("window", "ulysses(4)"),
         ("documents", "mesh2d(2, 2)"),
         ("documents", "ulysses(4)"),
     ],
 )
-def test_methods_with_masks(ranks, name: str, method: str) -> None:
+def test_methods(ranks, name: str, method: str) -> None:
     check_method(ranks, name, 4, method)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("p, method", [(p, method) for p in (2, 3) for method in methods(p)])
+@pytest.mark.parametrize("p, method", [(p, method) for p in (2, 3, 4) for method in methods(p)])
 @pytest.mark.parametrize("name", BY_METHOD)
-def test_methods_on_fewer_ranks(ranks, name: str, p: int, method: str) -> None:
+def test_every_method(ranks, name: str, p: int, method: str) -> None:
     check_method(ranks, name, p, method)
