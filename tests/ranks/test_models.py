@@ -44,7 +44,7 @@ def test_three_ranks(ranks, name: str) -> None:
     check(ranks, name, 3)
 
 
-@pytest.mark.parametrize("name", ["gpt", "table"])
+@pytest.mark.parametrize("name", ["gpt", pytest.param("table", marks=pytest.mark.full)])
 def test_through_inductor(ranks, name: str) -> None:
     """Equal shards, which share their compiled kernels: uneven ones take thrice as long."""
     check(ranks, name, 3, "inductor", **({"rows": 36} if name == "table" else {"n": 36}))
