@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mosaic.agreement import check_shards_alike
-from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
 from mosaic.attention.op import Calls, calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.visit import Inputs
 from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, way_of
 from mosaic.collectives import enter, enter_together
 from mosaic.context import World, device_memory

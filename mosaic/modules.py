@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mosaic.agreement import check_shards_alike
-from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import CAUSAL, FULL
+from mosaic.attention.visit import Inputs
 from mosaic.errors import ShardingError
 from mosaic.functional import (
     Folded,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import Band
+from mosaic.attention.visit import Inputs
 from mosaic.context import World
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout
@@ -84,7 +84,7 @@ def fitted(name: str, x: Tensor, layout: Layout | None, world: World, option: st
 
 def four_dims(inputs: Inputs) -> Inputs:
     """Masks as (batch|1, heads|1, rows|1, keys|1), documents of both sides as (batch|1, n)."""
-    mask, queries, keys, seed = inputs
+    mask, queries, keys, seed, *_ = inputs
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]
     keys = queries if keys is None else keys
@@ -94,7 +94,7 @@ def four_dims(inputs: Inputs) -> Inputs:
 
 def check_inputs(q: Tensor, inputs: Inputs, query: Layout, key: Layout, rank: int) -> None:
     """The mask and the documents fit the queries and all keys."""
-    mask, queries, keys, _ = inputs
+    mask, queries, keys, *_ = inputs
     if (queries is None) != (keys is None):
         raise ShardingError(
             "key_documents without query_documents", fix="give the ids of all queries, too"

@@ -271,9 +271,13 @@ def rule_for(target: Any) -> LocalForm:
         return TABLE[name]
     if torch.Tag.nondeterministic_seeded in target.tags:
         return randomness.drawn_once
-    if name in POINTWISE or torch.Tag.pointwise in target.tags:
+    if is_pointwise(target):
         return pointwise
     return decomposed if has_decomposition(target) else unknown
+
+
+def is_pointwise(target: Any) -> bool:
+    return key(target) in POINTWISE or torch.Tag.pointwise in target.tags
 
 
 def unknown(s: Sharder, c: Call) -> Any:

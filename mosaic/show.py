@@ -235,7 +235,8 @@ def arguments(node: fx.Node) -> list[tuple[str, Any]]:
     schema = node.target._schema.arguments if hasattr(node.target, "_schema") else ()
     given: list[tuple[str, Any]] = []
     for index, value in enumerate(node.args):
-        if index >= len(schema) or value != schema[index].default_value:
+        no_leaves = index < len(schema) and schema[index].name == "leaves" and not value
+        if not no_leaves and (index >= len(schema) or value != schema[index].default_value):
             given.append((schema[index].name if len(given) < index else "", value))
     return given + [(k, v) for k, v in node.kwargs.items() if k not in SAID_BY_THE_VALUE]
 
@@ -355,4 +356,5 @@ def attention_plan(plan: AttentionPlan) -> str:
     words = [str(plan.way), *([str(plan.band)] if str(plan.band) else []), *layouts]
     words.append(f"scale={plan.scale:.4g}")
     words += [f"dropout={plan.dropout:.4g}"] if plan.dropout else []
+    words += [f"tile=({plan.tile})"] if plan.tile else []
     return f"plan({' '.join(words)})"

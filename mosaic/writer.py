@@ -52,13 +52,12 @@ class Writer:
         node = self.graph.create_node("call_function", set_modes, (modes.encode(),))
         node.meta["val"] = None
 
-    def marked(self, like: fx.Node, target: Any, args: Any, val: Any, meta: dict) -> fx.Node:
-        """An attention that a later pass replaces: its value is given, not computed. Behind q, k, v
-        and the mask stand the documents, if there are any."""
+    def marked(
+        self, like: fx.Node, target: Any, args: Any, kwargs: Any, val: Any, meta: dict
+    ) -> fx.Node:
+        """An attention that a later pass replaces: its value is given, not computed."""
         self.switch(like.meta.get("modes"))
-        ids = dict(zip(("query_documents", "key_documents"), args[4:], strict=False))
-        args = tuple(args[:4])
-        return insert(self.graph, like, target, args, ids, val=val, meta=meta, name=like.name)
+        return insert(self.graph, like, target, args, kwargs, val=val, meta=meta, name=like.name)
 
     def take(self, like: fx.Node, x: fx.Node, runs: Any, dim: int) -> fx.Node:
         """Stretches of a dim: one slice each, joined if there are several."""

@@ -5,6 +5,8 @@
     sdpa(q, k, v, causal & (ids[q] == ids[k]))   ->  mosaic.sdpa(q, k, v, right=0,
                                                          query_documents=ids, key_documents=ids)
     sdpa(q, k, v, expand(padding))               ->  sdpa(q, k, v, padding)      one row for all
+    sdpa(q, k, v, table[bucket(k - q)])          ->  mosaic.sdpa(q, k, v, leaves=[k, q, table],
+                                                         tile="...")         made tile by tile
 
 A dense mask of a long axis does not fit in memory, and needs the slowest kernel; a compiled
 transformers Llama builds one even when it is called without a mask. Legal because the mask's
@@ -26,7 +28,8 @@ from mosaic.masks.constants import Constants
 from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.masks.read import Mask, Reader, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
-from mosaic.masks.words import band_of, documents_of, mask_words
+from mosaic.masks.tiles import tiles_of
+from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
 from mosaic.rewrite import insert
 from mosaic.values import Call
 
@@ -42,6 +45,7 @@ def analyze_masks(graph: fx.Graph, context: Context) -> int:
         mask, ndim = call["attn_mask"], call.val.ndim
         if isinstance(mask, fx.Node) and (mask, ndim) not in read:
             read[mask, ndim] = structured(graph, mask, call, constants)
+            read[mask, ndim] = with_tiles(graph, mask, ndim, read[mask, ndim], constants)
         said = read.get((mask, ndim))
         if said is not None:
             rewrite(node, call, said)
@@ -73,6 +77,25 @@ def structured(
             said["query_documents"] = identities(graph, found.documents.queries, QUERY)
             said["key_documents"] = identities(graph, found.documents.keys, KEY)
     return said
+
+
+def with_tiles(
+    graph: fx.Graph,
+    mask: fx.Node,
+    ndim: int,
+    said: dict[str, Any] | None,
+    constants: Constants,
+) -> dict[str, Any] | None:
+    """What is left as a tensor for every pair of query and key, as a program that makes tiles."""
+    left = mask if said is None else said["attn_mask"]
+    if left is None or ndim > 4 or not broadcast(left, ndim).is_pairwise:
+        return said
+    with graph.inserting_before(mask):
+        found = tiles_of(graph, broadcast(left, ndim), constants)
+    if found is None:
+        return said
+    program, leaves = found
+    return {**(said or {}), "attn_mask": None, "leaves": leaves, "tile": str(program)}
 
 
 def is_shorter(found: Mask) -> bool:
@@ -152,6 +175,5 @@ def rewrite(node: fx.Node, call: Call, said: dict[str, Any]) -> None:
 def words(node: fx.Node) -> str:
     call = Call(node.target, node.args, node.kwargs, None, node)
     mask = call["attn_mask"]
-    return mask_words(
-        band_of(call), bool(documents_of(call)), None if mask is None else mask.meta["val"]
-    )
+    val = None if mask is None else mask.meta["val"]
+    return mask_words(band_of(call), bool(documents_of(call)), val, tile_of(call))

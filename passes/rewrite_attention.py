@@ -19,9 +19,9 @@ from math import prod
 import torch
 from torch import fx
 
-from mosaic.attention.attend import Inputs
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.visit import Inputs
 from mosaic.context import Context
 from mosaic.layout import Place, Shard
 from mosaic.local.attention import Attention
@@ -43,9 +43,10 @@ def rewrite_attention(graph: fx.Graph, context: Context) -> int:
 
 def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
     q, k, v, mask = node.args
-    documents = [node.kwargs.get(name) for name in ("query_documents", "key_documents")]
+    ids = [node.kwargs.get(name) for name in ("query_documents", "key_documents")]
+    leaves = tuple(node.kwargs.get("leaves", ()))
     operands = tuple(four_dims(graph, node, x) for x in (q, k, v))
-    inputs = Inputs(mask_of(graph, node, mask, q), documents[0], documents[1], node.meta["seed"])
+    inputs = Inputs(mask_of(graph, node, mask, q), ids[0], ids[1], node.meta["seed"], leaves)
     last = node.prev
     heads = [x.meta["val"].shape[1] for x in operands]
     calls = calls_of(plan_of(node.meta["attention"], context), *heads[:2])
@@ -70,6 +71,7 @@ def plan_of(found: Attention, context: Context) -> AttentionPlan:
         site=found.site,
         batch=cut[0],
         heads=cut[1],
+        tile=found.tile,
     )
 
 

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import CAUSAL, FULL, Band
 from mosaic.attention.cost import Shape
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.tiles import TileProgram
+from mosaic.attention.visit import Inputs
 from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, way_of
 from mosaic.collectives import enter
 from mosaic.layout import Layout
@@ -25,8 +26,15 @@ from mosaic.random import uniform_keep
 F64 = torch.float64
 BATCH, HEADS, DIM, V_DIM = 2, 6, 4, 3
 MASKS = ("full", "causal", "bool", "float", "padding", "key_bias", "causal_bool", "finfo_min",
-         "window", "documents", "documents_float")  # fmt: skip
+         "window", "documents", "documents_float", "tiles", "causal_tiles")  # fmt: skip
 CUTS = ("even", "zigzag", "uneven", "empty")
+
+
+#: A learned bias by distance and one of keys; two rows see nothing, in the way of transformers.
+TILES = TileProgram.parse(
+    "float64 d%2 d%3: sub.Tensor(%0, %1); clamp(%5, -4, 5); add.Tensor(%6, 4); embedding(%2, %7); "
+    "add.Tensor(%8, %3); where.ScalarOther(%4, %9, -1e+250)"
+)
 
 
 class Case(NamedTuple):
@@ -85,6 +93,16 @@ def layout(cut: str, n: int, p: int) -> Layout:
         even = Layout.even(n, p - 1).ranks
         return Layout(n, (*even[:1], (), *even[1:]))
     return Layout.even(n, p)
+
+
+def tile_leaves(case: Case) -> list[Tensor]:
+    """Positions of keys and of queries, the table, the keys' bias, and which rows see something."""
+    if not case.mask.endswith("tiles"):
+        return []
+    keys, queries = torch.arange(case.m).view(1, 1, 1, -1), torch.arange(case.n).view(1, 1, -1, 1)
+    table = torch.randn(10, HEADS, dtype=F64)
+    bias = torch.randn(BATCH, 1, 1, case.m, dtype=F64)
+    return [keys, queries, table, bias, (queries != 0) & (queries != case.n // 2)]
 
 
 def make_mask(case: Case) -> Tensor | None:
@@ -155,17 +173,20 @@ def problem(case: Case, group: str) -> Problem:
     shapes = [(HEADS, case.n, DIM), (case.kv_heads, case.m, DIM), (case.kv_heads, case.m, V_DIM)]
     whole = [torch.randn(BATCH, *shape, dtype=F64) for shape in shapes]
     mask, seed = make_mask(case), torch.tensor(11)
-    inputs = [*whole, *([] if mask is None else [mask])]
-    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    out = plain(*leaves[:3], None if mask is None else leaves[3], case, seed)
+    inputs = [*whole, *([] if mask is None else [mask]), *tile_leaves(case)]
+    q, k, v, *rest = leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    made = TILES(*rest) if case.mask.endswith("tiles") else rest[0] if rest else None
+    out = plain(q, k, v, made, case, seed)
     dout = torch.randn(out.shape, dtype=F64)
     grads = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], dout)
     query, key = layout(case.cut, case.n, p), layout(case.cut, case.m, p)
     key = Layout.whole(case.m, p) if case.method == "local" else key
     query = Layout.whole(case.n, p) if case.method == "split_kv" else query
     has_rows = mask is not None and mask.shape[2] > 1
+    tile = str(TILES) if case.mask.endswith("tiles") else ""
+    chosen = way(case, p, has_rows)
     plan = AttentionPlan(
-        way(case, p, has_rows), rank, group, query, key, case.band, 0.5, case.dropout, site=5
+        chosen, rank, group, query, key, case.band, 0.5, case.dropout, site=5, tile=tile
     )
     rows, keys = query.indices(rank), key.indices(rank)
     ids = documents(case) if case.mask.startswith("documents") else (None, None)
@@ -188,9 +209,9 @@ def my_rows(x: Tensor, rows: list[int]) -> Tensor:
 
 
 def local_inputs(known: Problem) -> list[Tensor]:
-    q, k, v, *mask = known.inputs
+    q, k, v, *rest = known.inputs
     parts = [q[:, :, known.rows], k[:, :, known.keys], v[:, :, known.keys]]
-    parts += [my_rows(x, known.rows) for x in mask]
+    parts += rest if known.plan.tile else [my_rows(x, known.rows) for x in rest]
     return [x.clone().requires_grad_(x.is_floating_point()) for x in parts]
 
 
@@ -201,24 +222,25 @@ def op_of(known: Problem) -> Callable[..., Tensor]:
     calls = calls_of(plan, known.inputs[0].shape[1], known.inputs[1].shape[1])
     is_local, documents = plan.way == LOCAL, known.documents
 
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         if is_local:  # the keys are whole, and used by every rank's queries
             k, v = enter(k, group), enter(v, group)
-        return sharded_attention(q, k, v, Inputs(mask, *documents, seed), calls)
+        mask, leaves = (None, rest) if plan.tile else (rest[0] if rest else None, ())
+        return sharded_attention(q, k, v, Inputs(mask, *documents, seed, leaves), calls)
 
     return run
 
 
 def expected(known: Problem) -> list[Tensor]:
     """This rank's part of the output and of every gradient."""
-    dq, dk, dv, *dmask = known.grads
+    dq, dk, dv, *rest = known.grads
     parts = [
         known.out[:, :, known.rows],
         dq[:, :, known.rows],
         dk[:, :, known.keys],
         dv[:, :, known.keys],
     ]
-    return parts + [my_rows(x, known.rows) for x in dmask]
+    return parts + (rest if known.plan.tile else [my_rows(x, known.rows) for x in rest])
 
 
 def found(known: Problem, fn: Callable[..., Tensor]) -> list[Tensor]:
@@ -228,9 +250,9 @@ def found(known: Problem, fn: Callable[..., Tensor]) -> list[Tensor]:
         out, [x for x in leaves if x.requires_grad], known.dout[:, :, known.rows], allow_unused=True
     )
     got = [out.detach(), *grads]
-    shared = known.plan.way.everywhere or (len(got) == 5 and known.inputs[3].shape[2] == 1)
-    if len(got) == 5 and shared:  # one row of mask for all queries: shares
-        dist.all_reduce(got[4])
+    shared = known.plan.tile or known.plan.way.everywhere or known.inputs[-1].shape[2] == 1
+    for share in got[4:] if shared else []:  # one row of mask for all queries, or leaves
+        dist.all_reduce(share)
     return got
 
 
@@ -279,6 +301,8 @@ LOWERED = (
     (AllGather(), "causal", 0.0),
     (Mesh2D(1, 3), "causal", 0.3),
     (Ulysses(), "documents", 0.0),
+    (Mesh2D(1, 3), "tiles", 0.0),
+    (Ulysses(), "causal_tiles", 0.3),
     ("local", "float", 0.0),
 )
 

@@ -37,9 +37,18 @@ def traced(program: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in args]
     module, _ = aot_export_module(Program(), fakes, trace_joint=False, pre_dispatch=True)
+    given = iter(args)
     for node in module.graph.nodes:
-        node.meta["needs_gradient"] = node.op == "placeholder"
+        ends = node.target == torch.ops.aten.detach.default or not is_float(node)
+        into = any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
+        is_input = node.op == "placeholder"
+        node.meta["needs_gradient"] = next(given).requires_grad if is_input else into and not ends
     return module
+
+
+def is_float(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, Tensor) and val.is_floating_point()
 
 
 def read(program: Callable[..., Any], *args: Tensor) -> fx.GraphModule:

@@ -11,11 +11,11 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mosaic.attention import heads
-from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.cost import Shape
 from mosaic.attention.op import backward_program, calls_of, forward_program
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.visit import Inputs
 from mosaic.attention.way import Way
 from mosaic.layout import Layout
 from mosaic.torch_private import decompositions_for_inductor, make_fx

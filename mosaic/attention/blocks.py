@@ -131,6 +131,13 @@ def visible(queries: Intervals, keys: Intervals, band: Band) -> Intervals:
     return Layout.of(0, [found]).ranks[0]  # those that touch are joined
 
 
+def stretch(held: Intervals, start: int, stop: int) -> Intervals:
+    """What lies from ``start`` to ``stop`` in the memory of who holds these."""
+    placed = [(a, b, -offset) for a, b, offset in _placed(held)]
+    found = ((max(a, start + by), min(b, stop + by)) for a, b, by in placed)
+    return tuple(Interval(a, b) for a, b in found if a < b)
+
+
 def share_seen(band: Band, queries: int, keys: int) -> float:
     """Of all pairs of a query and a key."""
     seen = sum(piece.area for piece in pieces([(0, queries)], [(0, keys)], band))

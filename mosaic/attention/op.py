@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mosaic.attention import program
-from mosaic.attention.attend import Inputs
 from mosaic.attention.heads import exchange_of
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.tiles import TileProgram, of_heads
+from mosaic.attention.visit import Inputs
 from mosaic.moves import fresh
 
 decode = lru_cache(maxsize=None)(AttentionPlan.decode)
@@ -47,58 +48,56 @@ def calls_of(plan: AttentionPlan, heads: int, kv_heads: int) -> Calls:
 def sharded_attention(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, calls: Calls) -> Tensor:
     """out (batch, heads, seq, v_dim) of this rank's queries: the op, and for Ulysses the exchange
     of sequence for heads around it. Differentiable; arguments as those of ``attention``."""
-    mask, *rest = inputs
+    inputs = inputs._replace(leaves=list(inputs.leaves))
     if not calls.there:
-        return torch.ops.mosaic.attention(q, k, v, mask, *rest, calls.attention)[0]
-    if mask is not None and mask.shape[1] > 1:
-        mask = mask[:, slice(*calls.heads)]
+        return torch.ops.mosaic.attention(q, k, v, *inputs, calls.attention)[0]
+    mask = None if inputs.mask is None else of_heads(inputs.mask, *calls.heads)
+    leaves = [of_heads(leaf, *calls.heads) for leaf in inputs.leaves]
+    inputs = inputs._replace(mask=mask, leaves=leaves)
     q, k, v = torch.ops.mosaic.exchange_heads([q, k, v], calls.there, True)
-    out = torch.ops.mosaic.attention(q, k, v, mask, *rest, calls.attention)[0]
+    out = torch.ops.mosaic.attention(q, k, v, *inputs, calls.attention)[0]
     return torch.ops.mosaic.exchange_heads([out], calls.back, False)[0]
 
 
-def forward_program(
-    q, k, v, mask, query_documents, key_documents, seed, plan: str
-) -> tuple[Tensor, Tensor]:
+def forward_program(q, k, v, *rest) -> tuple[Tensor, Tensor]:
     """``attention`` in aten ops and collectives: what the op runs and the lowering traces."""
-    inputs = Inputs(mask, query_documents, key_documents, seed)
-    out, lse = program.forward(q, k, v, inputs, decode(plan))
+    *inputs, plan = rest
+    out, lse = program.forward(q, k, v, Inputs(*inputs), decode(plan))
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
-def backward_program(
-    dout, q, k, v, mask, query_documents, key_documents, seed, out, lse, plan: str, need_dmask: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward_program(dout, q, k, v, *rest) -> list[Tensor]:
     """``attention_backward`` in aten ops and functional collectives."""
-    inputs = Inputs(mask, query_documents, key_documents, seed)
-    *grads, dmask = program.backward(dout, q, k, v, inputs, out, lse, decode(plan), need_dmask)
-    dq, dk, dv = (grad.to(x.dtype).contiguous() for grad, x in zip(grads, (q, k, v), strict=True))
-    if dmask is None or mask is None:
-        return dq, dk, dv, q.new_empty([0])
-    return dq, dk, dv, dmask.to(mask.dtype).contiguous()
+    *inputs, out, lse, plan, need_dmask = rest
+    *grads, dmasks = program.backward(
+        dout, q, k, v, Inputs(*inputs), out, lse, decode(plan), need_dmask
+    )
+    grads = [grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)]
+    return [grad.contiguous() for grad in (*grads, *dmasks)]
 
 
 @torch.library.custom_op(
     "mosaic::attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? query_documents, "
-    "Tensor? key_documents, Tensor? seed, str plan) -> (Tensor, Tensor)",
+    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, str plan) -> (Tensor, Tensor)",
 )
-def attention(q, k, v, mask, query_documents, key_documents, seed, plan):
+def attention(q, k, v, mask, query_documents, key_documents, seed, leaves, plan):
     """Attention of this rank's queries over all ranks' keys.
 
     q (batch, heads, seq, head_dim), k (batch, kv_heads, keys, head_dim), v (batch, kv_heads, keys,
     v_dim): local shards. ``mask`` (batch|1, heads|1, seq|1, all keys|1): this rank's rows, boolean
     or added to the scores. ``query_documents`` (batch|1, all queries) and ``key_documents``
-    (batch|1, all keys): ids, equal ones attend. ``seed``: int64 scalar, for dropout. ``plan``: an
-    encoded ``AttentionPlan``. Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
+    (batch|1, all keys): ids, equal ones attend. ``seed``: int64 scalar, for dropout. ``leaves``:
+    those of the plan's ``TileProgram``, in place of a mask. ``plan``: an encoded ``AttentionPlan``.
+    Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
     """
-    inputs = (q, k, v, mask, query_documents, key_documents, seed)
-    return fresh(forward_program(*inputs, plan), inputs)
+    inputs = (q, k, v, mask, query_documents, key_documents, seed, leaves)
+    return fresh(forward_program(*inputs, plan), (*inputs[:-1], *leaves))
 
 
 @attention.register_fake
-def _(q, k, v, mask, query_documents, key_documents, seed, plan):
+def _(q, k, v, *rest):
     out = q.new_empty([*q.shape[:3], v.shape[3]])
     return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
@@ -107,41 +106,60 @@ def _(q, k, v, mask, query_documents, key_documents, seed, plan):
     "mosaic::attention_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? query_documents, "
-    "Tensor? key_documents, Tensor? seed, Tensor out, Tensor lse, str plan, bool need_dmask) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, Tensor out, Tensor lse, str plan, "
+    "bool need_dmask) -> Tensor[]",
 )
 def attention_backward(
-    dout, q, k, v, mask, query_documents, key_documents, seed, out, lse, plan, need_dmask
+    dout, q, k, v, mask, query_documents, key_documents, seed, leaves, out, lse, plan, need_dmask
 ):
-    """dq, dk, dv and dmask, each like its input (dmask has no element where it is not needed)."""
-    inputs = (dout, q, k, v, mask, query_documents, key_documents, seed, out, lse)
-    return fresh(backward_program(*inputs, plan, need_dmask), inputs)
+    """dq, dk, dv, each like its input; with ``need_dmask`` that of the mask, or one for each leaf
+    (of no element where it is not learned)."""
+    inputs = (q, k, v, mask, query_documents, key_documents, seed, leaves, out, lse)
+    grads = backward_program(dout, *inputs, plan, need_dmask)
+    return list(fresh(grads, (dout, *(x for x in inputs if x is not leaves), *leaves)))
 
 
 @attention_backward.register_fake
-def _(dout, q, k, v, mask, query_documents, key_documents, seed, out, lse, plan, need_dmask):
-    dmask = mask.new_empty(mask.shape) if need_dmask else q.new_empty([0])
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), dmask)
+def _(
+    dout, q, k, v, mask, query_documents, key_documents, seed, leaves, out, lse, plan, need_dmask
+):
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    if not need_dmask:
+        return grads
+    if mask is not None:
+        return [*grads, mask.new_empty(mask.shape)]
+    learned = TileProgram.parse(decode(plan).tile).learned
+    shapes = (x.shape if i in learned else [0] for i, x in enumerate(leaves))
+    return [*grads, *(x.new_empty(shape) for x, shape in zip(leaves, shapes, strict=True))]
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.plan = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
+    *tensors, leaves, ctx.plan = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, out, lse)
+    ctx.save_for_backward(*tensors, *leaves, *output)
 
 
 def _backward(ctx, dout, dlse):
-    if dout is None:
-        return (None,) * 8
     *inputs, out, lse = ctx.saved_tensors
-    mask = inputs[3]
-    need_dmask = mask is not None and mask.is_floating_point() and ctx.needs_input_grad[3]
-    dq, dk, dv, dmask = torch.ops.mosaic.attention_backward(
-        dout, *inputs, out, lse, ctx.plan, need_dmask
+    inputs, leaves = inputs[:7], inputs[7:]
+    no_leaves = [None] * len(leaves)
+    if dout is None:
+        return (*[None] * 7, no_leaves, None)
+    mask, learned = inputs[3], TileProgram.parse(decode(ctx.plan).tile).learned if leaves else ()
+    needed = ctx.needs_input_grad
+    need_dmask = any(needed[7][i] for i in learned) or (
+        mask is not None and mask.is_floating_point() and needed[3]
     )
-    return dq, dk, dv, dmask if need_dmask else None, None, None, None, None
+    dq, dk, dv, *dmasks = torch.ops.mosaic.attention_backward(
+        dout, *inputs, leaves, out, lse, ctx.plan, need_dmask
+    )
+    if not need_dmask:
+        return dq, dk, dv, *[None] * 4, no_leaves, None
+    if mask is not None:
+        return dq, dk, dv, dmasks[0], None, None, None, no_leaves, None
+    dleaves = [grad if i in learned else None for i, grad in enumerate(dmasks)]
+    return dq, dk, dv, None, None, None, None, dleaves, None
 
 
 attention.register_autograd(_backward, setup_context=_setup)

@@ -20,7 +20,8 @@ class AttentionPlan:
     ``query`` and ``key`` are layouts over the global positions, for the ranks ``members`` of the
     group (all ``world`` of them where it is empty); ``rank`` is this one's number among them. Query
     i sees keys i - band.left ... i + band.right. ``batch`` and ``heads`` are encoded ``Shard``s
-    where that dim of q is cut, and "" where it is whole: dropout needs global indices.
+    where that dim of q is cut, and "" where it is whole: dropout needs global indices. ``tile`` is
+    the ``TileProgram`` of a dense mask, if it has one.
     """
 
     way: Way
@@ -34,6 +35,7 @@ class AttentionPlan:
     site: int = 0
     batch: str = ""
     heads: str = ""
+    tile: str = ""
     members: tuple[int, ...] = ()
     world: int = 0
 

@@ -11,21 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, groupby, zip_longest
-from operator import itemgetter
+from itertools import groupby, zip_longest
 
 import torch
 from torch import Tensor
 
-from mosaic.attention.attend import Inputs, attend, attend_backward, visit
+from mosaic.attention.attend import attend, attend_backward
 from mosaic.attention.blocks import visible
 from mosaic.attention.hops import Crossing, Tensors, summed
-from mosaic.attention.kernels import Gradients
+from mosaic.attention.mask_gradients import mask_gradients
 from mosaic.attention.merge import Partial, accumulator, finite, merge, nothing
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.schedule import schedule
+from mosaic.attention.shift import shift_of
+from mosaic.attention.visit import Inputs, key_blocks, visit
 from mosaic.layout import Intervals, Layout, Run
-from mosaic.moves import all_reduce
+from mosaic.moves import all_reduce, take_runs
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,23 @@ def visits(route: Route, own: Tensors) -> Iterator[tuple[Stop, Tensors]]:
             yield stop, here
 
 
+def portions(stop: Stop, held: Tensors, plan: AttentionPlan) -> Iterator[tuple[Intervals, Tensors]]:
+    """A stop's keys and values, as many as are attended to at once."""
+    blocks = key_blocks(plan, stop.keys)
+    for run, keys in blocks:
+        yield keys, held if len(blocks) == 1 else tuple(take_runs(x, [run], 2) for x in held)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, plan: AttentionPlan) -> Partial:
     """out (batch, heads, seq, v_dim) and lse (batch, heads, seq) of this rank's queries."""
     route = route_of(plan)
     (rows,) = route.queries.finish(route.queries.start((q,)), (q,))
+    shift = shift_of(plan, route.rows, rows, inputs)
     found: Partial | None = None
-    for stop, (keys, values) in visits(route, (k, v)):
-        here = visit(plan, route.rows, stop.keys, rows, inputs)
-        found = attend(rows, keys, values, here, found)
+    for stop, held in visits(route, (k, v)):
+        for at, (keys, values) in portions(stop, held, plan):
+            here = visit(plan, route.rows, at, rows, inputs, shift)
+            found = attend(rows, keys, values, here, found)
     found = found or nothing(rows, v)
     return everywhere(found, plan) if plan.way.everywhere else home(found, q, route)
 
@@ -135,25 +145,33 @@ def backward(
     lse: Tensor,
     plan: AttentionPlan,
     need_dmask: bool,
-) -> Gradients:
-    """dq, dk, dv of this rank, and the gradient of its mask rows."""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """dq, dk, dv of this rank; and the gradient of its mask rows, or those of a mask's leaves."""
     route = route_of(plan)
     douts, rows, outs, lses = gathered((dout, q, out, lse), route)
     returns = Returns(route, (k, v), plan.way.grad_dtype)
     dq = torch.zeros_like(rows, dtype=accumulator(q.dtype))
-    dmasks: list[tuple[Intervals, Tensor]] = []
-    for stop, (keys, values) in visits(route, (k, v)):
-        here = visit(plan, route.rows, stop.keys, rows, inputs)
-        part, dk, dv, dmask = attend_backward(
-            douts, rows, keys, values, outs, lses, here, need_dmask
-        )
-        dq = dq + part
-        if dmask is not None:
-            dmasks.append((stop.keys, dmask))
-        returns.send(stop, (dk, dv))
+    shift = shift_of(plan, route.rows, rows, inputs)
+    gradients = mask_gradients(plan, route.rows, inputs) if need_dmask else None
+    for stop, held in visits(route, (k, v)):
+        dkvs = []
+        for at, (keys, values) in portions(stop, held, plan):
+            here = visit(plan, route.rows, at, rows, inputs, shift)
+            part, dk, dv, dmask = attend_backward(
+                douts, rows, keys, values, outs, lses, here, need_dmask
+            )
+            dq = dq + part
+            dkvs.append((dk, dv))
+            if gradients and dmask is not None:
+                gradients.add(at, dmask)
+        returns.send(stop, tuple(joined(grads) for grads in zip(*dkvs, strict=True)))
     dk, dv = returns.total()
     dq = all_reduce(dq, plan.group) if plan.way.everywhere else home_gradient(dq, q, route)
-    return dq, dk, dv, mask_gradient(dmasks, inputs.mask, plan) if need_dmask else None
+    return dq, dk, dv, gradients.total() if gradients else []
+
+
+def joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def gathered(mine: Tensors, route: Route) -> Tensors:
@@ -214,27 +232,3 @@ class Returns:
         # Added up as they come: a list of all of them would be as long as the axis.
         to[:] = [((Run(0, length),), summed([*to, *came], length, grads))]
         self.pending = None
-
-
-def mask_gradient(
-    found: list[tuple[Intervals, Tensor]], mask: Tensor | None, plan: AttentionPlan
-) -> Tensor | None:
-    """The visits' columns side by side in global order; their sum where one column serves all."""
-    assert mask is not None
-    blank = mask.new_zeros([*mask.shape[:3], 1], dtype=accumulator(mask.dtype))
-    if mask.shape[3] == 1:
-        return torch.stack([blank, *(part for _, part in found)]).sum(0)
-    columns = [
-        (interval, part.narrow(3, offset, interval.length))
-        for keys, part in found
-        for interval, offset in zip(keys, _offsets(keys), strict=True)
-    ]
-    pieces, done = [], 0
-    for (start, stop), part in sorted(columns, key=itemgetter(0)):
-        pieces += [blank.expand(-1, -1, -1, start - done), part]
-        done = stop
-    return torch.cat([*pieces, blank.expand(-1, -1, -1, plan.key.n - done)], 3)
-
-
-def _offsets(keys: Intervals) -> list[int]:
-    return [0, *accumulate(interval.length for interval in keys)][:-1]

@@ -7,12 +7,51 @@ unequal length could not be merged.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaic.attention.blocks import FULL, Band
-from mosaic.layout import Intervals
+from mosaic.attention.attend import Rows, by_rows
+from mosaic.attention.blocks import FULL, Band, Piece
+from mosaic.attention.kernels.math import outside
+from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.tiles import TileProgram
+from mosaic.attention.visit import Inputs, Visit, key_blocks, visit
+from mosaic.layout import Interval, Intervals
+
+
+def shift_of(plan: AttentionPlan, rows: Intervals, q: Tensor, inputs: Inputs) -> Tensor | None:
+    """(batch|1, heads|1, seq|1, 1) for q (batch, heads, seq, head_dim), the queries at ``rows``; 0
+    where there is nothing to take off, None where the mask is boolean."""
+    mask = inputs.mask
+    if mask is not None and inputs.query_documents is None:
+        return None if mask.dtype == torch.bool else row_shift(mask, plan.band, rows)
+    if mask is None and not plan.tile:
+        return None
+    dtype = TileProgram.parse(plan.tile).dtype if mask is None else mask.dtype
+    if dtype == torch.bool:
+        return None
+    unseen = q.new_full([*q.shape[:3], 1], float("-inf"), dtype=dtype)
+    found: list[Rows] = [(0, q.shape[2], (unseen,))]
+    for _, keys in key_blocks(plan, (Interval(0, plan.key.n),)):
+        here = visit(plan, rows, keys, q, inputs)
+        found += [(x.q_start, x.q_stop, (_largest(here, x),)) for x in here.pieces]
+    (largest,) = by_rows(found, lambda parts: (reduce(torch.maximum, (x for (x,) in parts)),))
+    return torch.where(largest.isfinite(), largest, torch.zeros_like(largest))
+
+
+def _largest(here: Visit, piece: Piece) -> Tensor:
+    """(batch|1, heads|1, rows|1, 1): the largest bias that a piece's rows see."""
+    mask = here.mask_of(piece)
+    assert mask is not None
+    mask = mask.detach()
+    if piece.band != (None, None):
+        hidden = outside(piece.band, piece.rows, piece.keys, mask.device)
+        mask = mask.masked_fill(hidden, float("-inf"))
+    largest = mask.amax(-1, keepdim=True)
+    return largest.expand(-1, -1, piece.rows, -1)
 
 
 def row_shift(mask: Tensor, band: Band, rows: Intervals) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -16,17 +16,18 @@ from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
 from mosaic.masks.op import PLAIN, STRUCTURED
-from mosaic.masks.words import band_of, documents_of, mask_words
+from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
 from mosaic.methods import AllGather, Local, Method, Ring, Ulysses
 from mosaic.sharder import Sharder
 from mosaic.source import where
-from mosaic.values import Axis, Call, Value
+from mosaic.values import Axis, Call, Value, map_values
 
 if TYPE_CHECKING:
     from mosaic.context import World
 
 aten = torch.ops.aten
 QKV = ("query", "key", "value")
+MAKINGS = ("query_documents", "key_documents", "leaves")
 #: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for.
 PIECES = 8
 
@@ -50,6 +51,7 @@ class Attention:
     heads: Place | None
     shape: Shape
     has_rows: bool  # a mask with a row for each query
+    tile: str  # the program that makes a mask tile by tile
 
     @property
     def flops(self) -> float:
@@ -101,8 +103,17 @@ def scaled_dot_product_attention(s: Sharder, c: Call) -> Value:
         mask = s.at(mask, place.at(mask.ndim - 2)) if per_row else s.gather(mask, "a mask of keys")
     q = s.at(q, place)
     found = attention(s, c, method, rows, keys, None)
-    ids = (s.gather(x, "every rank has all documents") for x in documents_of(c))
-    return marked(s, c, found, place, (q, k, v, mask, *ids))
+    return marked(s, c, found, place, (q, k, v, mask), whole_makings(s, c))
+
+
+def makings(c: Call) -> dict[str, Any]:
+    """What a mask in words is made of: documents, and the leaves of its tiles."""
+    return {name: c.bound[name] for name in MAKINGS if c.bound.get(name) is not None}
+
+
+def whole_makings(s: Sharder, c: Call) -> dict[str, Any]:
+    """Every rank makes its own part of the mask, of any rows and keys."""
+    return map_values(lambda x: s.gather(x, "every rank makes its part of the mask"), makings(c))
 
 
 def unbroadcast(s: Sharder, c: Call) -> Call:
@@ -136,7 +147,7 @@ def whole(s: Sharder, c: Call) -> Value:
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
     found = replace(attention(s, c, Local(mesh=s.axis.mesh_axis), query, key, None), axes=())
     operands = tuple(c[n] for n in (*QKV, "attn_mask"))
-    return marked(s, c, found, None, (*operands, *documents_of(c)), enter=False)
+    return marked(s, c, found, None, operands, makings(c), enter=False)
 
 
 def is_plain(c: Call) -> bool:
@@ -169,12 +180,16 @@ def with_whole_queries(s: Sharder, c: Call) -> Value:
         return over_other_dim(s, c.replaced({"query": s.at(q, place)}), place)
     k, v, keys = with_keys(s, c, place)
     if mask is not None:
-        mask = s.gather(mask, "a mask of whole queries")
-        mask = Value(mask.val, None, s.operand(mask, enter=True) if s.writer else None)
+        mask = entered(s, s.gather(mask, "a mask of whole queries"))
     query = Layout.whole(q.shape[-2], s.axis.p)
     found = attention(s, c, s.axis.method, query, keys, None)
-    ids = (s.gather(x, "every rank has all documents") for x in documents_of(c))
-    return marked(s, c, found, None, (q, k, v, mask, *ids), enter=False)
+    parts = map_values(lambda x: entered(s, x), whole_makings(s, c))
+    return marked(s, c, found, None, (q, k, v, mask), parts, enter=False)
+
+
+def entered(s: Sharder, x: Value) -> Value:
+    """A whole value of whose gradient each rank has a part."""
+    return Value(x.val, None, s.operand(x, enter=True) if s.writer else None)
 
 
 def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
@@ -188,16 +203,36 @@ def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
     if mask is not None:
         cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
         mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
-    ids = documents_of(c)
-    cut = place.dim == 0 and all(x.shape[0] == q.shape[0] for x in ids)
-    ids = tuple(s.at(x, place) if cut else s.gather(x, "is broadcast") for x in ids)
+    parts = cut_makings(s, c, place)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
     # A plain attention of an empty shard loses its gradients, and with them their collectives.
     if is_plain(c) and all(place.layout.lengths):
         s.attentions.append((found, c))
         return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
-    return marked(s, c, found, place, (q, k, v, mask, *ids))
+    return marked(s, c, found, place, (q, k, v, mask), parts)
+
+
+def cut_makings(s: Sharder, c: Call, place: Place) -> dict[str, Any]:
+    """Cut where the queries' batches or heads are, if they have as many."""
+    q = c["query"]
+    is_heads = q.ndim > 3 and place.dim == q.ndim - 3
+
+    def cut(x: Value, dim: int) -> Value:
+        fits = x.ndim > dim and x.shape[dim] == q.shape[place.dim] and place.dim == int(is_heads)
+        return s.at(x, place.at(dim)) if fits else s.gather(x, "is broadcast")
+
+    def leaf(x: Value) -> Value:
+        is_table = x.ndim < 4
+        return s.gather(x, "has no batches") if is_table and not is_heads else cut(x, int(is_heads))
+
+    found = makings(c)
+    if "leaves" in found:
+        found["leaves"] = [leaf(x) for x in found["leaves"]]
+    for name in MAKINGS[:2]:
+        if name in found:
+            found[name] = s.gather(found[name], "is broadcast") if is_heads else cut(found[name], 0)
+    return found
 
 
 def attention(
@@ -214,7 +249,7 @@ def attention(
         key=key,
         band=band,
         documents=documents,
-        mask=mask_words(band, documents, None if mask is None else mask.val),
+        mask=mask_words(band, documents, None if mask is None else mask.val, tile_of(c)),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
@@ -233,6 +268,7 @@ def attention(
             window=band.length,
         ),
         has_rows=mask is not None and mask.shape[-2] > 1,
+        tile=tile_of(c),
     )
 
 
@@ -251,24 +287,26 @@ def marked(
     found: Attention,
     place: Place | None,
     operands: tuple,
+    parts: dict[str, Any],
     enter: bool = True,
 ) -> Value:
     """The node stays an SDPA, with its decision on it: ``rewrite_attention`` makes the op.
 
-    ``enter``: every rank has a part of the work, and the gradients of whole operands are summed.
+    ``operands``: q, k, v and mask; ``parts``: the mask's ``makings``. ``enter``: every rank has a
+    part of the work, and the gradients of whole operands are summed.
     """
     s.attentions.append((found, c))
     if not s.writer:
         return Value(c.val, place)
-    nodes = [None if x is None else s.operand(x, enter) for x in operands]
+    args, kwargs = map_values(lambda x: s.operand(x, enter), (operands, parts))
     shape = place.local_shape(c.val.shape, s.writer.rank) if place else c.val.shape
     decided = c.like.meta
     if "attention" in decided:  # for another axis
         found = with_axis(decided["attention"], found, decided["both"])
     kept = {key: decided.get(key) for key in ("way", "both")}
     meta = {"attention": found, "seed": seed_of(s, c, found), **kept}
-    target = PLAIN if len(nodes) == 4 else STRUCTURED
-    node = s.writer.marked(c.like, target, nodes, c.val.new_empty(shape), meta)
+    target = STRUCTURED if parts else PLAIN
+    node = s.writer.marked(c.like, target, args, kwargs, c.val.new_empty(shape), meta)
     return Value(c.val, place, node)
 
 

@@ -44,8 +44,7 @@ class Constants:
         if node.op != "call_function" or not is_function(node):
             return None
         if is_filled(node):
-            fill = FILLED[node.target] if node.target in FILLED else node.args[-1]
-            return torch.full([], fill, dtype=val.dtype).expand(val.shape)
+            return torch.full([], filling(node), dtype=val.dtype).expand(val.shape)
         if val.numel() > LIMIT and node.target != aten.expand.default:
             return None
         operands = {n: self(n) for n in node.all_input_nodes}
@@ -63,6 +62,11 @@ def is_filled(node: fx.Node) -> bool:
     return node.target in FILLED or (
         node.target in FILLED_WITH and isinstance(node.args[-1], (int, float))
     )
+
+
+def filling(node: fx.Node) -> float:
+    """What a filled node is everywhere."""
+    return FILLED[node.target] if node.target in FILLED else node.args[-1]
 
 
 def stored(node: fx.Node) -> Tensor | None:

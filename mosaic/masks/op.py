@@ -6,13 +6,18 @@ positions, so it is right under autograd, fake tensors and ``torch.compile`` ali
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from mosaic.attention.tiles import TileProgram
 
 SCHEMA = (
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int? left=None, "
-    "int? right=None, Tensor? query_documents=None, Tensor? key_documents=None) -> Tensor"
+    "int? right=None, Tensor? query_documents=None, Tensor? key_documents=None, "
+    "Tensor[]? leaves=None, str tile='') -> Tensor"
 )
 
 library = torch.library.Library("mosaic", "FRAGMENT")
@@ -33,14 +38,20 @@ def sdpa(
     right: int | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    leaves: Sequence[Tensor] | None = None,
+    tile: str = "",
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` in which query i sees key j only where
 
     - i - left <= j <= i + right (None: no bound; ``is_causal`` is right=0), and
     - query_documents[b, i] == key_documents[b, j]: int64, (batch|1, queries) and (batch|1, keys).
 
-    ``attn_mask`` is boolean or added to the scores, as ever.
+    ``attn_mask`` is boolean or added to the scores, as ever. In its place there may be a
+    ``TileProgram`` that makes it of ``leaves`` (``attention/tiles.py``).
     """
+    if tile:
+        attn_mask = TileProgram.parse(tile)(*leaves or ())
+        attn_mask = attn_mask if query.ndim > 3 else attn_mask.squeeze(1)
     seen = in_band(query, key, left, right, is_causal)
     if query_documents is not None and key_documents is not None:
         same = query_documents[:, :, None] == key_documents[:, None, :]

@@ -25,15 +25,24 @@ def documents_of(call: Call) -> tuple[Any, ...]:
     return () if queries is None else (queries, call["key_documents"])
 
 
-def mask_words(band: Band, documents: bool, mask: Tensor | None) -> str:
+def tile_of(call: Call) -> str:
+    """The ``TileProgram`` of a mask; "" where there is none."""
+    return call.bound.get("tile") or ""
+
+
+def mask_words(band: Band, documents: bool, mask: Tensor | None, tile: str = "") -> str:
     """
     >>> mask_words(Band(4095, 0), True, None)
     'causal, window 4096, documents'
+    >>> mask_words(Band(None, None), False, None, "float32: sub.Tensor(%0, %1)")
+    'float by tiles'
     """
     words = [word for word in (str(band), "documents" if documents else "") if word]
     if mask is not None:
         of_keys = mask.ndim < 2 or mask.shape[-2] == 1
         words.append(TENSORS[of_keys, mask.dtype == torch.bool])
+    if tile:
+        words.append("boolean by tiles" if tile.startswith("bool") else "float by tiles")
     return ", ".join(words)
 
 

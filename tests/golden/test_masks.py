@@ -129,16 +129,39 @@ padding: 11 x 11 of 11=0:3|3:6|6:9|9:11
     )
 
 
-def test_t5_stays_dense(planned, check):
+def test_t5_with_a_learned_bias(planned, check):
+    """The bias is made tile by tile: of positions, and of the table that is learned (``d%2``)."""
     from transformers import T5EncoderModel
 
-    model = T5EncoderModel(cases.hf_t5(2, 11)[0].config)
+    config = cases.hf_t5(2, 11)[0].config
+    config.num_layers = 1
+    model = T5EncoderModel(config)
     plan = planned(model, ids(), attention_mask=cases.padding(2, 11))
     check(
-        "\n".join([a.mask or "full" for a in plan.attentions]),
+        read(plan),
         """\
-dense float
-dense float
+float by tiles: 11 x 11 of 11=0:3|3:6|6:9|9:11
+- __and__ expand sub gt _to_copy mul add abs lt _to_copy div log div mul _to_copy add full_like min
+- where add embedding permute unsqueeze where clone sdpa
++squeeze: i64[11] = squeeze(unsqueeze_10, [0])
++unsqueeze_12: i64[1, 11] = unsqueeze(squeeze, 0)
++unsqueeze_13: i64[1, 1, 11] = unsqueeze(unsqueeze_12, 1)
++unsqueeze_14: i64[1, 1, 1, 11] = unsqueeze(unsqueeze_13, 2)
++# context_position = torch.arange(query_length, dtype=torch.long, device=device)[:, None] +
+    past_seen_tokens
++squeeze_1: i64[11] = squeeze(add_3, [1])
++unsqueeze_15: i64[1, 11] = unsqueeze(squeeze_1, 0)
++unsqueeze_16: i64[1, 1, 11] = unsqueeze(unsqueeze_15, 1)
++unsqueeze_17: i64[1, 1, 11, 1] = unsqueeze(unsqueeze_16, 3)
++sdpa: f32[2, 4, 11, 8] = mosaic.sdpa(transpose, transpose_1, transpose_2, scale=1, leaves=[and_1,
+    index, encoder_block_0_layer_0_SelfAttention_relative_attention_bias_weight, unsqueeze_14,
+    unsqueeze_17], tile='float32 d%2: __and__.Tensor(%0, %1); sub.Tensor(%3, %4); gt.Scalar(%6,
+    0); _to_copy(%7, dtype=torch.int64); mul.Tensor(%8, 16); add.Tensor(%9, 0); abs(%6);
+    lt.Scalar(%11, 8); _to_copy(%11, dtype=torch.float32); div.Tensor(%13, 8); log(%14);
+    div.Tensor(%15, 2.772588722239781); mul.Tensor(%16, 8); _to_copy(%17, dtype=torch.int64);
+    add.Tensor(%18, 8); filled(15, torch.int64); min.other(%19, %20); where.self(%12, %11, %21);
+    add.Tensor(%10, %22); embedding(%2, %23); where.ScalarOther(%5, %24,
+    -3.4028234663852886e+38)')  # float by tiles
 """,
     )
 

@@ -44,6 +44,7 @@ def test_lowered_after_autograd(ranks, inner: str) -> None:
         computed = [shape for op, shape in result.saved if op != "placeholder"]
         # views of k and v; heads come back as q, k, v and out of the exchange
         more = 2 if case.startswith("local") else 3 if case.startswith("Ulysses") else 0
+        more += case.startswith("Ulysses") and "tiles" in case  # and the heads of the table
         assert len(computed) == 2 + more, f"{case} keeps more than out and lse: {computed}"
     for results in zip(*(answer.values() for answer in answers), strict=True):
         assert starts(results[0]) == starts(results[1]) == starts(results[2])

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mosaic.attention import kernels
-from mosaic.attention.attend import Visit, attend, attend_backward
+from mosaic.attention.attend import attend, attend_backward
 from mosaic.attention.blocks import CAUSAL, Band, pieces
 from mosaic.attention.merge import merge
+from mosaic.attention.visit import Visit
 from mosaic.layout import Layout
 
 F64 = torch.float64

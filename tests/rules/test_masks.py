@@ -53,6 +53,10 @@ def blocks() -> Tensor:
     return (arange(N) // 3)[:, None] == (arange(N) // 3)[None]
 
 
+def distance() -> Tensor:
+    return arange(N) - arange(N)[:, None] + N - 1
+
+
 def zeros() -> Tensor:
     return torch.zeros(N, N, **DOUBLE)
 
@@ -96,7 +100,11 @@ MASKS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
         "causal, window 3, documents",
     ),
     "packed once": (lambda: packed(arange(N).expand(2, -1)), [], "causal, window 3"),
-    "order of data": (lambda x: x[:, None, :, None] >= x[:, None, None, :], [IDS], "dense boolean"),
+    "order of data": (
+        lambda x: x[:, None, :, None] >= x[:, None, None, :],
+        [IDS],
+        "boolean by tiles",
+    ),
     "padding": (lambda x: x[:, None, None].expand(-1, 1, N, -1).bool(), [REAL], "padding"),
     "padding, causal": (lambda x: x[:, None, None].bool() & causal(), [REAL], "causal, padding"),
     "padding of -inf": (
@@ -107,7 +115,7 @@ MASKS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
     "nan": (
         lambda: zeros().masked_fill(~causal(), float("nan")),
         [],
-        "dense float",
+        "float by tiles",
     ),
     "half": (
         lambda: zeros().float().masked_fill(~causal(), -3.4028234663852886e38).bfloat16().double(),
@@ -122,7 +130,7 @@ MASKS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
     "padding of lowest, causal": (
         lambda x: zeros().masked_fill(~(x[:, None, None].bool() & causal()), LOW),
         [NOTHING_REAL],
-        "dense float",
+        "float by tiles",
     ),
     "data": (lambda x: x, [TABLE], "dense boolean"),
     "data, causal": (lambda x: x & causal(), [TABLE], "causal, dense boolean"),
@@ -142,6 +150,32 @@ MASKS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
         [bias(3)],
         "causal, bias of keys",
     ),
+    "table": (lambda t: t[distance()].movedim(2, 0), [bias(13, 3)], "float by tiles"),
+    "table of heads": (lambda t: t[:, distance()], [bias(3, 13)], "float by tiles"),
+    "one table, causal": (
+        lambda t: t[distance()].masked_fill(~causal(), -INF),
+        [bias(13)],
+        "causal, float by tiles",
+    ),
+    "embedding, padding": (
+        lambda t, x: (
+            F.embedding(distance().clamp(3, 9) - 3, t).permute(2, 0, 1)
+            + torch.where(x[:, None, None].bool(), torch.zeros((), **DOUBLE), LOW)
+        ),
+        [bias(7, 3), NOTHING_REAL],
+        "float by tiles",
+    ),
+    "slopes": (
+        lambda s, t: s[:, None, None] * -distance().sqrt() + t.detach() * s.detach()[:, None, None],
+        [bias(3), bias()],
+        "float by tiles",
+    ),
+    "bias of data": (
+        lambda x: x[:, None, :, None] * x[:, None, None],
+        [bias(2, N)],
+        "float by tiles",
+    ),
+    "learned rows": (lambda x: x @ x.mT, [bias(N, 4)], "dense float"),
 }
 
 
