@@ -154,6 +154,14 @@ def hf_t5(batch: int = 3, n: int = 37) -> Built:
     }  # fmt: skip
 
 
+def hf_t5_encoder(batch: int = 3, n: int = 37) -> Built:
+    from transformers import T5EncoderModel
+
+    model, args, inputs = hf_t5(batch, n)
+    del inputs["labels"]
+    return T5EncoderModel(model.config), args, inputs
+
+
 def tokens(vocab: int, batch: int, n: int) -> torch.Tensor:
     return torch.randint(0, vocab, (batch, n))
 

@@ -97,7 +97,7 @@ def test_ranks_issue_the_same_collectives(planned, kind: str):
 
 BUILT = [
     *(cases.table, cases.gpt, cases.llama, cases.vit),
-    *(cases.hf_llama, cases.hf_llama_packed, cases.hf_mistral, cases.hf_bert),
+    *(cases.hf_llama, cases.hf_llama_packed, cases.hf_mistral, cases.hf_bert, cases.hf_t5_encoder),
 ]
 
 
