@@ -88,7 +88,7 @@ def with_tiles(
 ) -> dict[str, Any] | None:
     """What is left as a tensor for every pair of query and key, as a program that makes tiles."""
     left = mask if said is None else said["attn_mask"]
-    if left is None or ndim > 4 or not broadcast(left, ndim).is_pairwise:
+    if left is None or not broadcast(left, ndim).is_pairwise:
         return said
     with graph.inserting_before(mask):
         found = tiles_of(graph, broadcast(left, ndim), constants)

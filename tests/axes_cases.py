@@ -147,6 +147,35 @@ class Latents(Cells):
         return self.first.attend(cells, seen) * cells
 
 
+class Structured(Cells):
+    """A window and a learned bias between columns, a causal one by distance between rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.randn(HEADS, 1, 1))
+        self.table = nn.Parameter(torch.randn(HEADS, 20))
+
+    def cells(self, x: Tensor) -> Tensor:
+        columns, rows = (torch.arange(n) - torch.arange(n)[:, None] for n in x.shape[2:0:-1])
+        near = (self.slope * columns).masked_fill(columns.abs() > 2, -torch.inf)
+        x = self.norm(x + self.first(x, near)).transpose(1, 2)
+        before = self.table[:, rows + 10].masked_fill(rows > 0, -torch.inf)
+        return self.norm(x + self.second(x, before)).transpose(1, 2)
+
+
+class FlattenedStructured(Structured):
+    """Over all cells, of three rows each (documents), with a bias by distance."""
+
+    def cells(self, x: Tensor) -> Tensor:
+        b, r, c, _ = x.shape
+        at = torch.arange(r * c)
+        rows = at // (3 * c)
+        bias = self.slope * (at - at[:, None]).abs()
+        mask = bias.masked_fill(rows != rows[:, None], -torch.inf)
+        flat = x.reshape(b, r * c, E)
+        return self.norm(flat + self.first(flat, mask)).reshape(b, r, c, E) * x
+
+
 class Swish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -230,7 +259,7 @@ def built(kind: type[Cells], rows: int = 7, columns: int = 5) -> Built:
 
 KINDS: tuple[type[Cells], ...] = (
     Flattened, FlattenedCausal, FlattenedMasked, InTurn, InTurnFlat, Training, Dropped, Latents,
-    Everything, UsersFunction,
+    Everything, UsersFunction, Structured, FlattenedStructured,
 )  # fmt: skip
 CASES = {
     "table": table,

@@ -217,9 +217,10 @@ def cut_makings(s: Sharder, c: Call, place: Place) -> dict[str, Any]:
     """Cut where the queries' batches or heads are, if they have as many."""
     q = c["query"]
     is_heads = q.ndim > 3 and place.dim == q.ndim - 3
+    has_batches = q.ndim <= 4  # of several batch dims no vector can tell
 
     def cut(x: Value, dim: int) -> Value:
-        fits = x.ndim > dim and x.shape[dim] == q.shape[place.dim] and place.dim == int(is_heads)
+        fits = x.ndim > dim and x.shape[dim] == q.shape[place.dim] and (is_heads or has_batches)
         return s.at(x, place.at(dim)) if fits else s.gather(x, "is broadcast")
 
     def leaf(x: Value) -> Value:

@@ -84,6 +84,14 @@ def test_what_meets_along_both_axes(ranks, name: str) -> None:
     check(ranks, name, BOTH, r=2, c=3)
 
 
+@pytest.mark.parametrize("name", ["Structured", "FlattenedStructured"])
+def test_masks_made_by_tiles(ranks, name: str) -> None:
+    """Windows, documents and learned biases along both axes."""
+    check(ranks, name, spec_of(rows=Ring(mesh="s")), s=3)
+    check(ranks, name, BOTH, r=2, c=2)
+    check(ranks, name, spec_of(rows=AllGather(mesh="r"), columns=Ring(mesh="c")), r=1, c=3)
+
+
 def test_a_users_function_runs_whole(ranks) -> None:
     check(ranks, "UsersFunction", replace(BOTH, on_gather="warn"), r=2, c=2)
 
