@@ -85,6 +85,36 @@ def documents(batch: int = 2, n: int = 19) -> Built:
     return Causal(0).double(), (torch.randint(0, 23, (batch, n)), borders.cumsum(1)), {}
 
 
+class Relative(nn.Module):
+    """Attention with biases by distance in the way of T5: in logarithmic buckets, learned, of all
+    layers the same; and padding in the way of transformers."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.tokens, self.table = nn.Embedding(23, 16), nn.Embedding(8, 4)
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        distance = positions - positions[:, None]
+        bucket = (distance.abs() + 1).log2().long().clamp(max=3) + 4 * (distance > 0)
+        lowest = torch.finfo(x.dtype).min
+        padding = torch.where(
+            ids[:, None, None] > 2, torch.zeros_like(x[:, None, None, :1, 0]), lowest
+        )
+        bias = self.table(bucket).permute(2, 0, 1) + padding
+        for qkv in self.qkv:
+            q, k, v = qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, bias)
+            x = x + y.transpose(1, 2).flatten(-2)
+        return x
+
+
+def relative(batch: int = 2, n: int = 19) -> Built:
+    return Relative().double(), (torch.randint(0, 23, (batch, n)),), {}
+
+
 def model_image_size(model: nn.Module) -> int:
     return getattr(model, "image", 32)
 
@@ -188,6 +218,7 @@ CASES = {
     "gpt_gather": (gpt, Spec(inputs={"ids": "batch tokens"}, axes={"tokens": "all_gather"})),
     "llama": (llama, None),
     "table": (table, ROWS),
+    "relative": (relative, Spec(on_gather="error")),
     "table_auto": (table, None),
     "table_few": (partial(table, split=8), ROWS),
     "table_tiny": (partial(table, batch=1, rows=3, split=2), ROWS),
@@ -201,5 +232,6 @@ BY_METHOD = {
     "table": (partial(table, batch=1, rows=13, split=9, layers=1), ROWS.inputs),
     "llama": (partial(llama, batch=1, n=13, layers=1), IDS),
     "window": (window, IDS),
+    "relative": (relative, IDS),
     "documents": (documents, {**IDS, "documents": "batch tokens"}),
 }

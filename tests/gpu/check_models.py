@@ -22,7 +22,7 @@ from model_jobs import gradients, loss_of  # noqa: E402
 
 import mosaic  # noqa: E402
 
-NAMES = ("gpt", "gpt_gather", "llama", "table", "table_few", "vit")
+NAMES = ("gpt", "gpt_gather", "llama", "table", "table_few", "vit", "relative")
 
 
 def run(name: str, device: torch.device, options: dict | None) -> tuple[torch.Tensor, dict]:

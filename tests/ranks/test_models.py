@@ -111,6 +111,8 @@ def check_method(ranks, name: str, p: int, method: str) -> None:
         ("window", "ulysses(4)"),
         ("documents", "mesh2d(2, 2)"),
         ("documents", "ulysses(4)"),
+        ("relative", "mesh2d(2, 2)"),
+        ("relative", "ulysses(4)"),
     ],
 )
 def test_methods(ranks, name: str, method: str) -> None:
