@@ -63,7 +63,8 @@ def _joined(intervals: Iterable[tuple[int, int]]) -> Intervals:
     return tuple(out)
 
 
-def _joined_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
+def joined_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Join each run with the one before it where they touch."""
     out: list[Run] = []
     for run in runs:
         if out and run.step == out[-1].step == 1 and out[-1].stop == run.start:
@@ -180,7 +181,7 @@ class Layout:
             if first < last:
                 out.append(Run(offset + first - a, offset + last - a, step))
             offset += b - a
-        return _joined_runs(out)
+        return joined_runs(out)
 
     def embed(self, start: int, n: int) -> Layout:
         """The same elements named as ``x[start:start + self.n]`` of a longer axis of length n."""
@@ -306,7 +307,7 @@ def exchange(source: Layout, target: Layout, rank: int) -> Exchange:
 
     order = sorted(arrived, key=position)
     return Exchange(
-        tuple(take), tuple(send), receive, _joined_runs(arrived[piece] for piece in order)
+        tuple(take), tuple(send), receive, joined_runs(arrived[piece] for piece in order)
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mosaic.errors import ShardingError
-from mosaic.layout import Interval, Layout, Place, Run, Shard, exchange
+from mosaic.layout import Interval, Layout, Place, Run, Shard, exchange, joined_runs
 
 #: What carries a dtype that NCCL or gloo cannot move or reduce; every value fits.
 CARRIERS = {torch.bool: torch.uint8, torch.int16: torch.int32}
@@ -57,9 +57,12 @@ def all_gather(x: Tensor, p: int, group: str) -> Tensor:
 def take_runs(x: Tensor, runs: Sequence[Run], dim: int) -> Tensor:
     """Join stretches of ``x`` along ``dim``; no copy where they are one stretch."""
     parts = [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
-    if not parts:
-        return x.narrow(dim, 0, 0)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return joined(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _unfolded(x: Tensor, place: Place, count: int) -> Tensor:
@@ -125,17 +128,7 @@ def gather_view(x: Tensor, shard: Shard) -> Tensor:
         carried = rows.to(CARRIERS.get(x.dtype, x.dtype))
         rows = wait(all_gather(carried, layout.p, shard.group)).to(x.dtype)
     runs = [Run(r * longest + a, r * longest + b) for r, (a, b, _) in layout.gather_order()]
-    return _axis_back(take_runs(rows, _joined(runs), 0), place)
-
-
-def _joined(runs: list[Run]) -> list[Run]:
-    out: list[Run] = []
-    for run in runs:
-        if out and out[-1].stop == run.start:
-            out[-1] = Run(out[-1].start, run.stop)
-        else:
-            out.append(run)
-    return out
+    return _axis_back(take_runs(rows, joined_runs(runs), 0), place)
 
 
 def padded(rows: Tensor, length: int) -> Tensor:
