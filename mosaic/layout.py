@@ -74,12 +74,14 @@ def joined_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
     return tuple(out)
 
 
+def placed(intervals: Intervals, offset: int = 0) -> list[tuple[Interval, Run]]:
+    """Each interval with its stretch of memory; the first one begins at ``offset``."""
+    bounds = accumulate((interval.length for interval in intervals), initial=offset)
+    return [(i, Run(*run)) for i, run in zip(intervals, pairwise(bounds), strict=True)]
+
+
 def _intersect(a: Interval, b: Interval) -> Interval:
     return Interval(max(a.start, b.start), min(a.stop, b.stop))
-
-
-def _offsets(lengths: Iterable[int]) -> list[int]:
-    return [0, *accumulate(lengths)]
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class Layout:
     @classmethod
     def concat(cls, parts: Sequence[Layout]) -> Layout:
         """The layout of a local ``cat``: each part's intervals, shifted by what is before it."""
-        offsets = _offsets(part.n for part in parts)
+        offsets = list(accumulate((part.n for part in parts), initial=0))
         return cls.of(
             offsets[-1],
             (
@@ -259,13 +261,11 @@ class Layout:
 
     def gather_order(self) -> tuple[tuple[int, Run], ...]:
         """(rank, its stretch of memory), sorted so that their concatenation is the whole axis."""
-        pieces = []
-        for rank, intervals in enumerate(self.ranks):
-            offsets = _offsets(i.length for i in intervals)
-            pieces += [
-                (i.start, rank, Run(o, o + i.length))
-                for i, o in zip(intervals, offsets, strict=False)
-            ]
+        pieces = (
+            (interval.start, rank, run)
+            for rank, intervals in enumerate(self.ranks)
+            for interval, run in placed(intervals)
+        )
         return tuple((rank, run) for _, rank, run in sorted(pieces))
 
 
@@ -297,12 +297,11 @@ def exchange(source: Layout, target: Layout, rank: int) -> Exchange:
     receive = tuple(
         sum(i.length for i in _common(source, peer, target, rank)) for peer in range(source.p)
     )
-    starts = _offsets(i.length for i in target.ranks[rank])
 
     def position(piece: Interval) -> int:
-        for interval, start in zip(target.ranks[rank], starts, strict=False):
+        for interval, run in placed(target.ranks[rank]):
             if interval.start <= piece.start < interval.stop:
-                return start + piece.start - interval.start
+                return run.start + piece.start - interval.start
         raise AssertionError("a received piece lies outside the target layout")
 
     order = sorted(arrived, key=position)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import groupby
 from operator import itemgetter
 
 from torch import Tensor
 
 from mosaic.attention.schedule import Hop
-from mosaic.layout import Interval, Intervals, Layout, Run, joined_runs
+from mosaic.layout import Interval, Intervals, Layout, Run, joined_runs, placed
 from mosaic.moves import all_gather, all_to_all, joined, padded, take_runs, wait
 
 Tensors = tuple[Tensor, ...]
@@ -116,13 +116,13 @@ class Crossing:
         # A buffer holds the chunks by the number of their source; ``parts`` may have another order.
         for source, held in sorted(self.parts(me)):
             if self.is_gather:
-                arrived += _placed(held, source * longest)
+                arrived += placed(held, source * longest)
             elif source == me:
                 own = held
             else:
-                arrived += _placed(held, offset)
+                arrived += placed(held, offset)
                 offset += _length(held)
-        blocks = [(_placed(own, 0), _take(xs, self.before, me, own))]
+        blocks = [(placed(own), _take(xs, self.before, me, own))]
         if pending is not None:
             blocks.append((arrived, _unrowed(wait(pending), xs)))
         return _sorted(blocks)
@@ -256,18 +256,10 @@ def _unrowed(buffer: Tensor, like: Tensors) -> Tensors:
     return tuple(out)
 
 
-def _placed(held: Intervals, offset: int) -> list[tuple[Interval, int]]:
-    """Each interval with where it begins in memory."""
-    starts = accumulate((interval.length for interval in held), initial=offset)
-    return list(zip(held, starts, strict=False))
-
-
-def _sorted(blocks: list[tuple[list[tuple[Interval, int]], Tensors]]) -> Tensors:
+def _sorted(blocks: list[tuple[list[tuple[Interval, Run]], Tensors]]) -> Tensors:
     """Blocks of rows joined in global order; no copy where they lie in one block in that order."""
     found = sorted(
-        (interval, number, Run(offset, offset + interval.length))
-        for number, (placed, _) in enumerate(blocks)
-        for interval, offset in placed
+        (interval, number, run) for number, (held, _) in enumerate(blocks) for interval, run in held
     )
     if not found:
         return tuple(x.narrow(2, 0, 0) for x in blocks[0][1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, groupby, zip_longest
+from itertools import groupby, zip_longest
 from operator import itemgetter
 
 import torch
@@ -24,7 +24,7 @@ from mosaic.attention.kernels import Gradients
 from mosaic.attention.merge import Partial, accumulator, finite, merge, nothing
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.schedule import schedule
-from mosaic.layout import Intervals, Layout, Run
+from mosaic.layout import Intervals, Layout, Run, placed
 from mosaic.moves import all_reduce
 
 
@@ -225,16 +225,12 @@ def mask_gradient(
     if mask.shape[3] == 1:
         return torch.stack([blank, *(part for _, part in found)]).sum(0)
     columns = [
-        (interval, part.narrow(3, offset, interval.length))
+        (interval, part.narrow(3, run.start, interval.length))
         for keys, part in found
-        for interval, offset in zip(keys, _offsets(keys), strict=True)
+        for interval, run in placed(keys)
     ]
     pieces, done = [], 0
     for (start, stop), part in sorted(columns, key=itemgetter(0)):
         pieces += [blank.expand(-1, -1, -1, start - done), part]
         done = stop
     return torch.cat([*pieces, blank.expand(-1, -1, -1, plan.key.n - done)], 3)
-
-
-def _offsets(keys: Intervals) -> list[int]:
-    return [0, *accumulate(interval.length for interval in keys)][:-1]
