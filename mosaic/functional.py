@@ -19,14 +19,14 @@ from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
 from mosaic.attention.op import Calls, calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, way_of
+from mosaic.attention.way import Facts, way_between
 from mosaic.collectives import enter, enter_together
-from mosaic.context import World, device_memory
+from mosaic.context import World, device_memory, world_of
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout
 from mosaic.mesh import context_or_world_of_one
 from mosaic.methods import Composed, Local, Method, method_of
-from mosaic.operands import band_of, check_inputs, check_tensors, fitted, four_dims, is_cut
+from mosaic.operands import band_of, check_inputs, check_tensors, fitted, four_dims
 from mosaic.random import draw_seed
 from mosaic.tensors import layout_text
 
@@ -152,7 +152,7 @@ def attention_node(
 def parameters_node(parameters: list[Tensor], method: str, layout: str) -> list[Tensor]:
     """Parameters for work on shards of this layout: their gradients are summed over the ranks."""
     found, world = parsed(layout), ranks_of(method_named(method))
-    if world.size == 1 or not (found is None or is_cut(found)):
+    if world.size == 1 or not (found is None or found.is_cut):
         return list(parameters)
     return enter_together(parameters, world.group)
 
@@ -170,11 +170,7 @@ _parse = lru_cache(maxsize=1024)(Layout.parse)
 def ranks_of(method: Method) -> World:
     """The ranks among which a method's axis is cut; for ``Local`` this one alone."""
     context = context_or_world_of_one()
-    if context is None or isinstance(method, Local) or context.size(method.mesh) == 1:
-        return World(1, 0, "", method.mesh)
-    sizes = {name: context.size(name) for name in context.axes}
-    mesh = method.mesh
-    return World(context.size(mesh), context.rank(mesh), context.group_name(mesh), mesh, sizes)
+    return world_of(None if isinstance(method, Local) else context, method.mesh)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request) -> Tensor:
@@ -186,7 +182,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request) ->
     check_inputs(q, inputs, query, key, world.rank)
     plan = plan_of(q, k, v, inputs, request, world, query, key)
     mask = inputs.mask
-    if is_cut(query) and not is_cut(key) and world.size > 1:
+    if query.is_cut and not key.is_cut:
         k, v = enter(k, world.group), enter(v, world.group)
     if mask is not None and mask.is_floating_point() and serves_all(mask, query, key):
         mask = enter(mask, world.group)
@@ -207,7 +203,7 @@ def _calls(plan: AttentionPlan, heads: int, kv_heads: int) -> Calls:
 
 def serves_all(mask: Tensor, query: Layout, key: Layout) -> bool:
     """Whether a mask is a whole tensor of which each rank computes a share of the gradient."""
-    return (is_cut(query) and mask.shape[2] == 1) or (is_cut(key) and not is_cut(query))
+    return mask.shape[2] == 1 if query.is_cut else key.is_cut
 
 
 def layouts(q: Tensor, k: Tensor, request: Request, world: World) -> tuple[Layout, Layout]:
@@ -243,10 +239,7 @@ def plan_of(
         node_size=world.node_size,
         memory=device_memory(),
     )
-    if world.size == 1 or not is_cut(key):
-        way = LOCAL
-    else:
-        way = way_of(method, facts)[0] if is_cut(query) else SPLIT_KV
+    way, _ = way_between(method, facts, query, key)
     scale = int(q.shape[3]) ** -0.5 if request.scale is None else request.scale
     return AttentionPlan(
         way, world.rank, world.group, query, key, request.band, scale, request.dropout

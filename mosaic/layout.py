@@ -160,6 +160,11 @@ class Layout:
         held = sorted(i for r in self.ranks for i in r)
         return sum(self.lengths) == self.n and all(a.stop == b.start for a, b in pairwise(held))
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the ranks hold parts, and not all of it each."""
+        return self.p > 1 and self.is_partition
+
     def indices(self, rank: int) -> list[int]:
         return [i for interval in self.ranks[rank] for i in range(*interval)]
 

@@ -12,11 +12,6 @@ from mosaic.errors import ShardingError
 from mosaic.layout import Layout
 
 
-def is_cut(layout: Layout) -> bool:
-    """Whether the ranks hold parts, and not all of it each."""
-    return layout.p > 1 and layout.is_partition
-
-
 def band_of(causal: bool, left: int | None, right: int | None) -> Band:
     for name, bound in (("left", left), ("right", right)):
         if bound is not None and bound < 0:
@@ -119,7 +114,7 @@ def check_inputs(q: Tensor, inputs: Inputs, query: Layout, key: Layout, rank: in
         raise ShardingError(
             f"the mask is {mask.dtype}", fix="use a boolean one, or numbers added to the scores"
         )
-    if mask.requires_grad and is_cut(query) and 1 in query.lengths:
+    if mask.requires_grad and query.is_cut and 1 in query.lengths:
         raise ShardingError(
             "a mask needs a gradient, and a rank has a single query",
             layout=query,

@@ -30,6 +30,7 @@ from typing import Any, get_args
 from mosaic.attention.cost import Shape, cost_of, size
 from mosaic.attention.timing import milliseconds, seconds_of
 from mosaic.errors import ShardingError
+from mosaic.layout import Layout
 from mosaic.methods import (
     AllGather,
     Auto,
@@ -129,6 +130,14 @@ class Facts:
         return self.shape.kv_bytes // self.p
 
 
+def way_between(method: Method, facts: Facts, query: Layout, key: Layout) -> tuple[Way, str]:
+    """How queries attend to keys of these layouts: local where every rank has all keys, split-KV
+    where it has all queries, else what ``way_of`` says. Raises ShardingError as that does."""
+    if not key.is_cut:
+        return LOCAL, ""
+    return way_of(method, facts) if query.is_cut else (SPLIT_KV, "")
+
+
 def way_of(method: Method, facts: Facts) -> tuple[Way, str]:
     """How ``method`` is carried out, and a note where it had to be handed over to another one.
 
@@ -137,8 +146,8 @@ def way_of(method: Method, facts: Facts) -> tuple[Way, str]:
     way, note = RESOLVE[type(method)](method, facts)
     moves_queries = way.heads > 1 or way.inter.cols > 1 or way.intra.cols > 1
     if facts.has_rows and moves_queries:
-        why = "a dense mask stays with its queries"
-        return ring(facts), f"{way.name} is done by {ring(facts).name}: {why}"
+        instead = ring(facts)
+        return instead, f"{way.name} is done by {instead.name}: a dense mask stays with its queries"
     return way, note
 
 
