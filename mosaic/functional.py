@@ -228,7 +228,7 @@ def plan_of(
     query: Layout,
     key: Layout,
 ) -> AttentionPlan:
-    method, sizes = request.method, world.sizes
+    method, sizes = request.method, tuple(world.sizes.items())
     if isinstance(method, Folded):
         method, sizes = unfolded(method, world)
     facts = Facts(
@@ -261,7 +261,7 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, query: Layout, key: Layout, band: 
     )
 
 
-def unfolded(method: Folded, world: World) -> tuple[Composed, dict[str, int]]:
+def unfolded(method: Folded, world: World) -> tuple[Composed, tuple[tuple[str, int], ...]]:
     """The method of two mesh axes, and their sizes."""
     heads, sequence = method.shape
     if heads * sequence != world.size:
@@ -270,7 +270,7 @@ def unfolded(method: Folded, world: World) -> tuple[Composed, dict[str, int]]:
             sizes=f"{heads} x {sequence} = {heads * sequence}, ranks = {world.size}",
             fix="choose heads x sequence equal to the ranks of the mesh axis",
         )
-    return method.method, dict(zip(method.method.mesh.split(","), method.shape, strict=True))
+    return method.method, tuple(zip(method.method.mesh.split(","), method.shape, strict=True))
 
 
 def may_have_rows(mask: Tensor | None, query: Layout) -> bool:

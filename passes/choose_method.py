@@ -32,7 +32,7 @@ def resolved(found: Attention, context: Context) -> tuple[Way, str]:
         shape=found.shape,
         has_rows=found.has_rows,
         heads_are_cut=found.heads is not None,
-        sizes=world.sizes,
+        sizes=tuple(world.sizes.items()),
         node_size=world.node_size,
         memory=device_memory(),
     )

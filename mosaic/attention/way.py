@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, get_args
 
 from mosaic.attention.cost import Shape, cost_of, size
@@ -102,17 +102,17 @@ SPLIT_KV = Way("split_kv", everywhere=True)
 class Facts:
     """What a method's numbers depend on: global facts about one attention.
 
-    ``p`` ranks share the axis; ``sizes`` are those of the mesh axes. ``has_rows``: a dense mask
-    with a row for each query, which stays with its rows. ``heads_are_cut``: by another axis.
-    ``node_size``: how many neighbouring ranks share a node, 0 for all; ``memory``: a device's, in
-    bytes, 0 where it does not matter.
+    ``p`` ranks share the axis; ``sizes``: the mesh axes and their sizes, in order. ``has_rows``: a
+    dense mask with a row for each query, which stays with its rows. ``heads_are_cut``: by another
+    axis. ``node_size``: how many neighbouring ranks share a node, 0 for all; ``memory``: a
+    device's, in bytes, 0 where it does not matter.
     """
 
     p: int
     shape: Shape
     has_rows: bool = False
     heads_are_cut: bool = False
-    sizes: Mapping[str, int] | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
     node_size: int = 0
     memory: int = 0
 
@@ -130,6 +130,7 @@ class Facts:
         return self.shape.kv_bytes // self.p
 
 
+@lru_cache(maxsize=1024)  # eager code asks at every call
 def way_between(method: Method, facts: Facts, query: Layout, key: Layout) -> tuple[Way, str]:
     """How queries attend to keys of these layouts: local where every rank has all keys, split-KV
     where it has all queries, else what ``way_of`` says. Raises ShardingError as that does."""
@@ -265,14 +266,14 @@ def _hierarchical(method: Hierarchical, facts: Facts) -> tuple[Way, str]:
 
 
 def _composed(method: Composed, facts: Facts) -> tuple[Way, str]:
-    assert facts.sizes is not None
-    u = facts.sizes[method.heads.mesh]
+    sizes = dict(facts.sizes)
+    u = sizes[method.heads.mesh]
     if head_groups(facts, u) != u:
         rest = ring(facts)
         return rest, f"ulysses({u}) and more is done by {rest.name}: {why_no_heads(facts)}"
     way, note = way_of(method.sequence, after_heads(facts, u))
     name = f"ulysses({u}) x {way.name}"
-    order = list(facts.sizes)  # ranks are numbered in the order of the mesh
+    order = list(sizes)  # ranks are numbered in the order of the mesh
     is_outer = order.index(method.heads.mesh) < order.index(method.sequence.mesh)
     return replace(way, name=name, heads=u, is_outer=is_outer), note
 
