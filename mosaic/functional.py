@@ -179,7 +179,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request) ->
     check_tensors(q, k, v)
     query, key = layouts(q, k, request, world)
     inputs = four_dims(inputs)
-    check_inputs(q, inputs, query, key, world.rank)
+    check_inputs(q, inputs, query, key)
     plan = plan_of(q, k, v, inputs, request, world, query, key)
     mask = inputs.mask
     if query.is_cut and not key.is_cut:

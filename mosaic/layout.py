@@ -236,16 +236,6 @@ class Layout:
             return None
         return Layout.of(self.n // k, ([(a // k, b // k) for a, b in r] for r in self.ranks))
 
-    def intersect(self, other: Layout) -> Layout:
-        """What each rank holds in both, in this layout's order."""
-        return Layout.of(
-            self.n,
-            (
-                [_intersect(a, b) for a in mine for b in sorted(theirs)]
-                for mine, theirs in zip(self.ranks, other.ranks, strict=True)
-            ),
-        )
-
     @classmethod
     def crossed(cls, a: Layout, b: Layout, ranks: Iterable[tuple[int, int]]) -> Layout:
         """Two axes of one dim: rank (i, j) holds what rank i of a and rank j of b both hold.

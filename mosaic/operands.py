@@ -87,7 +87,7 @@ def four_dims(inputs: Inputs) -> Inputs:
     return Inputs(mask, queries, keys, seed)
 
 
-def check_inputs(q: Tensor, inputs: Inputs, query: Layout, key: Layout, rank: int) -> None:
+def check_inputs(q: Tensor, inputs: Inputs, query: Layout, key: Layout) -> None:
     """The mask and the documents fit the queries and all keys."""
     mask, queries, keys, _ = inputs
     if (queries is None) != (keys is None):
