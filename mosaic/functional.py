@@ -22,10 +22,9 @@ from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.way import Facts, way_between
 from mosaic.collectives import enter, enter_together
 from mosaic.context import World, device_memory, world_of
-from mosaic.errors import ShardingError
 from mosaic.layout import Layout
 from mosaic.mesh import context_or_world_of_one
-from mosaic.methods import Composed, Local, Method, method_of
+from mosaic.methods import Local, Method, method_of
 from mosaic.operands import band_of, check_inputs, check_tensors, fitted, four_dims
 from mosaic.random import draw_seed
 from mosaic.tensors import layout_text
@@ -93,15 +92,6 @@ class Request:
     dropout: float = 0.0
     layout: Layout | None = None
     key_layout: Layout | None = None
-
-
-@dataclass(frozen=True)
-class Folded(Method):
-    """A ``Composed`` whose two mesh axes lie in one: rank = number of heads' part x sequence ranks
-    + number of the sequence's part."""
-
-    method: Composed
-    shape: tuple[int, int]
 
 
 #: The methods that have been asked for, by what stands for them in a graph.
@@ -228,18 +218,15 @@ def plan_of(
     query: Layout,
     key: Layout,
 ) -> AttentionPlan:
-    method, sizes = request.method, tuple(world.sizes.items())
-    if isinstance(method, Folded):
-        method, sizes = unfolded(method, world)
     facts = Facts(
         p=world.size,
         shape=shape_of(q, k, v, query, key, request.band),
         has_rows=may_have_rows(inputs.mask, query),
-        sizes=sizes,
+        sizes=tuple(world.sizes.items()),
         node_size=world.node_size,
         memory=device_memory(),
     )
-    way, _ = way_between(method, facts, query, key)
+    way, _ = way_between(request.method, facts, query, key)
     scale = int(q.shape[3]) ** -0.5 if request.scale is None else request.scale
     return AttentionPlan(
         way, world.rank, world.group, query, key, request.band, scale, request.dropout
@@ -259,18 +246,6 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, query: Layout, key: Layout, band: 
         area=share_seen(band, query.n, key.n),
         window=band.length,
     )
-
-
-def unfolded(method: Folded, world: World) -> tuple[Composed, tuple[tuple[str, int], ...]]:
-    """The method of two mesh axes, and their sizes."""
-    heads, sequence = method.shape
-    if heads * sequence != world.size:
-        raise ShardingError(
-            f"mesh_shape = {method.shape} does not fit {world.size} ranks",
-            sizes=f"{heads} x {sequence} = {heads * sequence}, ranks = {world.size}",
-            fix="choose heads x sequence equal to the ranks of the mesh axis",
-        )
-    return method.method, tuple(zip(method.method.mesh.split(","), method.shape, strict=True))
 
 
 def may_have_rows(mask: Tensor | None, query: Layout) -> bool:

@@ -132,6 +132,15 @@ class Composed(Method):
         object.__setattr__(self, "mesh", f"{self.heads.mesh},{self.sequence.mesh}")
 
 
+@dataclass(frozen=True)
+class Folded(Method):
+    """A ``Composed`` whose two mesh axes lie in one, ``mesh``: its ranks are a grid of ``shape``
+    = (heads, sequence), rank = number along heads * sequence + number along sequence."""
+
+    composed: Composed
+    shape: tuple[int, int]
+
+
 def _check_counts(name: str, **counts: int) -> None:
     for what, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:

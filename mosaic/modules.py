@@ -21,7 +21,6 @@ from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import CAUSAL, FULL
 from mosaic.errors import ShardingError
 from mosaic.functional import (
-    Folded,
     Request,
     attend,
     attention,
@@ -32,7 +31,7 @@ from mosaic.functional import (
 )
 from mosaic.layout import Layout
 from mosaic.mesh import get_context
-from mosaic.methods import Composed, Hierarchical, Mesh2D, Method, Ulysses, method_of
+from mosaic.methods import Composed, Folded, Hierarchical, Mesh2D, Method, Ulysses, method_of
 from mosaic.projections import (
     Projected,
     axis_of,

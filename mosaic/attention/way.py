@@ -35,6 +35,7 @@ from mosaic.methods import (
     AllGather,
     Auto,
     Composed,
+    Folded,
     Hierarchical,
     Inter,
     Intra,
@@ -278,6 +279,19 @@ def _composed(method: Composed, facts: Facts) -> tuple[Way, str]:
     return replace(way, name=name, heads=u, is_outer=is_outer), note
 
 
+def _folded(method: Folded, facts: Facts) -> tuple[Way, str]:
+    heads, sequence = method.shape
+    if heads * sequence != facts.p:
+        raise ShardingError(
+            f"mesh_shape = {method.shape} does not fit {facts.p} ranks",
+            sizes=f"{heads} x {sequence} = {heads * sequence}, ranks = {facts.p}",
+            fix="choose heads x sequence equal to the ranks of the mesh axis",
+        )
+    names = method.composed.mesh.split(",")
+    sizes = tuple(zip(names, method.shape, strict=True))
+    return _composed(method.composed, replace(facts, sizes=sizes))
+
+
 def _local(method: Local, facts: Facts) -> tuple[Way, str]:
     return LOCAL, ""
 
@@ -318,4 +332,5 @@ RESOLVE: dict[type[Method], Any] = {
     Ulysses: _ulysses,
     Hierarchical: _hierarchical,
     Composed: _composed,
+    Folded: _folded,
 }
