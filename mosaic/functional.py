@@ -17,7 +17,7 @@ from mosaic.agreement import check_shards_alike
 from mosaic.attention.attend import Inputs
 from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
-from mosaic.attention.op import Calls, calls_of, sharded_attention
+from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.way import Facts, way_between
 from mosaic.collectives import enter, enter_together
@@ -135,7 +135,7 @@ def attention_node(
         parsed(layout),
         parsed(key_layout),
     )
-    return attend(q, k, v, Inputs(mask, query_documents, key_documents), request)
+    return carry_out(q, k, v, Inputs(mask, query_documents, key_documents), request)
 
 
 @torch.compiler.allow_in_graph
@@ -163,7 +163,7 @@ def ranks_of(method: Method) -> World:
     return world_of(None if isinstance(method, Local) else context, method.mesh)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request) -> Tensor:
+def carry_out(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request) -> Tensor:
     """Check everything, decide how it is done, and do it."""
     world = ranks_of(request.method)
     check_tensors(q, k, v)
@@ -186,9 +186,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request) ->
     )
 
 
-@lru_cache(maxsize=1024)
-def _calls(plan: AttentionPlan, heads: int, kv_heads: int) -> Calls:
-    return calls_of(plan, heads, kv_heads)
+_calls = lru_cache(maxsize=1024)(calls_of)
 
 
 def serves_all(mask: Tensor, query: Layout, key: Layout) -> bool:

@@ -33,7 +33,7 @@ class Local(Method):
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """The cheapest method that is exact here, by ``attention/cost.py``."""
+    """The quickest method that is exact here and fits into memory, by ``attention/timing.py``."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mosaic.layout import Layout
 
 
 def band_of(causal: bool, left: int | None, right: int | None) -> Band:
+    """The keys that positions allow. Raises ShardingError for a window of negative length."""
     for name, bound in (("left", left), ("right", right)):
         if bound is not None and bound < 0:
             raise ShardingError(
@@ -25,7 +26,7 @@ def band_of(causal: bool, left: int | None, right: int | None) -> Band:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k and v of one attention: dims, heads and dtypes that fit."""
+    """Raise ShardingError unless dims, heads and dtypes of q, k and v fit together."""
     sizes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ShardingError(
@@ -51,7 +52,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def fitted(name: str, x: Tensor, layout: Layout | None, world: World, option: str) -> Layout:
-    """The layout of dim 2 of ``x`` over these ranks; equal shards where nothing is said."""
+    """The layout of dim 2 of ``x`` over these ranks; equal shards where nothing is said. Raises
+    ShardingError where ``layout``, the argument ``option``, is for other ranks or sizes."""
     n, p = int(x.shape[2]), world.size
     if layout is None:
         return Layout.even(n * p, p)
@@ -88,7 +90,7 @@ def four_dims(inputs: Inputs) -> Inputs:
 
 
 def check_inputs(q: Tensor, inputs: Inputs, query: Layout, key: Layout) -> None:
-    """The mask and the documents fit the queries and all keys."""
+    """Raise ShardingError unless mask and documents fit the queries and all keys."""
     mask, queries, keys, _ = inputs
     if (queries is None) != (keys is None):
         raise ShardingError(

@@ -16,6 +16,8 @@ Two levels of grids, and heads in front:
     Hierarchical(w, "local")     1       p/w x 1, p/w    w x 1, 1 stage
     Hierarchical(w, "ring")      1       p/w x 1, p/w    w x 1, w stages
     Hierarchical(w, "ulysses")   w       p/w x 1, p/w    1 x 1
+    Hierarchical(w, "mesh2d")    1       p/w x 1, p/w    r x c = w, 1 stage
+    Hierarchical(w, i, "mesh2d") as i    r x c = p/w     as i
     Composed(Ulysses, Ring)      h       1 x 1           s x 1, a ring
 """
 
@@ -126,8 +128,8 @@ class Facts:
         return self.shape.kv_heads
 
     @property
-    def kv_bytes(self) -> int:
-        """One rank's share of K and V."""
+    def kv_share(self) -> int:
+        """Bytes of one rank's keys and values."""
         return self.shape.kv_bytes // self.p
 
 
@@ -154,6 +156,7 @@ def way_of(method: Method, facts: Facts) -> tuple[Way, str]:
 
 
 def ring(facts: Facts, stages: int | str = "auto") -> Way:
+    """Keys visit in so many stages, "auto": in the quickest number that needs no large portions."""
     p = facts.p
     if stages == "auto":
         return min((ring(facts, k) for k in _stages(facts)), key=partial(_seconds, facts))
@@ -170,7 +173,7 @@ def _stages(facts: Facts) -> list[int]:
     """Numbers of stages to choose from: in equal portions, and none too large."""
     p = facts.p
     others = [k for k in range(1, p) if (p - 1) % k == 0 or k <= 4]
-    small = [k for k in others if facts.kv_bytes * -(-(p - 1) // k) <= PORTION]
+    small = [k for k in others if facts.kv_share * -(-(p - 1) // k) <= PORTION]
     return [1 + k for k in small] or [p]
 
 
@@ -238,7 +241,7 @@ def _ulysses(method: Ulysses, facts: Facts) -> tuple[Way, str]:
 
 def squarest(n: int, facts: Facts) -> tuple[int, int]:
     """rows x cols = n that send least: cols near sqrt(n kv_heads / heads), as K and V of grouped
-    heads are smaller than Q and the output (research: mesh2d optimum)."""
+    heads are smaller than Q and the output."""
     ideal = math.sqrt(n * facts.kv_heads / facts.heads)
     cols = min((c for c in range(1, n + 1) if n % c == 0), key=lambda c: abs(math.log(c / ideal)))
     return n // cols, cols

@@ -1,4 +1,4 @@
-"""What "auto" chooses, and the rules that follow from the volumes (research/attention.md 4.7)."""
+"""What "auto" chooses, and the rules that follow from the volumes."""
 
 from __future__ import annotations
 
