@@ -186,6 +186,8 @@ def carry_out(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request)
     )
 
 
+# Eager code asks at every call, and "auto" compares all methods to answer.
+_way_between = lru_cache(maxsize=1024)(way_between)
 _calls = lru_cache(maxsize=1024)(calls_of)
 
 
@@ -224,7 +226,7 @@ def plan_of(
         node_size=world.node_size,
         memory=device_memory(),
     )
-    way, _ = way_between(request.method, facts, query, key)
+    way, _ = _way_between(request.method, facts, query, key)
     scale = int(q.shape[3]) ** -0.5 if request.scale is None else request.scale
     return AttentionPlan(
         way, world.rank, world.group, query, key, request.band, scale, request.dropout

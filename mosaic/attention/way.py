@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, get_args
 
 from mosaic.attention.cost import Shape, cost_of, size
@@ -133,7 +133,6 @@ class Facts:
         return self.shape.kv_bytes // self.p
 
 
-@lru_cache(maxsize=1024)  # eager code asks at every call
 def way_between(method: Method, facts: Facts, query: Layout, key: Layout) -> tuple[Way, str]:
     """How queries attend to keys of these layouts: local where every rank has all keys, split-KV
     where it has all queries, else what ``way_of`` says. Raises ShardingError as that does."""
