@@ -104,7 +104,7 @@ def shape_of(q: Tensor, k: Tensor) -> Shape:
 
 def cost(method: mosaic.Method, shape: Shape, p: int, node_size: int) -> Cost:
     """By the formulas to which Mosaic's tests hold the programs that run."""
-    sizes = {"node": p // node_size, "place": node_size}
+    sizes = (("node", p // node_size), ("place", node_size))
     way, _ = way_of(method, Facts(p, shape, sizes=sizes, node_size=node_size))
     return cost_of(way, shape, p, node_size)
 

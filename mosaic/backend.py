@@ -14,7 +14,7 @@ from torch import fx
 from mosaic import agreement, shards
 from mosaic.arriving import arriving_shards, global_sizes
 from mosaic.capture import capture, read_inputs
-from mosaic.context import Context, World
+from mosaic.context import Context, world_of
 from mosaic.errors import ShardingError
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
@@ -113,13 +113,6 @@ def partitioned(
     plan.graphs["local"] = captured.graph
     local = fx.GraphModule(captured.root, captured.graph)
     return local, context, plan
-
-
-def world_of(ranks: MosaicContext | None, axis: str) -> World:
-    sizes = {} if ranks is None else {name: ranks.size(name) for name in ranks.axes}
-    if ranks is None or ranks.size(axis) == 1:
-        return World(1, 0, "", axis, sizes)
-    return World(ranks.size(axis), ranks.rank(axis), ranks.group_name(axis), axis, sizes)
 
 
 def lower(graph: fx.Graph, kind: str, context: Context, plan: Plan) -> None:

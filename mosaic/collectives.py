@@ -27,23 +27,12 @@ from torch import Tensor
 from mosaic.layout import Shard
 from mosaic.moves import (
     all_reduce,
-    broadcast,
     fresh,
     gather_program,
     local_slice,
     reshard_program,
     spread,
 )
-
-__all__ = [
-    "broadcast",
-    "enter",
-    "enter_together",
-    "gather",
-    "reshard",
-    "slice_to",
-    "sum_across",
-]
 
 _decode = lru_cache(maxsize=None)(Shard.decode)
 

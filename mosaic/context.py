@@ -14,6 +14,7 @@ from torch import fx
 from mosaic.capture import Input
 from mosaic.layout import Place
 from mosaic.local.attention import Attention
+from mosaic.mesh import MosaicContext
 from mosaic.modes import Modes
 from mosaic.spec import ShardingSpec
 from mosaic.values import Axis, Collective
@@ -50,6 +51,15 @@ class World:
         inner = names[names.index(self.mesh_axis) + 1 :] if self.mesh_axis in names else []
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
         return local // math.prod(self.sizes[name] for name in inner)
+
+
+def world_of(ranks: MosaicContext | None, mesh_axis: str) -> World:
+    """The ranks of a mesh axis; None is a process that is alone."""
+    sizes = {} if ranks is None else {name: ranks.size(name) for name in ranks.axes}
+    if ranks is None or ranks.size(mesh_axis) == 1:
+        return World(1, 0, "", mesh_axis, sizes)
+    group = ranks.group_name(mesh_axis)
+    return World(ranks.size(mesh_axis), ranks.rank(mesh_axis), group, mesh_axis, sizes)
 
 
 def device_memory() -> int:

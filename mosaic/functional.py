@@ -16,17 +16,16 @@ from torch import Tensor
 from mosaic.agreement import check_shards_alike
 from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
-from mosaic.attention.op import Calls, calls_of, sharded_attention
+from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.visit import Inputs
-from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, way_of
+from mosaic.attention.way import Facts, way_between
 from mosaic.collectives import enter, enter_together
-from mosaic.context import World, device_memory
-from mosaic.errors import ShardingError
+from mosaic.context import World, device_memory, world_of
 from mosaic.layout import Layout
 from mosaic.mesh import context_or_world_of_one
-from mosaic.methods import Composed, Local, Method, method_of
-from mosaic.operands import band_of, check_inputs, check_tensors, fitted, four_dims, is_cut
+from mosaic.methods import Local, Method, method_of
+from mosaic.operands import band_of, check_inputs, check_tensors, fitted, four_dims
 from mosaic.random import draw_seed
 from mosaic.tensors import layout_text
 
@@ -95,15 +94,6 @@ class Request:
     key_layout: Layout | None = None
 
 
-@dataclass(frozen=True)
-class Folded(Method):
-    """A ``Composed`` whose two mesh axes lie in one: rank = number of heads' part x sequence ranks
-    + number of the sequence's part."""
-
-    method: Composed
-    shape: tuple[int, int]
-
-
 #: The methods that have been asked for, by what stands for them in a graph.
 _methods: dict[str, Method] = {}
 
@@ -145,14 +135,14 @@ def attention_node(
         parsed(layout),
         parsed(key_layout),
     )
-    return attend(q, k, v, Inputs(mask, query_documents, key_documents), request)
+    return carry_out(q, k, v, Inputs(mask, query_documents, key_documents), request)
 
 
 @torch.compiler.allow_in_graph
 def parameters_node(parameters: list[Tensor], method: str, layout: str) -> list[Tensor]:
     """Parameters for work on shards of this layout: their gradients are summed over the ranks."""
     found, world = parsed(layout), ranks_of(method_named(method))
-    if world.size == 1 or not (found is None or is_cut(found)):
+    if world.size == 1 or not (found is None or found.is_cut):
         return list(parameters)
     return enter_together(parameters, world.group)
 
@@ -170,23 +160,19 @@ _parse = lru_cache(maxsize=1024)(Layout.parse)
 def ranks_of(method: Method) -> World:
     """The ranks among which a method's axis is cut; for ``Local`` this one alone."""
     context = context_or_world_of_one()
-    if context is None or isinstance(method, Local) or context.size(method.mesh) == 1:
-        return World(1, 0, "", method.mesh)
-    sizes = {name: context.size(name) for name in context.axes}
-    mesh = method.mesh
-    return World(context.size(mesh), context.rank(mesh), context.group_name(mesh), mesh, sizes)
+    return world_of(None if isinstance(method, Local) else context, method.mesh)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request) -> Tensor:
+def carry_out(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request) -> Tensor:
     """Check everything, decide how it is done, and do it."""
     world = ranks_of(request.method)
     check_tensors(q, k, v)
     query, key = layouts(q, k, request, world)
     inputs = four_dims(inputs)
-    check_inputs(q, inputs, query, key, world.rank)
+    check_inputs(q, inputs, query, key)
     plan = plan_of(q, k, v, inputs, request, world, query, key)
     mask = inputs.mask
-    if is_cut(query) and not is_cut(key) and world.size > 1:
+    if query.is_cut and not key.is_cut:
         k, v = enter(k, world.group), enter(v, world.group)
     if mask is not None and mask.is_floating_point() and serves_all(mask, query, key):
         mask = enter(mask, world.group)
@@ -200,14 +186,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request) ->
     )
 
 
-@lru_cache(maxsize=1024)
-def _calls(plan: AttentionPlan, heads: int, kv_heads: int) -> Calls:
-    return calls_of(plan, heads, kv_heads)
+# Eager code asks at every call, and "auto" compares all methods to answer.
+_way_between = lru_cache(maxsize=1024)(way_between)
+_calls = lru_cache(maxsize=1024)(calls_of)
 
 
 def serves_all(mask: Tensor, query: Layout, key: Layout) -> bool:
     """Whether a mask is a whole tensor of which each rank computes a share of the gradient."""
-    return (is_cut(query) and mask.shape[2] == 1) or (is_cut(key) and not is_cut(query))
+    return mask.shape[2] == 1 if query.is_cut else key.is_cut
 
 
 def layouts(q: Tensor, k: Tensor, request: Request, world: World) -> tuple[Layout, Layout]:
@@ -232,21 +218,15 @@ def plan_of(
     query: Layout,
     key: Layout,
 ) -> AttentionPlan:
-    method, sizes = request.method, world.sizes
-    if isinstance(method, Folded):
-        method, sizes = unfolded(method, world)
     facts = Facts(
         p=world.size,
         shape=shape_of(q, k, v, query, key, request.band),
         has_rows=may_have_rows(inputs.mask, query),
-        sizes=sizes,
+        sizes=tuple(world.sizes.items()),
         node_size=world.node_size,
         memory=device_memory(),
     )
-    if world.size == 1 or not is_cut(key):
-        way = LOCAL
-    else:
-        way = way_of(method, facts)[0] if is_cut(query) else SPLIT_KV
+    way, _ = _way_between(request.method, facts, query, key)
     scale = int(q.shape[3]) ** -0.5 if request.scale is None else request.scale
     return AttentionPlan(
         way, world.rank, world.group, query, key, request.band, scale, request.dropout
@@ -266,18 +246,6 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, query: Layout, key: Layout, band: 
         area=share_seen(band, query.n, key.n),
         window=band.length,
     )
-
-
-def unfolded(method: Folded, world: World) -> tuple[Composed, dict[str, int]]:
-    """The method of two mesh axes, and their sizes."""
-    heads, sequence = method.shape
-    if heads * sequence != world.size:
-        raise ShardingError(
-            f"mesh_shape = {method.shape} does not fit {world.size} ranks",
-            sizes=f"{heads} x {sequence} = {heads * sequence}, ranks = {world.size}",
-            fix="choose heads x sequence equal to the ranks of the mesh axis",
-        )
-    return method.method, dict(zip(method.method.mesh.split(","), method.shape, strict=True))
 
 
 def may_have_rows(mask: Tensor | None, query: Layout) -> bool:

@@ -63,7 +63,8 @@ def _joined(intervals: Iterable[tuple[int, int]]) -> Intervals:
     return tuple(out)
 
 
-def _joined_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
+def joined_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Join each run with the one before it where they touch."""
     out: list[Run] = []
     for run in runs:
         if out and run.step == out[-1].step == 1 and out[-1].stop == run.start:
@@ -73,12 +74,14 @@ def _joined_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
     return tuple(out)
 
 
+def placed(intervals: Intervals, offset: int = 0) -> list[tuple[Interval, Run]]:
+    """Each interval with its stretch of memory; the first one begins at ``offset``."""
+    bounds = accumulate((interval.length for interval in intervals), initial=offset)
+    return [(i, Run(*run)) for i, run in zip(intervals, pairwise(bounds), strict=True)]
+
+
 def _intersect(a: Interval, b: Interval) -> Interval:
     return Interval(max(a.start, b.start), min(a.stop, b.stop))
-
-
-def _offsets(lengths: Iterable[int]) -> list[int]:
-    return [0, *accumulate(lengths)]
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,11 @@ class Layout:
         held = sorted(i for r in self.ranks for i in r)
         return sum(self.lengths) == self.n and all(a.stop == b.start for a, b in pairwise(held))
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the ranks hold parts, and not all of it each."""
+        return self.p > 1 and self.is_partition
+
     def indices(self, rank: int) -> list[int]:
         return [i for interval in self.ranks[rank] for i in range(*interval)]
 
@@ -180,7 +188,7 @@ class Layout:
             if first < last:
                 out.append(Run(offset + first - a, offset + last - a, step))
             offset += b - a
-        return _joined_runs(out)
+        return joined_runs(out)
 
     def embed(self, start: int, n: int) -> Layout:
         """The same elements named as ``x[start:start + self.n]`` of a longer axis of length n."""
@@ -189,7 +197,7 @@ class Layout:
     @classmethod
     def concat(cls, parts: Sequence[Layout]) -> Layout:
         """The layout of a local ``cat``: each part's intervals, shifted by what is before it."""
-        offsets = _offsets(part.n for part in parts)
+        offsets = list(accumulate((part.n for part in parts), initial=0))
         return cls.of(
             offsets[-1],
             (
@@ -228,16 +236,6 @@ class Layout:
             return None
         return Layout.of(self.n // k, ([(a // k, b // k) for a, b in r] for r in self.ranks))
 
-    def intersect(self, other: Layout) -> Layout:
-        """What each rank holds in both, in this layout's order."""
-        return Layout.of(
-            self.n,
-            (
-                [_intersect(a, b) for a in mine for b in sorted(theirs)]
-                for mine, theirs in zip(self.ranks, other.ranks, strict=True)
-            ),
-        )
-
     @classmethod
     def crossed(cls, a: Layout, b: Layout, ranks: Iterable[tuple[int, int]]) -> Layout:
         """Two axes of one dim: rank (i, j) holds what rank i of a and rank j of b both hold.
@@ -258,13 +256,11 @@ class Layout:
 
     def gather_order(self) -> tuple[tuple[int, Run], ...]:
         """(rank, its stretch of memory), sorted so that their concatenation is the whole axis."""
-        pieces = []
-        for rank, intervals in enumerate(self.ranks):
-            offsets = _offsets(i.length for i in intervals)
-            pieces += [
-                (i.start, rank, Run(o, o + i.length))
-                for i, o in zip(intervals, offsets, strict=False)
-            ]
+        pieces = (
+            (interval.start, rank, run)
+            for rank, intervals in enumerate(self.ranks)
+            for interval, run in placed(intervals)
+        )
         return tuple((rank, run) for _, rank, run in sorted(pieces))
 
 
@@ -296,17 +292,16 @@ def exchange(source: Layout, target: Layout, rank: int) -> Exchange:
     receive = tuple(
         sum(i.length for i in _common(source, peer, target, rank)) for peer in range(source.p)
     )
-    starts = _offsets(i.length for i in target.ranks[rank])
 
     def position(piece: Interval) -> int:
-        for interval, start in zip(target.ranks[rank], starts, strict=False):
+        for interval, run in placed(target.ranks[rank]):
             if interval.start <= piece.start < interval.stop:
-                return start + piece.start - interval.start
+                return run.start + piece.start - interval.start
         raise AssertionError("a received piece lies outside the target layout")
 
     order = sorted(arrived, key=position)
     return Exchange(
-        tuple(take), tuple(send), receive, _joined_runs(arrived[piece] for piece in order)
+        tuple(take), tuple(send), receive, joined_runs(arrived[piece] for piece in order)
     )
 
 

@@ -33,7 +33,7 @@ class Local(Method):
 
 @dataclass(frozen=True)
 class Auto(Method):
-    """The cheapest method that is exact here, by ``attention/cost.py``."""
+    """The quickest method that is exact here and fits into memory, by ``attention/timing.py``."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,15 @@ class Composed(Method):
                 fix='name them: Composed(heads=Ulysses(mesh="h"), sequence=Ring(mesh="s"))',
             )
         object.__setattr__(self, "mesh", f"{self.heads.mesh},{self.sequence.mesh}")
+
+
+@dataclass(frozen=True)
+class Folded(Method):
+    """A ``Composed`` whose two mesh axes lie in one, ``mesh``: its ranks are a grid of ``shape``
+    = (heads, sequence), rank = number along heads * sequence + number along sequence."""
+
+    composed: Composed
+    shape: tuple[int, int]
 
 
 def _check_counts(name: str, **counts: int) -> None:

@@ -21,10 +21,9 @@ from mosaic.attention.blocks import CAUSAL, FULL
 from mosaic.attention.visit import Inputs
 from mosaic.errors import ShardingError
 from mosaic.functional import (
-    Folded,
     Request,
-    attend,
     attention,
+    carry_out,
     key_of,
     method_named,
     parsed,
@@ -32,7 +31,7 @@ from mosaic.functional import (
 )
 from mosaic.layout import Layout
 from mosaic.mesh import get_context
-from mosaic.methods import Composed, Hierarchical, Mesh2D, Method, Ulysses, method_of
+from mosaic.methods import Composed, Folded, Hierarchical, Mesh2D, Method, Ulysses, method_of
 from mosaic.projections import (
     Projected,
     axis_of,
@@ -222,7 +221,7 @@ def grid_node(q, k, v, method: str, causal: bool, dropout: float, layout: str) -
         joint = _renumbered(joint)
     request = Request(found, CAUSAL if causal else FULL, None, float(dropout), joint, joint)
     q, k, v = (x.flatten(2, 3) for x in (q, k, v))
-    out = attend(q, k, v, Inputs(), request)
+    out = carry_out(q, k, v, Inputs(), request)
     return out.unflatten(2, (n1, n2))
 
 
@@ -242,7 +241,7 @@ def _renumbered(layout: Layout) -> Layout:
 # --- without projections -----------------------------------------------------------------------
 
 
-class _Plain(nn.Module):
+class _Unprojected(nn.Module):
     """Attention of shards (batch, heads, seq, head_dim): the sequence is cut over all ranks."""
 
     def __init__(
@@ -281,7 +280,7 @@ class _Plain(nn.Module):
         )
 
 
-class ComposedAttention(_Plain):
+class ComposedAttention(_Unprojected):
     """Heads and sequence in parallel, over a mesh of mesh_shape = (heads, sequence) ranks.
 
     Rank = number along heads * sequence ranks + number along sequence. Each rank holds all heads of
@@ -327,7 +326,7 @@ class ComposedAttention(_Plain):
         return gather(out, 2, layout=layout or self.layout, mesh_axis=self.method.mesh)
 
 
-class HierarchicalAttention(_Plain):
+class HierarchicalAttention(_Unprojected):
     """Two levels: nodes of ``intra_node_size`` neighbouring ranks, and between nodes another way.
 
     ``forward(q, k, v)``: shards (batch, heads, seq, head_dim) of a sequence that is cut over all

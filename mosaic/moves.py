@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mosaic.errors import ShardingError
-from mosaic.layout import Interval, Layout, Place, Run, Shard, exchange
+from mosaic.layout import Interval, Layout, Place, Run, Shard, exchange, joined_runs
 
 #: What carries a dtype that NCCL or gloo cannot move or reduce; every value fits.
 CARRIERS = {torch.bool: torch.uint8, torch.int16: torch.int32}
@@ -57,9 +57,19 @@ def all_gather(x: Tensor, p: int, group: str) -> Tensor:
 def take_runs(x: Tensor, runs: Sequence[Run], dim: int) -> Tensor:
     """Join stretches of ``x`` along ``dim``; no copy where they are one stretch."""
     parts = [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
-    if not parts:
-        return x.narrow(dim, 0, 0)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return joined(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def padded(rows: Tensor, length: int) -> Tensor:
+    """Zeros behind dim 0, up to ``length``."""
+    if rows.shape[0] == length:
+        return rows
+    return torch.cat([rows, rows.new_zeros([length - rows.shape[0], *rows.shape[1:]])])
 
 
 def _unfolded(x: Tensor, place: Place, count: int) -> Tensor:
@@ -114,40 +124,18 @@ def _partition(shard: Shard) -> Layout:
 # --- programs: aten and functional collectives only -------------------------------------------
 
 
-def gather_view(x: Tensor, shard: Shard) -> Tensor:
-    """Sharded -> whole; the result may be a transposed view."""
+def gather_program(x: Tensor, shard: Shard) -> Tensor:
+    """Sharded -> whole, by one padded all-gather."""
     layout, place = _partition(shard), shard.place
     if layout.ranks == ((Interval(0, layout.n),),):
-        return x
+        return x.contiguous()
     longest = max(layout.lengths)
     rows = padded(_axis_first(x, place, layout.lengths[shard.rank]), longest)
     if layout.p > 1:
         carried = rows.to(CARRIERS.get(x.dtype, x.dtype))
         rows = wait(all_gather(carried, layout.p, shard.group)).to(x.dtype)
     runs = [Run(r * longest + a, r * longest + b) for r, (a, b, _) in layout.gather_order()]
-    return _axis_back(take_runs(rows, _joined(runs), 0), place)
-
-
-def _joined(runs: list[Run]) -> list[Run]:
-    out: list[Run] = []
-    for run in runs:
-        if out and out[-1].stop == run.start:
-            out[-1] = Run(out[-1].start, run.stop)
-        else:
-            out.append(run)
-    return out
-
-
-def padded(rows: Tensor, length: int) -> Tensor:
-    """Zeros behind dim 0, up to ``length``."""
-    if rows.shape[0] == length:
-        return rows
-    return torch.cat([rows, rows.new_zeros([length - rows.shape[0], *rows.shape[1:]])])
-
-
-def gather_program(x: Tensor, shard: Shard) -> Tensor:
-    """Sharded -> whole, by one padded all-gather."""
-    return gather_view(x, shard).contiguous()
+    return _axis_back(take_runs(rows, joined_runs(runs), 0), place).contiguous()
 
 
 def reshard_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
@@ -162,19 +150,6 @@ def reshard_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
         carried = sent.to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
         sent = wait(all_to_all(carried, mine.receive, mine.send, source.group)).to(x.dtype)
     return _axis_back(take_runs(sent, mine.place, 0), target.place).contiguous()
-
-
-def reduce_scatter_program(x: Tensor, shard: Shard) -> Tensor:
-    """Partial sums of a whole axis -> my intervals of the sum: the transpose of ``gather``."""
-    layout, place = _partition(shard), shard.place
-    if layout.p == 1:
-        return local_slice(x, shard)
-    longest = max(layout.lengths)
-    rows = _axis_first(x, place, layout.n)
-    parts = [padded(take_runs(rows, [Run(*i) for i in held], 0), longest) for held in layout.ranks]
-    op = torch.ops._c10d_functional.reduce_scatter_tensor.default
-    summed = wait(op(torch.cat(parts), "sum", layout.p, shard.group))
-    return _axis_back(summed.narrow(0, 0, layout.lengths[shard.rank]), place)
 
 
 def fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -12,12 +12,8 @@ from mosaic.errors import ShardingError
 from mosaic.layout import Layout
 
 
-def is_cut(layout: Layout) -> bool:
-    """Whether the ranks hold parts, and not all of it each."""
-    return layout.p > 1 and layout.is_partition
-
-
 def band_of(causal: bool, left: int | None, right: int | None) -> Band:
+    """The keys that positions allow. Raises ShardingError for a window of negative length."""
     for name, bound in (("left", left), ("right", right)):
         if bound is not None and bound < 0:
             raise ShardingError(
@@ -30,7 +26,7 @@ def band_of(causal: bool, left: int | None, right: int | None) -> Band:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k and v of one attention: dims, heads and dtypes that fit."""
+    """Raise ShardingError unless dims, heads and dtypes of q, k and v fit together."""
     sizes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ShardingError(
@@ -56,7 +52,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def fitted(name: str, x: Tensor, layout: Layout | None, world: World, option: str) -> Layout:
-    """The layout of dim 2 of ``x`` over these ranks; equal shards where nothing is said."""
+    """The layout of dim 2 of ``x`` over these ranks; equal shards where nothing is said. Raises
+    ShardingError where ``layout``, the argument ``option``, is for other ranks or sizes."""
     n, p = int(x.shape[2]), world.size
     if layout is None:
         return Layout.even(n * p, p)
@@ -92,8 +89,8 @@ def four_dims(inputs: Inputs) -> Inputs:
     return Inputs(mask, queries, keys, seed)
 
 
-def check_inputs(q: Tensor, inputs: Inputs, query: Layout, key: Layout, rank: int) -> None:
-    """The mask and the documents fit the queries and all keys."""
+def check_inputs(q: Tensor, inputs: Inputs, query: Layout, key: Layout) -> None:
+    """Raise ShardingError unless mask and documents fit the queries and all keys."""
     mask, queries, keys, *_ = inputs
     if (queries is None) != (keys is None):
         raise ShardingError(
@@ -119,7 +116,7 @@ def check_inputs(q: Tensor, inputs: Inputs, query: Layout, key: Layout, rank: in
         raise ShardingError(
             f"the mask is {mask.dtype}", fix="use a boolean one, or numbers added to the scores"
         )
-    if mask.requires_grad and is_cut(query) and 1 in query.lengths:
+    if mask.requires_grad and query.is_cut and 1 in query.lengths:
         raise ShardingError(
             "a mask needs a gradient, and a rank has a single query",
             layout=query,

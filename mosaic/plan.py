@@ -82,13 +82,6 @@ class Plan:
             for (op, axis, n, why, source), times in alike.items()
         ]
 
-    def collectives_as_text(self) -> str:
-        """Without source lines: what a test compares with a committed list."""
-        alike = Counter((c.op, c.axis, c.bytes, c.why) for c in self.collectives)
-        return "\n".join(
-            f"{n} x {op} {axis} {b} B: {why}" for (op, axis, b, why), n in alike.items()
-        )
-
 
 def plan_of(context: Context, passes: list[PassReport]) -> Plan:
     return Plan(

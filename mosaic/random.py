@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mosaic.collectives import broadcast
 from mosaic.layout import Shard
+from mosaic.moves import broadcast
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _BITS = 31

@@ -13,6 +13,7 @@ from mosaic.capture import capture
 from mosaic.context import Context, World
 from mosaic.errors import ShardingError, UnsupportedError
 from mosaic.functional import attention_node, parameters_node
+from mosaic.masks.op import PLAIN
 from mosaic.modes import Modes
 from mosaic.modules import grid_node
 from mosaic.passes.normalize import normalize
@@ -53,8 +54,7 @@ def passed_through(
     context = Context(spec, world, captured.inputs, (), Modes.current(), holds_shards=True)
     normalize(captured.graph, context)
     raise_attention(captured.graph, context)
-    sdpa = torch.ops.aten.scaled_dot_product_attention.default
-    for node in captured.graph.find_nodes(op="call_function", target=sdpa):
+    for node in captured.graph.find_nodes(op="call_function", target=PLAIN):
         raise UnsupportedError(
             "an attention beside Mosaic's own, in a program that works on shards already",
             where=where(node),

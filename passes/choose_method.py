@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, Way, way_of
+from mosaic.attention.way import Facts, Way, way_between
 from mosaic.context import Context, device_memory
-from mosaic.layout import Layout
 from mosaic.local.attention import Attention
 
 
@@ -28,21 +27,13 @@ def choose_method(graph: fx.Graph, context: Context) -> int:
 def resolved(found: Attention, context: Context) -> tuple[Way, str]:
     """How one attention is done, and a note where its axis's method does not do it."""
     world = context.on(found.mesh)
-    if not found.is_distributed or is_whole(found.key):
-        return LOCAL, ""
-    if is_whole(found.query):
-        return SPLIT_KV, ""
     facts = Facts(
         p=world.size,
         shape=found.shape,
         has_rows=found.has_rows,
         heads_are_cut=found.heads is not None,
-        sizes=world.sizes,
+        sizes=tuple(world.sizes.items()),
         node_size=world.node_size,
         memory=device_memory(),
     )
-    return way_of(found.method, facts)
-
-
-def is_whole(layout: Layout) -> bool:
-    return layout.p > 1 and not layout.is_partition
+    return way_between(found.method, facts, found.query, found.key)

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from mosaic.context import Context
+from mosaic.masks.op import PLAIN
 from mosaic.rewrite import insert
 
 aten = torch.ops.aten
@@ -59,9 +60,7 @@ def undo_copies(graph: fx.Graph) -> int:
 def undo_repeat_kv(graph: fx.Graph) -> int:
     """K and V travel unexpanded: attention kernels know grouped queries."""
     count = 0
-    for node in graph.find_nodes(
-        op="call_function", target=aten.scaled_dot_product_attention.default
-    ):
+    for node in graph.find_nodes(op="call_function", target=PLAIN):
         k, v = (unexpanded(x) for x in node.args[1:3])
         if k is None or v is None:
             continue
@@ -117,7 +116,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_random_attention(node: fx.Node) -> bool:
-    return node.target == aten.scaled_dot_product_attention.default
+    return node.target == PLAIN
 
 
 def mark_gradients(graph: fx.Graph) -> None:

@@ -19,12 +19,12 @@ import torch
 from torch import fx
 
 from mosaic.context import Context
+from mosaic.masks.op import PLAIN
 from mosaic.rewrite import insert
 
 aten = torch.ops.aten
 MATMULS = (aten.bmm.default, aten.matmul.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
-SDPA = aten.scaled_dot_product_attention.default
 PASSED = (aten.clone.default, aten.contiguous.default)
 
 
@@ -126,7 +126,7 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         flat = node.meta["val"].ndim == 3
         q, k, v, mask = (lifted(graph, node, x) if flat else x for x in (found.q, k, found.v, mask))
         args = (q, k, v, mask, found.dropout)
-        new = insert(graph, node, SDPA, args, {"scale": found.scale}, name="attention")
+        new = insert(graph, node, PLAIN, args, {"scale": found.scale}, name="attention")
         new.meta["site"] = len(graph.nodes)
         new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
         if flat:

@@ -196,10 +196,10 @@ def problem(case: Case, group: str) -> Problem:
 def way(case: Case, p: int, has_rows: bool):
     if isinstance(case.method, str):
         return {"local": LOCAL, "split_kv": SPLIT_KV}[case.method]
-    sizes = {"h": 1}
+    sizes: tuple[tuple[str, int], ...] = ()
     if isinstance(case.method, Composed):
         nodes = int(case.method.sequence.mesh[1:])
-        sizes = {"h": p // nodes, case.method.sequence.mesh: nodes}
+        sizes = (("h", p // nodes), (case.method.sequence.mesh, nodes))
     shape = Shape(BATCH, HEADS, case.kv_heads, case.n, case.m, DIM, V_DIM, itemsize=8)
     return way_of(case.method, Facts(p, shape, has_rows, sizes=sizes))[0]
 

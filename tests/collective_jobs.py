@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mosaic.collectives as c
 from mosaic.layout import Layout, Place, Shard
+from mosaic.moves import broadcast
 
 F64 = torch.float64
 
@@ -87,7 +88,7 @@ def sums() -> dict[str, float]:
     largest = difference(c.sum_across(x * (rank + 1), group, "max"), torch.maximum(x, x * p))
     flag = torch.tensor([rank == 0, False])
     some = difference(c.sum_across(flag, group), torch.tensor([True, False]))
-    first = difference(c.broadcast(x * (rank + 1), group), x)
+    first = difference(broadcast(x * (rank + 1), group), x)
     return {
         "enter": entered,
         "sum_across": summed,

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, product
 from typing import NamedTuple
 
-from mosaic.layout import Interval, Intervals, Layout
+from mosaic.layout import Interval, Intervals, Layout, placed
 
 
 class Band(NamedTuple):
@@ -133,9 +133,11 @@ def visible(queries: Intervals, keys: Intervals, band: Band) -> Intervals:
 
 def stretch(held: Intervals, start: int, stop: int) -> Intervals:
     """What lies from ``start`` to ``stop`` in the memory of who holds these."""
-    placed = [(a, b, -offset) for a, b, offset in _placed(held)]
-    found = ((max(a, start + by), min(b, stop + by)) for a, b, by in placed)
-    return tuple(Interval(a, b) for a, b in found if a < b)
+    found = (
+        Interval(a + max(start - run.start, 0), b - max(run.stop - stop, 0))
+        for (a, b), run in placed(held)
+    )
+    return tuple(interval for interval in found if interval.length > 0)
 
 
 def share_seen(band: Band, queries: int, keys: int) -> float:

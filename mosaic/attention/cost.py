@@ -1,4 +1,4 @@
-"""What a way of attention costs: the one home of the formulas (research/attention.md 4.7).
+"""What a way of attention costs: the one home of the formulas.
 
 Bytes that one of p ranks sends for one attention, with even shards. In them
 
@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def kv_bytes(self) -> int:
-        """Of all keys and values."""
+        """Of all ranks' keys and values."""
         dims = self.dim + self.v_dim
         return self.batch * self.keys * self.kv_heads * dims * self.itemsize
 

@@ -11,6 +11,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, reduce
+from itertools import chain
+from math import prod
 
 import torch
 from torch import Tensor
@@ -52,7 +54,22 @@ class HeadExchange:
             return range(slot * heads // self.u, slot * heads // self.u + 1)
         return range(slot * heads // self.u, (slot + 1) * heads // self.u)
 
+    def part(self, x: Tensor, number: int, slot: int, to_heads: bool) -> Tensor:
+        """What a slot gets of this rank's tensor: its heads, or its positions."""
+        if to_heads:
+            heads = self.heads_of(slot, self.heads[number])
+            return x[:, heads.start : heads.stop]
+        return take_runs(x, [Run(*i) for i in self.layouts[number].ranks[slot]], 2)
+
+    def block(self, x: Tensor, number: int, slot: int, to_heads: bool) -> list[int]:
+        """The shape of what this rank gets from a slot: its heads of the slot's positions, or the
+        slot's heads of its positions."""
+        holder, owner = (self.slot, slot) if to_heads else (slot, self.slot)
+        heads = len(self.heads_of(holder, self.heads[number]))
+        return [x.shape[0], heads, self.layouts[number].lengths[owner], x.shape[3]]
+
     def shape(self, x: Tensor, number: int, to_heads: bool) -> list[int]:
+        """The shape of what this rank has afterwards."""
         layout, heads = self.layouts[number], self.heads[number]
         if to_heads:
             return [x.shape[0], len(self.heads_of(self.slot, heads)), layout.n, x.shape[3]]
@@ -76,66 +93,32 @@ def _compact(ranks: Sequence[Sequence[Interval]]) -> Layout:
     return Layout.of(offset, ([new[i] for i in held] for held in ranks))
 
 
-def to_heads_program(xs: Sequence[Tensor], exchange: HeadExchange) -> list[Tensor]:
-    """(batch, heads, my positions, dim) -> (batch, my heads, all positions, dim)."""
-    chunks, send, receive = [], [], []
-    for slot in range(exchange.u):
-        parts = [_heads(x, exchange.heads_of(slot, x.shape[1])).reshape(-1) for x in xs]
-        chunks += parts
-        send.append(sum(part.numel() for part in parts))
-        mine = (exchange.shape(x, i, True) for i, x in enumerate(xs))
-        held = (layout.lengths[slot] for layout in exchange.layouts)
-        receive.append(sum(b * h * n * d for (b, h, _, d), n in zip(mine, held, strict=True)))
-    flat, offset = _exchanged(torch.cat(chunks), receive, send, exchange), 0
-    blocks: list[list[Tensor]] = [[] for _ in xs]
-    for slot in range(exchange.u):
-        for i, x in enumerate(xs):
-            b, h, _, d = exchange.shape(x, i, True)
-            shape = (b, h, exchange.layouts[i].lengths[slot], d)
-            blocks[i].append(_cut(flat, offset, shape))
-            offset += blocks[i][-1].numel()
-    return [
-        _in_order(found, layout) for found, layout in zip(blocks, exchange.layouts, strict=True)
+decode = lru_cache(maxsize=None)(HeadExchange.decode)
+
+
+def program(xs: Sequence[Tensor], spec: str, to_heads: bool) -> list[Tensor]:
+    """``exchange_heads`` in aten ops and a functional collective.
+
+    To heads: (batch, heads, my positions, dim) -> (batch, my heads, all positions, dim); else the
+    transpose.
+    """
+    exchange = decode(spec)
+    slots, tensors = range(exchange.u), list(enumerate(xs))
+    parts = [
+        [exchange.part(x, i, slot, to_heads).reshape(-1) for i, x in tensors] for slot in slots
     ]
-
-
-def to_sequence_program(xs: Sequence[Tensor], exchange: HeadExchange) -> list[Tensor]:
-    """(batch, my heads, all positions, dim) -> (batch, heads, my positions, dim): the transpose."""
-    chunks, send, receive = [], [], []
-    for slot in range(exchange.u):
-        parts = [
-            take_runs(x, [Run(*i) for i in layout.ranks[slot]], 2).reshape(-1)
-            for x, layout in zip(xs, exchange.layouts, strict=True)
-        ]
-        chunks += parts
-        send.append(sum(part.numel() for part in parts))
-        receive.append(sum(_count(x, i, slot, exchange) for i, x in enumerate(xs)))
-    flat, offset = _exchanged(torch.cat(chunks), receive, send, exchange), 0
+    shapes = [[exchange.block(x, i, slot, to_heads) for i, x in tensors] for slot in slots]
+    send = [sum(part.numel() for part in to_slot) for to_slot in parts]
+    receive = [sum(map(prod, from_slot)) for from_slot in shapes]
+    flat, offset = _exchanged(torch.cat([*chain(*parts)]), receive, send, exchange), 0
     blocks: list[list[Tensor]] = [[] for _ in xs]
-    for slot in range(exchange.u):
-        for i, x in enumerate(xs):
-            count = len(exchange.heads_of(slot, exchange.heads[i]))
-            shape = (x.shape[0], count, exchange.layouts[i].lengths[exchange.slot], x.shape[3])
-            blocks[i].append(_cut(flat, offset, shape))
-            offset += blocks[i][-1].numel()
-    return [
-        _all_heads(found, heads, exchange)
-        for found, heads in zip(blocks, exchange.heads, strict=True)
-    ]
-
-
-def _count(x: Tensor, number: int, slot: int, exchange: HeadExchange) -> int:
-    heads = len(exchange.heads_of(slot, exchange.heads[number]))
-    return x.shape[0] * heads * exchange.layouts[number].lengths[exchange.slot] * x.shape[3]
-
-
-def _heads(x: Tensor, heads: range) -> Tensor:
-    return x[:, heads.start : heads.stop]
-
-
-def _cut(flat: Tensor, offset: int, shape: tuple[int, int, int, int]) -> Tensor:
-    b, h, n, d = shape
-    return flat[offset : offset + b * h * n * d].view(shape)
+    for from_slot in shapes:
+        for found, shape in zip(blocks, from_slot, strict=True):
+            found.append(flat[offset : offset + prod(shape)].view(shape))
+            offset += prod(shape)
+    if to_heads:
+        return [_in_order(*found) for found in zip(blocks, exchange.layouts, strict=True)]
+    return [_all_heads(*found, exchange) for found in zip(blocks, exchange.heads, strict=True)]
 
 
 def _exchanged(x: Tensor, receive: list[int], send: list[int], exchange: HeadExchange) -> Tensor:
@@ -167,15 +150,6 @@ def _all_heads(blocks: list[Tensor], heads: int, exchange: HeadExchange) -> Tens
 def _sum(blocks: list[Tensor]) -> Tensor:
     wide = accumulator(blocks[0].dtype)
     return reduce(torch.add, (block.to(wide) for block in blocks)).to(blocks[0].dtype)
-
-
-def program(xs: Sequence[Tensor], spec: str, to_heads: bool) -> list[Tensor]:
-    """``exchange_heads`` in aten ops and a functional collective."""
-    exchange = decode(spec)
-    return (to_heads_program if to_heads else to_sequence_program)(xs, exchange)
-
-
-decode = lru_cache(maxsize=None)(HeadExchange.decode)
 
 
 @torch.library.custom_op(

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import groupby
+from operator import itemgetter
 
-import torch
 from torch import Tensor
 
 from mosaic.attention.schedule import Hop
-from mosaic.layout import Interval, Intervals, Layout, Run
-from mosaic.moves import all_gather, all_to_all, padded, take_runs, wait
+from mosaic.layout import Interval, Intervals, Layout, Run, joined_runs, placed
+from mosaic.moves import all_gather, all_to_all, joined, padded, take_runs, wait
 
 Tensors = tuple[Tensor, ...]
 #: (receiver, what the sender holds) -> what of it the receiver wants.
@@ -116,13 +116,13 @@ class Crossing:
         # A buffer holds the chunks by the number of their source; ``parts`` may have another order.
         for source, held in sorted(self.parts(me)):
             if self.is_gather:
-                arrived += _placed(held, source * longest)
+                arrived += placed(held, source * longest)
             elif source == me:
                 own = held
             else:
-                arrived += _placed(held, offset)
+                arrived += placed(held, offset)
                 offset += _length(held)
-        blocks = [(_placed(own, 0), _take(xs, self.before, me, own))]
+        blocks = [(placed(own), _take(xs, self.before, me, own))]
         if pending is not None:
             blocks.append((arrived, _unrowed(wait(pending), xs)))
         return _sorted(blocks)
@@ -187,7 +187,7 @@ class Crossing:
             receives[member], sends[member] = receive[peer], send[peer]
         if not chunks:
             chunks = [_rows(tuple(x.narrow(2, 0, 0) for x in like))]
-        buffer = chunks[0].contiguous() if len(chunks) == 1 else torch.cat(chunks)
+        buffer = joined(chunks, 0).contiguous()
         return all_to_all(buffer, receives, sends, self.side.group)
 
 
@@ -213,7 +213,7 @@ def _spread(x: Tensor, where: tuple[Run, ...], length: int) -> Tensor:
         offset, done = offset + stop - start, stop
     pieces.append(_zeros(x, length - done))
     pieces = [piece for piece in pieces if piece.shape[2]]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2) if pieces else x
+    return joined(pieces, 2) if pieces else x
 
 
 def _zeros(x: Tensor, rows: int) -> Tensor:
@@ -228,15 +228,8 @@ def _length(held: Intervals) -> int:
 
 
 def _runs(layout: Layout, rank: int, held: Intervals) -> tuple[Run, ...]:
-    """Where ``held`` lies in ``rank``'s memory, neighbours joined."""
-    out: list[Run] = []
-    for start, stop in held:
-        for run in layout.runs(rank, start, stop):
-            if out and out[-1].stop == run.start:
-                out[-1] = Run(out[-1].start, run.stop)
-            else:
-                out.append(run)
-    return tuple(out)
+    """Where ``held`` lies in ``rank``'s memory."""
+    return joined_runs(run for interval in held for run in layout.runs(rank, *interval))
 
 
 def _take(xs: Tensors, layout: Layout, rank: int, held: Intervals) -> Tensors:
@@ -246,8 +239,7 @@ def _take(xs: Tensors, layout: Layout, rank: int, held: Intervals) -> Tensors:
 
 def _rows(xs: Tensors) -> Tensor:
     """A buffer with a row for each position: so chunks that arrive in order are already joined."""
-    parts = [x.permute(2, 0, 1, 3).flatten(1) for x in xs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return joined([x.permute(2, 0, 1, 3).flatten(1) for x in xs], 1)
 
 
 def _unrowed(buffer: Tensor, like: Tensors) -> Tensors:
@@ -264,33 +256,19 @@ def _unrowed(buffer: Tensor, like: Tensors) -> Tensors:
     return tuple(out)
 
 
-def _placed(held: Intervals, offset: int) -> list[tuple[Interval, int]]:
-    """Each interval with where it begins in memory."""
-    starts = accumulate((interval.length for interval in held), initial=offset)
-    return list(zip(held, starts, strict=False))
-
-
-def _sorted(blocks: list[tuple[list[tuple[Interval, int]], Tensors]]) -> Tensors:
+def _sorted(blocks: list[tuple[list[tuple[Interval, Run]], Tensors]]) -> Tensors:
     """Blocks of rows joined in global order; no copy where they lie in one block in that order."""
-    found = (
-        (interval, number, offset)
-        for number, (placed, _) in enumerate(blocks)
-        for interval, offset in placed
+    found = sorted(
+        (interval, number, run) for number, (held, _) in enumerate(blocks) for interval, run in held
     )
-    pieces: list[tuple[int, Run]] = []
-    for interval, number, offset in sorted(found):
-        run = Run(offset, offset + interval.length)
-        if pieces and pieces[-1][0] == number and pieces[-1][1].stop == run.start:
-            pieces[-1] = (number, Run(pieces[-1][1].start, run.stop))
-        else:
-            pieces.append((number, run))
-    if not pieces:
+    if not found:
         return tuple(x.narrow(2, 0, 0) for x in blocks[0][1])
-    joined = []
-    for i in range(len(blocks[0][1])):
-        parts = [
-            blocks[number][1][i].narrow(2, run.start, run.stop - run.start)
-            for number, run in pieces
-        ]
-        joined.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
-    return tuple(joined)
+    pieces = [
+        (blocks[number][1], run)
+        for number, neighbours in groupby(found, key=itemgetter(1))
+        for run in joined_runs(run for _, _, run in neighbours)
+    ]
+    return tuple(
+        joined([xs[i].narrow(2, a, b - a) for xs, (a, b, _) in pieces], 2)
+        for i in range(len(blocks[0][1]))
+    )

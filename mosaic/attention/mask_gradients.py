@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import accumulate
 from operator import itemgetter
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.tiles import TileProgram
 from mosaic.attention.visit import Inputs
-from mosaic.layout import Interval, Intervals
+from mosaic.layout import Interval, Intervals, placed
 
 
 class MaskGradients(Protocol):
@@ -82,11 +81,7 @@ class OfRows:
 
     def _columns(self) -> list[tuple[Interval, Tensor]]:
         return [
-            (interval, part.narrow(3, offset, interval.length))
+            (interval, part.narrow(3, run.start, interval.length))
             for keys, part in self.found
-            for interval, offset in zip(keys, _offsets(keys), strict=True)
+            for interval, run in placed(keys)
         ]
-
-
-def _offsets(keys: Intervals) -> list[int]:
-    return [0, *accumulate(interval.length for interval in keys)][:-1]

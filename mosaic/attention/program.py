@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby, zip_longest
 
 import torch
@@ -55,6 +55,7 @@ class Route:
         return self.queries.after.ranks[self.queries.side.rank]
 
 
+@lru_cache(maxsize=1024)
 def route_of(plan: AttentionPlan) -> Route:
     hops, side = schedule(plan.way, plan.p), plan.side
     queries = Crossing(side, hops.queries, plan.query)
@@ -149,7 +150,7 @@ def backward(
     """dq, dk, dv of this rank; and the gradient of its mask rows, or those of a mask's leaves."""
     route = route_of(plan)
     douts, rows, outs, lses = gathered((dout, q, out, lse), route)
-    returns = Returns(route, (k, v), plan.way.grad_dtype)
+    returns = Returns((k, v), plan.way.grad_dtype)
     dq = torch.zeros_like(rows, dtype=accumulator(q.dtype))
     shift = shift_of(plan, route.rows, rows, inputs)
     gradients = mask_gradients(plan, route.rows, inputs) if need_dmask else None
@@ -196,7 +197,7 @@ class Returns:
     """dK and dV on their way home: each visit's go back to whoever sent the keys, while the next
     visit is at work, and are added up there in float32 (float64 for float64)."""
 
-    def __init__(self, route: Route, own: Tensors, grad_dtype: str):
+    def __init__(self, own: Tensors, grad_dtype: str):
         self.own = own
         self.dtype = getattr(torch, grad_dtype) if grad_dtype else own[0].dtype
         self.window: list = []  # what came home within the window

@@ -101,7 +101,7 @@ def methods_table() -> str:
 
 
 def line(row: Row) -> str:
-    sizes = {"u": 4, "s": 2}
+    sizes = (("u", 4), ("s", 2))
     way, _ = way_of(row.method, Facts(RANKS, EXAMPLE, sizes=sizes))
     cost = cost_of(way, EXAMPLE, RANKS)
     q = EXAMPLE.queries / RANKS * EXAMPLE.heads * EXAMPLE.dim * EXAMPLE.itemsize

@@ -16,6 +16,8 @@ Two levels of grids, and heads in front:
     Hierarchical(w, "local")     1       p/w x 1, p/w    w x 1, 1 stage
     Hierarchical(w, "ring")      1       p/w x 1, p/w    w x 1, w stages
     Hierarchical(w, "ulysses")   w       p/w x 1, p/w    1 x 1
+    Hierarchical(w, "mesh2d")    1       p/w x 1, p/w    r x c = w, 1 stage
+    Hierarchical(w, i, "mesh2d") as i    r x c = p/w     as i
     Composed(Ulysses, Ring)      h       1 x 1           s x 1, a ring
 """
 
@@ -30,10 +32,12 @@ from typing import Any, get_args
 from mosaic.attention.cost import Shape, cost_of, size
 from mosaic.attention.timing import milliseconds, seconds_of
 from mosaic.errors import ShardingError
+from mosaic.layout import Layout
 from mosaic.methods import (
     AllGather,
     Auto,
     Composed,
+    Folded,
     Hierarchical,
     Inter,
     Intra,
@@ -101,17 +105,17 @@ SPLIT_KV = Way("split_kv", everywhere=True)
 class Facts:
     """What a method's numbers depend on: global facts about one attention.
 
-    ``p`` ranks share the axis; ``sizes`` are those of the mesh axes. ``has_rows``: a dense mask
-    with a row for each query, which stays with its rows. ``heads_are_cut``: by another axis.
-    ``node_size``: how many neighbouring ranks share a node, 0 for all; ``memory``: a device's, in
-    bytes, 0 where it does not matter.
+    ``p`` ranks share the axis; ``sizes``: the mesh axes and their sizes, in order. ``has_rows``: a
+    dense mask with a row for each query, which stays with its rows. ``heads_are_cut``: by another
+    axis. ``node_size``: how many neighbouring ranks share a node, 0 for all; ``memory``: a
+    device's, in bytes, 0 where it does not matter.
     """
 
     p: int
     shape: Shape
     has_rows: bool = False
     heads_are_cut: bool = False
-    sizes: Mapping[str, int] | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
     node_size: int = 0
     memory: int = 0
 
@@ -124,9 +128,17 @@ class Facts:
         return self.shape.kv_heads
 
     @property
-    def kv_bytes(self) -> int:
-        """One rank's share of K and V."""
+    def kv_share(self) -> int:
+        """Bytes of one rank's keys and values."""
         return self.shape.kv_bytes // self.p
+
+
+def way_between(method: Method, facts: Facts, query: Layout, key: Layout) -> tuple[Way, str]:
+    """How queries attend to keys of these layouts: local where every rank has all keys, split-KV
+    where it has all queries, else what ``way_of`` says. Raises ShardingError as that does."""
+    if not key.is_cut:
+        return LOCAL, ""
+    return way_of(method, facts) if query.is_cut else (SPLIT_KV, "")
 
 
 def way_of(method: Method, facts: Facts) -> tuple[Way, str]:
@@ -137,12 +149,13 @@ def way_of(method: Method, facts: Facts) -> tuple[Way, str]:
     way, note = RESOLVE[type(method)](method, facts)
     moves_queries = way.heads > 1 or way.inter.cols > 1 or way.intra.cols > 1
     if facts.has_rows and moves_queries:
-        why = "a dense mask stays with its queries"
-        return ring(facts), f"{way.name} is done by {ring(facts).name}: {why}"
+        instead = ring(facts)
+        return instead, f"{way.name} is done by {instead.name}: a dense mask stays with its queries"
     return way, note
 
 
 def ring(facts: Facts, stages: int | str = "auto") -> Way:
+    """Keys visit in so many stages, "auto": in the quickest number that needs no large portions."""
     p = facts.p
     if stages == "auto":
         return min((ring(facts, k) for k in _stages(facts)), key=partial(_seconds, facts))
@@ -159,7 +172,7 @@ def _stages(facts: Facts) -> list[int]:
     """Numbers of stages to choose from: in equal portions, and none too large."""
     p = facts.p
     others = [k for k in range(1, p) if (p - 1) % k == 0 or k <= 4]
-    small = [k for k in others if facts.kv_bytes * -(-(p - 1) // k) <= PORTION]
+    small = [k for k in others if facts.kv_share * -(-(p - 1) // k) <= PORTION]
     return [1 + k for k in small] or [p]
 
 
@@ -227,7 +240,7 @@ def _ulysses(method: Ulysses, facts: Facts) -> tuple[Way, str]:
 
 def squarest(n: int, facts: Facts) -> tuple[int, int]:
     """rows x cols = n that send least: cols near sqrt(n kv_heads / heads), as K and V of grouped
-    heads are smaller than Q and the output (research: mesh2d optimum)."""
+    heads are smaller than Q and the output."""
     ideal = math.sqrt(n * facts.kv_heads / facts.heads)
     cols = min((c for c in range(1, n + 1) if n % c == 0), key=lambda c: abs(math.log(c / ideal)))
     return n // cols, cols
@@ -256,16 +269,29 @@ def _hierarchical(method: Hierarchical, facts: Facts) -> tuple[Way, str]:
 
 
 def _composed(method: Composed, facts: Facts) -> tuple[Way, str]:
-    assert facts.sizes is not None
-    u = facts.sizes[method.heads.mesh]
+    sizes = dict(facts.sizes)
+    u = sizes[method.heads.mesh]
     if head_groups(facts, u) != u:
         rest = ring(facts)
         return rest, f"ulysses({u}) and more is done by {rest.name}: {why_no_heads(facts)}"
     way, note = way_of(method.sequence, after_heads(facts, u))
     name = f"ulysses({u}) x {way.name}"
-    order = list(facts.sizes)  # ranks are numbered in the order of the mesh
+    order = list(sizes)  # ranks are numbered in the order of the mesh
     is_outer = order.index(method.heads.mesh) < order.index(method.sequence.mesh)
     return replace(way, name=name, heads=u, is_outer=is_outer), note
+
+
+def _folded(method: Folded, facts: Facts) -> tuple[Way, str]:
+    heads, sequence = method.shape
+    if heads * sequence != facts.p:
+        raise ShardingError(
+            f"mesh_shape = {method.shape} does not fit {facts.p} ranks",
+            sizes=f"{heads} x {sequence} = {heads * sequence}, ranks = {facts.p}",
+            fix="choose heads x sequence equal to the ranks of the mesh axis",
+        )
+    names = method.composed.mesh.split(",")
+    sizes = tuple(zip(names, method.shape, strict=True))
+    return _composed(method.composed, replace(facts, sizes=sizes))
 
 
 def _local(method: Local, facts: Facts) -> tuple[Way, str]:
@@ -308,4 +334,5 @@ RESOLVE: dict[type[Method], Any] = {
     Ulysses: _ulysses,
     Hierarchical: _hierarchical,
     Composed: _composed,
+    Folded: _folded,
 }

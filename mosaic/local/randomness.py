@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mosaic import random
-from mosaic.collectives import broadcast
 from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place, Shard
+from mosaic.moves import broadcast
 from mosaic.sharder import Sharder
 from mosaic.source import where
 from mosaic.values import Call, Value

@@ -18,6 +18,7 @@ from mosaic.local.functions import call_autograd_function
 from mosaic.local.randomness import keep_mask
 from mosaic.local.reductions import local_extreme
 from mosaic.local.views import view
+from mosaic.moves import broadcast
 from mosaic.sharder import Sharder
 from mosaic.values import Value, map_values
 
@@ -73,7 +74,7 @@ def drawn(s: Sharder, node: fx.Node) -> Value:
     seed = again(s, node, node.args, None)
     if s.writer and s.axis.p > 1:
         args = (seed.node, s.writer.group)
-        seed.node = s.writer.function(node, collectives.broadcast, args, name=node.name)
+        seed.node = s.writer.function(node, broadcast, args, name=node.name)
     return seed
 
 
@@ -105,7 +106,7 @@ HELPERS: dict[Any, HelperRule] = {
     torch.ops.aten.reshape.default: reshaped,
     collectives.enter: elementwise,
     collectives.sum_across: elementwise,
-    collectives.broadcast: elementwise,
+    broadcast: elementwise,
     collectives.divide_gradient: elementwise,
     collectives.slice_to: moved,
     collectives.slice_share: moved,

@@ -6,6 +6,7 @@ import axes_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from plan_text import collectives
 from torch import Tensor
 
 import mosaic
@@ -28,7 +29,7 @@ def together():
 def decided(plan: Plan) -> str:
     rows = [f"{plan.axis} over {plan.ranks} ranks: {plan.layout}"]
     rows += [f"{a.axis} {a.queries} x {a.keys} {a.bytes} B" for a in plan.attentions]
-    return "\n".join([*rows, plan.collectives_as_text()])
+    return "\n".join([*rows, collectives(plan)])
 
 
 def test_plan_of_two_axes(together, check):

@@ -23,7 +23,7 @@ SHAPE = Shape(batch=1, heads=4, kv_heads=4, queries=12, keys=12, dim=2, v_dim=2,
 
 
 def way(method: Method) -> Way:
-    return way_of(method, Facts(4, SHAPE, sizes={"h": 2, "s": 2}))[0]
+    return way_of(method, Facts(4, SHAPE, sizes=(("h", 2), ("s", 2))))[0]
 
 
 def listings(way: Way) -> tuple[str, str]:

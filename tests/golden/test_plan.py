@@ -10,6 +10,7 @@ import contract_cases as cc
 import pytest
 import torch
 from models.gpt import GPT
+from plan_text import collectives
 
 from mosaic import ShardingSpec, pipeline
 from mosaic.plan import Plan
@@ -23,7 +24,7 @@ def decided(plan: Plan) -> str:
         f"{a.axis or 'other dim'} {a.queries} x {a.keys} {a.method} {a.mask or 'full'} {a.bytes} B"
         for a in plan.attentions
     ]
-    return "\n".join([*rows, plan.collectives_as_text()])
+    return "\n".join([*rows, collectives(plan)])
 
 
 def test_table(planned, check):

@@ -1,4 +1,4 @@
-"""What "auto" chooses, and the rules that follow from the volumes (research/attention.md 4.7)."""
+"""What "auto" chooses, and the rules that follow from the volumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 from mosaic.attention.cost import Cost, Shape, cost_of
 from mosaic.attention.timing import pipelined, seconds_of
-from mosaic.attention.way import Facts, Way, way_of
+from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, Way, way_between, way_of
+from mosaic.layout import Layout
 from mosaic.methods import AllGather, Auto, Hierarchical, Mesh2D, Method, Ring, Ulysses
 
 
@@ -113,3 +114,14 @@ def test_alone_nothing_is_sent():
     way, _ = auto(given, 1)
     assert cost_of(way, given, 1) == Cost()
     assert seconds_of(way, given, 1).forward > 0
+
+
+def test_whole_keys_need_no_method_and_whole_queries_one_merge():
+    given, cut, whole = shape(4, 4, 16), Layout.even(16, 4), Layout.whole(16, 4)
+    ring, facts = Ring(), Facts(4, given)
+    assert way_between(ring, facts, cut, cut) == way_of(ring, facts)
+    assert way_between(ring, facts, cut, whole) == way_between(ring, facts, whole, whole)
+    assert way_between(ring, facts, whole, whole) == (LOCAL, "")
+    assert way_between(ring, facts, whole, cut) == (SPLIT_KV, "")
+    alone = Layout.whole(16, 1)
+    assert way_between(Mesh2D(2, 2), Facts(1, given), alone, alone) == (LOCAL, "")

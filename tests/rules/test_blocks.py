@@ -16,6 +16,7 @@ from mosaic.attention.blocks import (
     pieces,
     row_blocks,
     simple,
+    stretch,
     visible,
 )
 from mosaic.layout import Interval, Layout
@@ -30,6 +31,14 @@ def intervals(draw: st.DrawFn, n: int = 14) -> tuple[Interval, ...]:
     cuts = sorted(draw(st.sets(st.integers(0, n), max_size=6)))
     found = [Interval(*pair) for pair in list(pairwise(cuts))[::2]]
     return tuple(draw(st.permutations(found)))
+
+
+@given(intervals(), st.integers(0, 14), st.integers(0, 14))
+def test_a_stretch_of_memory(held: tuple[Interval, ...], start: int, stop: int) -> None:
+    def indices(intervals: tuple[Interval, ...]) -> list[int]:
+        return [i for interval in intervals for i in range(*interval)]
+
+    assert indices(stretch(held, start, stop)) == indices(held)[start:stop]
 
 
 def sees(piece: Piece, i: int, j: int) -> bool:

@@ -37,7 +37,7 @@ def methods(p: int) -> Iterator[Method]:
 
 def way(method: Method, shape: Shape, p: int) -> Way:
     s = int(method.sequence.mesh[1:]) if isinstance(method, Composed) else 1
-    return way_of(method, Facts(p, shape, sizes={"h": p // s, f"s{s}": s}))[0]
+    return way_of(method, Facts(p, shape, sizes=(("h", p // s), (f"s{s}", s))))[0]
 
 
 def ways(shape: Shape, p: int) -> list[Way]:

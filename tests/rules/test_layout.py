@@ -172,13 +172,6 @@ def test_coarsen_keeps_groups_or_gives_none(layout, k):
         assert layout.n % k or any(edge % k for edge in edges)
 
 
-@given(st.data(), sizes, worlds)
-def test_intersect(data, n, p):
-    a, b = data.draw(partitions(n, p)), data.draw(subsets(n, p))
-    both = zip(shards(a), shards(b), strict=True)
-    assert shards(a.intersect(b)) == [[i for i in mine if i in theirs] for mine, theirs in both]
-
-
 @given(partitions())
 def test_gather_order(layout):
     memory = shards(layout)
