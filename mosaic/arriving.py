@@ -3,8 +3,8 @@
 A tensor that ``mosaic.shard_tensor`` made carries its layout. One that the user cut is read as
 ``Layout.even``, its global length the sum of the ranks' lengths, which they tell each other through
 the process group's store. Dynamo must not have baked the local length into the program, so that it
-can be traced again at the global one: ``shard_tensor`` marks the dim as dynamic. What was decided at
-the local length (an ``if``, a loop) must be what would be decided at the global one.
+can be traced again at the global one: ``shard_tensor`` marks the dim as dynamic. What was decided
+at the local length (an ``if``, a loop) must be what would be decided at the global one.
 """
 
 from __future__ import annotations

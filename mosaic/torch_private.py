@@ -121,9 +121,8 @@ def broken_guard(
     """
     env = size.node.shape_env
     named = dict.fromkeys(sizes, sympy.Symbol("n"))
-    # In torch 2.11 the values have another name.
-    hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
-    values = {**hints, **{symbol: sympy.Integer(n) for symbol, n in sizes.items()}}
+    at = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
+    values = {**env.backed_var_to_val, **at}
     for guard in env.guards:
         if guard.expr.xreplace(values) != sympy.true:
             return PythonPrinter().doprint(guard.expr.xreplace(named)), guard.sloc.maybe_user_loc
