@@ -31,7 +31,7 @@ def device() -> torch.device:
     if gpus >= ranks:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if gpus and os.environ["RANK"] == "0":
-        print(f"{ranks} ranks and only {gpus} GPUs on this host: on the CPU, with gloo")
+        print(f"ranks on this host: {ranks}, GPUs: {gpus}; so on the CPU, with gloo")
     return torch.device("cpu")
 
 
