@@ -13,7 +13,7 @@ import os
 
 import torch
 import torch.nn.functional as F
-from launch import launch
+from launch import device, launch
 from measure import difference, largest
 from torch import Tensor
 
@@ -60,7 +60,7 @@ def methods(nodes: int, node_size: int) -> dict[str, mosaic.Method]:
 def run(given: argparse.Namespace) -> None:
     """What every rank does."""
     p, w = int(os.environ["WORLD_SIZE"]), given.node_size
-    context = mosaic.init(mesh_shape=(p // w, w), mesh_axes=("node", "place"))
+    context = mosaic.init(mesh_shape=(p // w, w), mesh_axes=("node", "place"), device=device())
     q, k, v, dout = tensors(given, context.device)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     want = [out, *torch.autograd.grad(out, [q, k, v], dout)]

@@ -1,4 +1,7 @@
-"""Run a function on p ranks: those of torchrun, or p local processes without it."""
+"""Run a function on p ranks: those of torchrun, or p local processes without it.
+
+On GPUs where there are enough of them, else on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,25 @@ def launch(fn: Callable[..., None], p: int, *args: object) -> None:
     )
 
 
+def device() -> torch.device:
+    """For ``mosaic.init``: this rank's own GPU (it then takes NCCL), or the CPU (and gloo) where
+    this host has fewer GPUs than ranks."""
+    gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if gpus >= ranks:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if gpus and os.environ["RANK"] == "0":
+        print(f"ranks on this host: {ranks}, GPUs: {gpus}; so on the CPU, with gloo")
+    return torch.device("cpu")
+
+
 def _rank(rank: int, p: int, port: int, fn: Callable[..., None], args: tuple[object, ...]) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(p),
+        "LOCAL_WORLD_SIZE": str(p),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "CUDA_VISIBLE_DEVICES": "",  # gloo on the CPU, however many GPUs there are
     }
     torch.set_num_threads(1)
     try:

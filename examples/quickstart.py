@@ -3,7 +3,7 @@
     python examples/quickstart.py
     torchrun --nproc-per-node=4 examples/quickstart.py
 
-Alone it starts 4 processes on this machine; no GPU is needed.
+Alone it starts 4 processes on this machine, on its GPUs if it has as many; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from launch import launch
+from launch import device, launch
 from measure import difference, kept_for_backward, largest, mebibytes
 from models.table import TableModel
 from rich import box
@@ -53,9 +53,9 @@ def run(inner: str) -> None:
     # mosaic.init(sp_size=4) is all that you need. Here "alone", a mesh axis of length 1, stands
     # beside it: the same program on one rank, to compare with.
     world = int(os.environ["WORLD_SIZE"])
-    context = mosaic.init(mesh_shape=(1, world), mesh_axes=("alone", "sp"))
-    table, targets = patients()
-    model = new_model()
+    context = mosaic.init(mesh_shape=(1, world), mesh_axes=("alone", "sp"), device=device())
+    table, targets = patients(context.device)
+    model = new_model().to(context.device)
 
     def measure(called: Callable[..., Tensor]) -> Result:
         return measured(called, model, table, targets)
@@ -67,7 +67,7 @@ def run(inner: str) -> None:
     one = [measure(model), measure(compiled("alone"))] if context.rank() == 0 else []
     dist.barrier()
     sharded = measure(compiled("sp"))
-    sharded.kept = int(largest(sharded.kept))
+    sharded.kept = int(largest(sharded.kept, context.device))
     if context.rank() == 0:
         show_results(*one, sharded, world, inner)
 
@@ -77,12 +77,12 @@ def new_model() -> nn.Module:
     return TableModel().double()
 
 
-def patients() -> tuple[Arguments, Tensor]:
+def patients(device: torch.device | str = "cpu") -> tuple[Arguments, Tensor]:
     """The model's arguments (30 measurements of each patient, the diagnoses of the training rows,
     which come first, and their number), and the diagnoses of the test rows."""
     features, diagnoses = load_breast_cancer(return_X_y=True)
     parts = train_test_split(features, diagnoses, random_state=0, stratify=diagnoses)
-    train, test, known, asked = map(torch.from_numpy, parts)
+    train, test, known, asked = (torch.from_numpy(part).to(device) for part in parts)
     return (torch.cat([train, test])[None], known[None].double(), len(train)), asked
 
 
@@ -102,7 +102,10 @@ def measured(
 
     def step() -> tuple[Tensor, list[Tensor]]:
         loss = F.cross_entropy(called(*table).squeeze(0), targets)
-        return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+        gradients = list(torch.autograd.grad(loss, list(model.parameters())))
+        if loss.is_cuda:
+            torch.cuda.synchronize()  # for the times
+        return loss.detach(), gradients
 
     times = [time.perf_counter()]
     step()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pydoc_data.topics import topics
 
 import torch
-from launch import launch
+from launch import device, launch
 from models.gpt import GPT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -37,11 +37,11 @@ def main() -> None:
 
 def run(given: argparse.Namespace) -> None:
     """What every rank does: plain single-device training, but for three lines of Mosaic."""
-    ranks = mosaic.init(given.sp_size)
-    device = ranks.device
-    text = letters().to(device)
+    ranks = mosaic.init(given.sp_size, device=device())
+    text = letters().to(ranks.device)
     torch.manual_seed(0)  # ranks that share a text must build the same model
-    model = GPT(vocab=128, context=given.length, embed=128, layers=2, dropout=0.1).to(device)
+    model = GPT(vocab=128, context=given.length, embed=128, layers=2, dropout=0.1)
+    model.to(ranks.device)
     spec = mosaic.ShardingSpec(inputs={"ids": "batch tokens"}, axes={"tokens": "ring"})
     options = {"spec": spec, "inner": given.inner}
     compiled = torch.compile(model, backend="mosaic", options=options)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from launch import launch
+from launch import device, launch
 from measure import kept_for_backward, largest, mebibytes, relative
 from models.video import CHANNELS, EMBED, HEADS, Attention, Video
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def main() -> None:
 
 def run(given: argparse.Namespace) -> None:
     """What every rank does."""
-    context = mosaic.init(mesh_shape=GRID, mesh_axes=AXES)
+    context = mosaic.init(mesh_shape=GRID, mesh_axes=AXES, device=device())
     torch.manual_seed(0)
     model = Video(Attention).to(context.device).double()
     shape = (1, given.times, given.places, CHANNELS)

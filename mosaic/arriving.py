@@ -3,11 +3,13 @@
 A tensor that ``mosaic.shard_tensor`` made carries its layout. One that the user cut is read as
 ``Layout.even``, its global length the sum of the ranks' lengths, which they tell each other through
 the process group's store. Dynamo must not have baked the local length into the program, so that it
-can be traced again at the global one: ``shard_tensor`` marks the dim as dynamic.
+can be traced again at the global one: ``shard_tensor`` marks the dim as dynamic. What was decided
+at the local length (an ``if``, a loop) must be what would be decided at the global one.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +21,12 @@ from mosaic.capture import Input
 from mosaic.context import World
 from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place, Shard
+from mosaic.notices import resumed_at
 from mosaic.spec import ShardingSpec, binds
+from mosaic.torch_private import broken_guard, guarded_attribute, placeholder_source, size_symbols
 
 Arriving = dict[int, Place]
+MARK = "_mosaic_shard"  # where shard_tensor writes the layout
 
 
 def arriving_shards(
@@ -34,14 +39,27 @@ def arriving_shards(
     """The place of every input that arrives cut, by the input's number; {} when all are whole."""
     if spec.inputs_are == "whole" or world.size == 1:
         return {}
+    check_unbroken(module)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    found = {
+    return {
         given.index: place_of(placeholders[given.index], path, dim, world, group)
         for path, dim in cut_dims(spec)
         for given in inputs
         if not given.is_state and binds(path, given.source)
     }
-    return found
+
+
+def check_unbroken(module: fx.GraphModule) -> None:
+    """Between two graphs Python sees parts beside what is whole again, and decides by their length;
+    what it decided there has left no guard."""
+    resumed = resumed_at(module.graph)
+    if resumed is not None:
+        raise ShardingError(
+            f"graph break in {resumed}, and inputs arrive cut: "
+            "what Python sees of them there is this rank's part",
+            fix="remove the break (torch.compile(..., fullgraph=True) names its reason), "
+            'or pass whole inputs (inputs_are="whole")',
+        )
 
 
 def cut_dims(spec: ShardingSpec) -> list[tuple[str, int]]:
@@ -58,6 +76,13 @@ def place_of(
     node: fx.Node, path: str, dim: int, world: World, group: dist.ProcessGroup | None
 ) -> Place:
     value = node.meta["example_value"]
+    if not isinstance(value.shape[dim], torch.SymInt) and value.shape[dim] < 2:
+        raise ShardingError(
+            f"this rank's part of {path} is too short: Dynamo builds lengths 0 and 1 "
+            "into the program",
+            sizes=f"{list(value.shape)}, cut in dim {dim}",
+            fix='use fewer ranks, or pass whole inputs (inputs_are="whole")',
+        )
     if not isinstance(value.shape[dim], torch.SymInt):
         raise ShardingError(
             f"{path} arrives cut, but its local length is built into the program",
@@ -79,8 +104,9 @@ def place_of(
 
 
 def recorded(node: fx.Node, dim: int) -> Layout | None:
-    """What ``shard_tensor`` wrote on the tensor; Dynamo keeps a tensor's attributes."""
-    spec = (node.meta.get("tensor_dict") or {}).get("_mosaic_shard")
+    """What ``shard_tensor`` wrote on the tensor. A guard on it, as a part of another whole may be
+    as long as this one."""
+    spec = guarded_attribute(node, MARK)
     if spec is None:
         return None
     place = Shard.decode(spec).place
@@ -94,15 +120,73 @@ def even(local: int, world: World, group: dist.ProcessGroup | None) -> Layout:
 
 
 def global_sizes(module: fx.GraphModule, arriving: Arriving) -> dict[Any, int]:
-    """Dynamo's symbols of local lengths, and the global lengths that they stand for."""
+    """Dynamo's symbols of local lengths, and the global lengths that they stand for.
+
+    Raises ShardingError for a program that would be another one at its global lengths.
+    """
+    if not arriving:
+        return {}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    sizes = {i: placeholders[i].meta["example_value"].shape[p.dim] for i, p in arriving.items()}
     known: dict[Any, int] = {}
     for index, place in arriving.items():
-        symbol = placeholders[index].meta["example_value"].shape[place.dim].node.expr
-        if known.setdefault(symbol, place.layout.n) != place.layout.n:
-            raise ShardingError(
-                "two inputs arrive cut to one local length, but their global lengths differ",
-                sizes=f"{known[symbol]} and {place.layout.n}",
-                fix="pass one of them whole",
-            )
+        for symbol in size_symbols(sizes[index]):
+            if known.setdefault(symbol, place.layout.n) != place.layout.n:
+                raise ShardingError(
+                    "two inputs arrive cut to one local length, but their global lengths differ",
+                    sizes=f"{known[symbol]} and {place.layout.n}",
+                    fix="pass one of them whole",
+                )
+    check_others_are_whole(placeholders, arriving, known)
+    check_decisions(next(iter(sizes.values())), known)
     return known
+
+
+def check_others_are_whole(
+    placeholders: list[fx.Node], arriving: Arriving, known: dict[Any, int]
+) -> None:
+    """No other dim has the symbol of a local length: Dynamo gives one to all that are equal."""
+    for index, node in enumerate(placeholders):
+        shape: list[Any] = list(getattr(node.meta["example_value"], "shape", ()))
+        for dim, size in enumerate(shape):
+            is_cut = index in arriving and dim == arriving[index].dim
+            if is_cut or not isinstance(size, torch.SymInt) or not size_symbols(size) & set(known):
+                continue
+            name = Input(index, *placeholder_source(node)).name
+            raise ShardingError(
+                f"dim {dim} of {name} has the local length of an input that arrives cut, "
+                "and nothing says that it is cut too",
+                sizes=[s.node.hint if isinstance(s, torch.SymInt) else s for s in shape],
+                fix="name that dim in inputs={...}, or, if it is that long by chance, call "
+                f"torch._dynamo.mark_static({name}, {dim})",
+            )
+
+
+def check_decisions(size: torch.SymInt, known: dict[Any, int]) -> None:
+    """Whatever Python did with the local length, it would have done with the global one.
+
+    Every ``if``, ``range`` and ``int`` of the user's program, and every choice of torch's own that
+    the shapes follow from, left a guard when Dynamo traced it at the local length. A rank that
+    raises here tells the others (``agreement.report_failure``), whose own length may have decided
+    as the global one does.
+    """
+    found = broken_guard(size, known)
+    if found is None:
+        return
+    condition, user_line = found
+    n = ", ".join(map(str, sorted(set(known.values()))))
+    raise ShardingError(
+        "the program depends on the length of an input that arrives cut: "
+        "on one device it would take another way",
+        where=None if user_line is None else shortened(user_line),
+        condition=f"{condition}, with n the length",
+        lengths=f"{size.node.hint} on this rank, {n} on one device",
+        fix='pass whole inputs (inputs_are="whole"), '
+        "or let the model do the same whatever the length is",
+    )
+
+
+def shortened(user_line: str) -> str:
+    """Dynamo's "code  # some/path/model.py:3 in forward", as errors show where they come from."""
+    code, _, frame = user_line.rpartition("  # ")
+    return f"{Path(frame).name}\n  {code}"

@@ -132,7 +132,12 @@ def grid_shape(mesh_shape: tuple[int, int]) -> tuple[int, int]:
 
 def check_divides(name: str, n: int, by: str, d: int) -> None:
     if d < 1 or n % d:
-        raise ShardingError(f"{by} does not divide {name}", sizes=f"{name} = {n}, {by} = {d}")
+        divisors = ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
+        raise ShardingError(
+            f"{by} does not divide {name}",
+            sizes=f"{name} = {n}, {by} = {d}",
+            fix=f"use one of {divisors} for {by}, or another {name}",
+        )
 
 
 def axis_of(x: Tensor, axis: int, embed_dim: int) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
@@ -16,7 +17,9 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import maybe_mark_dynamic as may_vary
 from torch._dynamo import reset as reset_dynamo
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
+from torch._dynamo.source import AttrSource
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -31,6 +34,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.checkpoint import CheckpointPolicy
 
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
@@ -42,6 +46,7 @@ __all__ = [
     "FakeTensorMode",
     "aot_export_module",
     "autograd_function_apply",
+    "broken_guard",
     "compile_by_eager",
     "compile_by_inductor",
     "compiles_left",
@@ -53,6 +58,7 @@ __all__ = [
     "exit_autocast",
     "fake_mode_of",
     "flattened",
+    "guarded_attribute",
     "has_decomposition",
     "make_fx",
     "may_vary",
@@ -65,6 +71,7 @@ __all__ = [
     "rename_afresh",
     "reset_dynamo",
     "set_grad_enabled",
+    "size_symbols",
     "tag_activation_checkpoint",
     "torch_version",
 ]
@@ -97,6 +104,44 @@ def placeholder_source(node: fx.Node) -> tuple[str, bool]:
     name = source.name() if callable(source.name) else source.name
     is_state = isinstance(grapharg.example, torch.nn.Parameter) or "._buffers[" in name
     return name, is_state
+
+
+def size_symbols(size: torch.SymInt) -> set[sympy.Symbol]:
+    """The symbol that Dynamo made for a size, and the one that it has found it equal to."""
+    return {s for s in (size.node._expr, size.node.expr) if s.is_symbol}
+
+
+def broken_guard(
+    size: torch.SymInt, sizes: Mapping[sympy.Symbol, int]
+) -> tuple[str, str | None] | None:
+    """The first thing that Dynamo took for granted of sizes (all those of ``size``'s graph) and
+    that does not hold at these, with "code  # file:line in function" of the user where it is known.
+
+    What Dynamo can tell from a symbol's range it decides without a guard, so that the range counts.
+    """
+    env = size.node.shape_env
+    named = dict.fromkeys(sizes, sympy.Symbol("n"))
+    at = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
+    values = {**env.backed_var_to_val, **at}
+    for guard in env.guards:
+        if guard.expr.xreplace(values) != sympy.true:
+            return PythonPrinter().doprint(guard.expr.xreplace(named)), guard.sloc.maybe_user_loc
+    for symbol, n in sizes.items():
+        allowed = env.var_to_range[symbol]
+        if n not in allowed:
+            return f"{allowed.lower} <= n <= {allowed.upper}", None
+    return None
+
+
+def guarded_attribute(node: fx.Node, name: str) -> Any:
+    """The attribute of the tensor that is given as an input, or None if it has none; with another
+    one the program is compiled anew. Only inside the backend call."""
+    grapharg = node.meta.get("grapharg")
+    value = getattr(getattr(grapharg, "example", None), name, None)
+    if value is not None:
+        assert grapharg is not None
+        install_guard(AttrSource(grapharg.source, name).make_guard(GuardBuilder.EQUALS_MATCH))
+    return value
 
 
 _regions = count()

@@ -24,7 +24,8 @@ def test_heads_that_do_not_divide() -> None:
         text,
         """\
 num_heads does not divide embed_dim
-  sizes  embed_dim = 10, num_heads = 4""",
+  sizes  embed_dim = 10, num_heads = 4
+  fix    use one of 1, 2, 5, 10 for num_heads, or another embed_dim""",
     )
 
 
@@ -34,7 +35,8 @@ def test_kv_heads_that_do_not_divide() -> None:
         text,
         """\
 num_kv_heads does not divide num_heads
-  sizes  num_heads = 4, num_kv_heads = 3""",
+  sizes  num_heads = 4, num_kv_heads = 3
+  fix    use one of 1, 2, 4 for num_kv_heads, or another num_heads""",
     )
 
 
