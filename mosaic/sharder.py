@@ -89,6 +89,8 @@ class Sharder:
     def keeping_origin(self, node: fx.Node, value: Any) -> Any:
         """Integers (ids, labels, positions) that come from integers keep their recipe beside the
         shard: another part of them is then cut for free, where a reshard would have to send it."""
+        if node in self.arriving:  # nobody has the whole
+            return value
         if isinstance(value, Value) and value.place and not value.val.is_floating_point():
             operands = [self.env[n] for n in node.all_input_nodes]
             if all(isinstance(v, Value) and v.origin is not None for v in operands):

@@ -120,12 +120,12 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("name", ["decided", "video"])
+@pytest.mark.parametrize("name", ["decided", "video", "gpt", "llama", "hf_llama"])
 def test_models_that_take_parts(ranks, name: str) -> None:
-    want = jobs.model_on_parts(0, name)
+    want, tol = jobs.model_on_parts(0, name), 1e-4 if name.startswith("hf_") else 1e-10
     for got in ranks(2).run(jobs.model_on_parts, 2, name):
-        assert_close("loss", got["loss"], want["loss"], 1e-10)
-        compare_gradients(want["gradients"], got["gradients"], 1e-10)
+        assert_close("loss", got["loss"], want["loss"], tol)
+        compare_gradients(want["gradients"], got["gradients"], tol)
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
