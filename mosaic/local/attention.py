@@ -12,6 +12,7 @@ from torch import fx
 
 from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
+from mosaic.attention.kernels.efficient import MOST_BATCHES
 from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
@@ -206,8 +207,10 @@ def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
     parts = cut_makings(s, c, place)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
-    # A plain attention of an empty shard loses its gradients, and with them their collectives.
-    if is_plain(c) and all(place.layout.lengths):
+    # A plain attention of an empty shard loses its gradients, and with them their collectives; one
+    # of very many batches has a backward that Inductor does not take, where ours does it in parts.
+    batches = max(place.local_shape(q.shape, rank)[0] for rank in range(s.axis.p))
+    if is_plain(c) and all(place.layout.lengths) and batches <= MOST_BATCHES:
         s.attentions.append((found, c))
         return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
     return marked(s, c, found, place, (q, k, v, mask), parts)

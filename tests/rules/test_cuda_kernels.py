@@ -7,6 +7,7 @@ flash_attn packages, and the checks of ``gpu/check_kernels.py`` are run on them.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -226,3 +227,18 @@ def test_the_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first(mask=torch.float32) == first(dropout=True) == first(torch.float64) == "math"
     monkeypatch.setattr(flash_attn, "_installed", lambda version: False)
     assert (first(), first(dim=256), first(dim=260)) == ("cudnn", "flash", "efficient")
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("batches", [1, 3])
+def test_many_batches_go_in_parts(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """With a mask for each batch, and with one for all, whose gradient is then a sum."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(3, 2, 9, 8) for _ in range(4))
+    given = options(q, k, bias=torch.randn(batches, 2, 9, 9), scale=0.5)
+    out, lse = efficient.EFFICIENT.forward(q, k, v, **given)
+    backward = partial(efficient.EFFICIENT.backward, dout, q, k, v, out, lse, need_dmask=True)
+    want = backward(**given)
+    monkeypatch.setattr(efficient, "MOST_BATCHES", 2)
+    for a, b in zip(backward(**given), want, strict=True):
+        torch.testing.assert_close(a, b)
