@@ -87,8 +87,13 @@ def test_what_meets_along_both_axes(ranks, name: str) -> None:
 @pytest.mark.parametrize("name", ["Structured", "FlattenedStructured"])
 def test_masks_made_by_tiles(ranks, name: str) -> None:
     """Windows, documents and learned biases along both axes."""
-    check(ranks, name, spec_of(rows=Ring(mesh="s")), s=3)
     check(ranks, name, BOTH, r=2, c=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["Structured", "FlattenedStructured"])
+def test_masks_made_by_tiles_along_one_axis(ranks, name: str) -> None:
+    check(ranks, name, spec_of(rows=Ring(mesh="s")), s=3)
     check(ranks, name, spec_of(rows=AllGather(mesh="r"), columns=Ring(mesh="c")), r=1, c=3)
 
 
