@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from mosaic.errors import UnsupportedError
 from mosaic.fused import UNFUSED
 from mosaic.modes import Modes
+from mosaic.source import where
 from mosaic.torch_private import (
     FakeTensorMode,
     aot_export_module,
@@ -223,7 +225,23 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
         traced.graph, {n: identifier(i.name) for n, i in zip(placeholders, inputs, strict=True)}
     )
     mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
+    refuse_learned(traced.graph, inputs, mutated)
     return Captured(traced.graph, traced, inputs, mutated)
+
+
+def refuse_learned(graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[int, ...]) -> None:
+    """Raise UnsupportedError where a parameter is changed in place under no_grad: what comes after
+    it uses another tensor in the captured program, and the parameter would lose its gradient."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for index, new in zip(mutated, graph.output_node().args[0], strict=False):
+        without_grad = inputs[index].is_state or not new.meta["modes"].grad
+        if placeholders[index].meta["requires_grad"] and without_grad:
+            raise UnsupportedError(
+                f"{inputs[index].name} is changed in place under no_grad, and learned",
+                where=where(new),
+                fix="change it outside of the compiled model (after an optimiser's step), "
+                "or use a changed copy: w.clamp(-1, 1), not w.clamp_(-1, 1) or max_norm",
+            )
 
 
 def identifier(name: str) -> str:

@@ -97,7 +97,9 @@ def write(s: Sharder, node: fx.Node) -> fx.Node:
         return node
     special = written_whole(node)
     if special:
-        return s.node(special(s, s.call_of(node)))
+        value = special(s, s.call_of(node))
+        several = isinstance(value, tuple)  # items of one node
+        return value[0].node.args[0] if several else s.node(value)
     args, kwargs = pytree.tree_map(
         lambda a: s.written[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
     )

@@ -13,6 +13,7 @@ from mosaic.torch_private import RESUMED, compiles_left
 
 log = logging.getLogger("mosaic")
 LARGE = 1 << 30  # bytes of an output made whole that are worth a word
+UNKNOWN = "a softmax between products is not recognised as an attention"
 _said: set[str] = set()
 
 
@@ -33,6 +34,9 @@ def resumed_at(graph: fx.Graph) -> str | None:
 
 
 def announce(plan: Plan, resumed: str | None) -> None:
+    for note in plan.notes:
+        if note.startswith(UNKNOWN) and plan.ranks > 1:
+            once(note)
     for line in plan.gathered:
         once(f"gathered, correct but slow: {line}")
     for c in plan.collectives:

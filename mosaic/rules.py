@@ -128,6 +128,16 @@ MATMUL = {
 }
 
 
+EMBEDDING = rule("v e, ... -> ... e", whole="v")
+
+
+def embedding(s: Sharder, c: Call) -> Any:
+    """Looks up what is here, unless the gradient depends on what is looked up elsewhere."""
+    if c["scale_grad_by_freq"] or c["sparse"]:
+        return s.gather_for(c, "counts how often an entry is used, or has a sparse gradient")
+    return EMBEDDING(s, c)
+
+
 def along(dim: str) -> LocalForm:
     """Works along one dim (``argmax``, ``cumsum``, ``sort``): every other dim is free."""
     return partial(reductions.along, name=dim)
@@ -156,7 +166,7 @@ TABLE: dict[str, LocalForm] = {
     "scaled_dot_product_attention": attention.scaled_dot_product_attention,
     "mosaic::sdpa": attention.scaled_dot_product_attention,  # the mask in words
     # lookups
-    "embedding": rule("v e, ... -> ... e", whole="v"),
+    "embedding": embedding,
     "one_hot": rule("... -> ... c"),
     "index.Tensor": indexing.index,
     "index_select": indexing.index_select,

@@ -75,7 +75,8 @@ class Call:
             (
                 i
                 for i, a in enumerate(schema)
-                if not a.kwarg_only and bound[a.name] is not a.default_value
+                if not a.kwarg_only
+                and (bound[a.name] is not a.default_value or not a.has_default_value())
             ),
             default=-1,
         )

@@ -21,8 +21,11 @@ from mosaic.errors import ShardingError
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import ATTENTIONS
 from mosaic.methods import Auto, Ring
+from mosaic.notices import UNKNOWN
+from mosaic.passes.raise_attention import MATMULS, SOFTMAX
 from mosaic.rules import key
 from mosaic.sharder import Sharder
+from mosaic.source import line
 from mosaic.spec import binds
 from mosaic.values import Axis, candidates
 
@@ -41,8 +44,17 @@ def infer_axes(graph: fx.Graph, context: Context) -> int:
     elif attentions:
         context.axes = longest_axis(attentions, context)
     else:
-        context.notes.append("no attention in this graph: it stays whole")
+        context.notes.append(nothing_attends(graph))
     return sum(len(axis.seeds) for axis in context.axes)
+
+
+def nothing_attends(graph: fx.Graph) -> str:
+    """Says it of a graph in which a softmax looks like an attention's, too."""
+    for node in graph.nodes:
+        behind = {user.target for reader in node.users for user in (reader, *reader.users)}
+        if node.target in SOFTMAX and behind.intersection(MATMULS):
+            return f"{UNKNOWN}, so the graph stays whole on every rank: {line(node)}"
+    return "no attention in this graph: it stays whole"
 
 
 # --- by name ------------------------------------------------------------------------------------

@@ -61,6 +61,14 @@ class UserFunction(nn.Module):
         return (WrongButTheUsers.apply(x, self.w) + x).square().mean()
 
 
+class WholeFunction(UserFunction):
+    """The user's function is on parameters alone: every rank does the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = WrongButTheUsers.apply(self.w.expand(1, 1, E), self.w)
+        return (x * scaled + self.attention(x)).square().mean()
+
+
 class InnerAutocast(nn.Module):
     def __init__(self):
         super().__init__()

@@ -203,6 +203,12 @@ add("gather first", lambda x, j: x.gather(0, j).sin(), f(5, 4), i(5, 7, 4))
 add("gather part", lambda x, j: x.gather(-1, j).sin(), f(5, 4), i(4, 3, 4))
 add("take_along", lambda x, j: torch.take_along_dim(x, j, 1).sin(), f(5, 4), i(4, 5, 1))
 add("embedding", lambda w, j: F.embedding(j, w).sin(), f(9, 4), i(9, 2, 5))
+add(
+    "embedding by frequency",
+    lambda w, j: F.embedding(j, w, scale_grad_by_freq=True).sin(),
+    f(9, 4),
+    i(9, 2, 5),
+)
 add("embedding padding", lambda w, j: F.embedding(j, w, padding_idx=3).sin(), f(9, 4), i(9, 2, 5))
 add("one_hot", lambda j: F.one_hot(j, 4) * 2, i(4, 5, 2))
 add("tril", lambda x: x.tril().sin(), f(5, 7))

@@ -73,6 +73,7 @@ COSTS = {
     "take_along": ".G ..",
     "embedding": "G. ..",
     "embedding padding": "G. ..",
+    "embedding by frequency": "GG ..",
     "diagonal": "GG",
     "unfold": "GG",
     "masked select free": "1. 1.",

@@ -15,7 +15,7 @@ from torch import fx
 
 from mosaic.attention.tiles import Ref, Step, TileProgram
 from mosaic.masks.constants import Constants, filling, is_filled
-from mosaic.masks.terms import BATCH, HEAD, KEY, QUERY, Term, arranged, operand, peeled
+from mosaic.masks.terms import BATCH, HEAD, KEY, QUERY, Term, arranged, made, operand, peeled
 from mosaic.rules import is_pointwise
 
 aten = torch.ops.aten
@@ -142,7 +142,8 @@ class Reading:
             )
             for step in self.steps
         )
-        learned = [i for i, leaf in enumerate(self.leaves) if leaf.meta.get("needs_gradient")]
+        reached = reached_by_gradients(steps, len(self.leaves))
+        learned = [i for i in reached if self.leaves[i].meta.get("needs_gradient")]
         return TileProgram(steps, term.node.meta["val"].dtype, tuple(learned))
 
     def numbered(self, x: Any) -> Any:
@@ -150,6 +151,19 @@ class Reading:
         if not isinstance(x, Ref) or x.number >= 0:
             return x
         return Ref(len(self.leaves) - x.number - 1)
+
+
+def reached_by_gradients(steps: tuple[Step, ...], leaves: int) -> list[int]:
+    """The leaves that the result depends on by a way without a ``detach``."""
+    todo, found = [leaves + len(steps) - 1], set()
+    while todo:
+        number = todo.pop()
+        if number in found:
+            continue
+        found.add(number)
+        if number >= leaves and steps[number - leaves].op != "detach":
+            todo += [x.number for x in steps[number - leaves].args if isinstance(x, Ref)]
+    return sorted(number for number in found if number < leaves)
 
 
 def tiles_of(
@@ -162,6 +176,10 @@ def tiles_of(
         program = reading.program(term)
     except UnreadableError:
         return None
+    for i, leaf in enumerate(reading.leaves):
+        if leaf.meta.get("needs_gradient") and i not in program.learned:
+            reading.leaves[i] = made(graph, aten.detach.default, leaf)
+            reading.leaves[i].meta["needs_gradient"] = False
     return (program, reading.leaves) if reading.leaves else None
 
 

@@ -40,6 +40,28 @@ class Model(nn.Module):
         return self.attention(x)
 
 
+class ChangedInPlace(Model):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(cc.E))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.clamp_(-1, 1)
+        return self.attention(x * self.weight)
+
+
+def test_a_parameter_changed_in_place() -> None:
+    assert_expected_inline(
+        explained(ChangedInPlace(), X),
+        """\
+weight is changed in place under no_grad, and learned
+  tests/errors/test_messages.py:LINE in forward
+    self.weight.clamp_(-1, 1)
+  fix  change it outside of the compiled model (after an optimiser's step), or use a changed copy: w.clamp(-1, 1), not w.clamp_(-1, 1) or max_norm""",  # noqa: E501
+    )
+
+
 def test_unknown_axis_name() -> None:
     text = message_of(ShardingSpec, inputs={"x": "batch tokens features"}, axes={"rows": "ring"})
     assert_expected_inline(

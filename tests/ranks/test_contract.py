@@ -13,6 +13,7 @@ from model_jobs import run_model
 CASES = {
     "checkpoint": cc.Checkpointed,
     "autograd_function": cc.UserFunction,
+    "autograd_function_of_parameters": cc.WholeFunction,
     "no_grad": cc.NoGradBlocks,
     "buffers": cc.Buffers,
     "in_place": cc.InPlace,

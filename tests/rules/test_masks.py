@@ -170,6 +170,11 @@ MASKS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
         [bias(3), bias()],
         "float by tiles",
     ),
+    "detached table": (
+        lambda s, t: s[:, None, None] * distance() + t[distance()].detach().movedim(2, 0),
+        [bias(3), bias(13, 3)],
+        "float by tiles",
+    ),
     "bias of data": (
         lambda x: x[:, None, :, None] * x[:, None, None],
         [bias(2, N)],
