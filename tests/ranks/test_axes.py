@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import axes_jobs as jobs
@@ -43,8 +44,11 @@ BOTH = spec_of(rows=Ring(mesh="r"), columns=AllGather(mesh="c"))
 SIX = pytest.param(3, marks=pytest.mark.full)
 
 
+FULL = partial(pytest.param, marks=pytest.mark.full)
+
+
 @pytest.mark.parametrize("columns", [2, SIX])
-@pytest.mark.parametrize("name", ["InTurn", "InTurnFlat", "Training", "table"])
+@pytest.mark.parametrize("name", [FULL("InTurn"), "InTurnFlat", "Training", FULL("table")])
 def test_two_axes(ranks, name: str, columns: int) -> None:
     """7 rows over 2 ranks, 5 columns over 2 or 3."""
     check(ranks, name, BOTH, r=2, c=columns)
@@ -84,7 +88,7 @@ def test_what_meets_along_both_axes(ranks, name: str) -> None:
     check(ranks, name, BOTH, r=2, c=3)
 
 
-@pytest.mark.parametrize("name", ["Structured", "FlattenedStructured"])
+@pytest.mark.parametrize("name", [FULL("Structured"), "FlattenedStructured"])
 def test_masks_made_by_tiles(ranks, name: str) -> None:
     """Windows, documents and learned biases along both axes."""
     check(ranks, name, BOTH, r=2, c=2)

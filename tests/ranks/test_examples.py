@@ -28,6 +28,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.full
 def test_train_gpt() -> None:
     said = run("examples/train_gpt.py", "--ranks", "2", "--steps", "3", "--length", "64")
     before, after = map(float, re.findall(r"(?:before|steps) (\d+\.\d+)", said))

@@ -5,6 +5,7 @@ CI runs every model on three ranks, two of them through Inductor; ``pytest -m fu
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from functools import partial
 
 import pytest
@@ -39,7 +40,21 @@ def check(ranks, name: str, p: int, inner: str = "eager", **sizes: int) -> None:
         compare_gradients(want["gradients"], got["gradients"], tolerance(name))
 
 
-@pytest.mark.parametrize("name", CASES)
+#: What each shows another case shows, too, or another test: behind the marker on three ranks.
+ELSEWHERE = (
+    "gpt_gather",
+    "hf_llama_checkpointing",
+    "hf_llama_packed_auto",
+    "table_auto",
+    "vit_mean",
+)
+
+
+def sampled(names: Iterable[str], elsewhere: Collection[str]) -> list[object]:
+    return [pytest.param(n, marks=pytest.mark.full) if n in elsewhere else n for n in names]
+
+
+@pytest.mark.parametrize("name", sampled(CASES, ELSEWHERE))
 def test_three_ranks(ranks, name: str) -> None:
     check(ranks, name, 3)
 
