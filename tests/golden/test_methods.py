@@ -144,17 +144,17 @@ return [add_1, q_1, k_1, v_1, add_1, add_2]
         """\
 cat: f64[3, 24] = cat([dout_1, q_1, out_1], 1)
 all_to_all: f64[3, 24] = shift(cat, to=0, from=0, 'sp')
+cat_1: f64[1, 4, 6, 2] = cat([all_to_all[:, :8], dout_1], 2)
+cat_2: f64[1, 4, 6, 2] = cat([all_to_all[:, 8:16], q_1], 2)
+cat_3: f64[1, 4, 6, 2] = cat([all_to_all[:, 16:24], out_1], 2)
 all_to_all_1: f64[3, 4] = shift(lse_1, to=0, from=0, 'sp')
-cat_1: f64[1, 4, 6, 1] = cat([all_to_all_1, lse_1], 2)
-cat_2: f64[1, 4, 6, 2] = cat([all_to_all[:, :8], dout_1], 2)
-cat_3: f64[1, 4, 6, 2] = cat([all_to_all[:, 8:16], q_1], 2)
-cat_4: f64[1, 4, 6, 2] = cat([all_to_all[:, 16:24], out_1], 2)
+cat_4: f64[1, 4, 6, 1] = cat([all_to_all_1, lse_1], 2)
 cat_5: f64[3, 16] = cat([k_1, v_1], 1)
 all_to_all_2: f64[3, 16] = shift(cat_5, to=3, from=3, 'sp')
 cat_6: f64[1, 4, 6, 2] = cat([k_1, all_to_all_2[:, :8]], 2)
 cat_7: f64[1, 4, 6, 2] = cat([v_1, all_to_all_2[:, 8:16]], 2)
-flash_backward: (f64[1, 4, 6, 2], f64[1, 4, 6, 2], f64[1, 4, 6, 2]) = flash_backward(cat_2, cat_3,
-    cat_6, cat_7, cat_4, cat_1, 0, False, scale=1)
+flash_backward: (f64[1, 4, 6, 2], f64[1, 4, 6, 2], f64[1, 4, 6, 2]) = flash_backward(cat_1, cat_2,
+    cat_6, cat_7, cat_3, cat_4, 0, False, scale=1)
 add: f64[1, 4, 6, 2] = add(0, flash_backward[0])
 cat_8: f64[3, 16] = cat([flash_backward[1][:, :, 3:6], flash_backward[2][:, :, 3:6]], 1)
 all_to_all_3: f64[3, 16] = shift(cat_8, to=3, from=3, 'sp')
