@@ -270,8 +270,8 @@ def is_number(label: str) -> bool:
 
 def is_view(node: Any) -> bool:
     """Whether a node holds what its operand holds, each number once, perhaps in another shape."""
-    if op_name(node.target) not in (*VIEWS, "slice"):
-        return False
+    if node.op != "call_function" or op_name(node.target) not in (*VIEWS, "slice"):
+        return False  # an input may be called "view"
     if op_name(node.target) not in ("slice", "expand"):
         return True
     return node.meta["val"].numel() == node.args[0].meta["val"].numel()
@@ -344,7 +344,7 @@ def decoded(text: str) -> str:
     if text.startswith('{"slot"'):
         exchange = HeadExchange.decode(text)
         return f"heads({exchange.slot} of {exchange.u}, {' '.join(map(str, exchange.layouts))})"
-    if "=" in text and text.count(" ") == 6:
+    if re.match(r"\d+=", text) and text.count(" ") == 6:
         return f"shard({Shard.decode(text).place})"
     return repr(text)
 

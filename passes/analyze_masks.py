@@ -23,10 +23,10 @@ from torch import fx
 from mosaic.attention.blocks import FULL
 from mosaic.context import Context
 from mosaic.masks.additive import INF, additive
-from mosaic.masks.conditions import Allowed, as_queries
+from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
 from mosaic.masks.op import PLAIN, STRUCTURED
-from mosaic.masks.read import Mask, Reader, joined
+from mosaic.masks.read import Mask, Reader, every_row_sees, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
 from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
@@ -110,13 +110,6 @@ def is_of_keys(found: Mask) -> bool:
     parts = [a.term for a in found.allowed]
     structure = found.band != FULL or found.documents or found.biases
     return not structure and not any(QUERY in term.coordinates for term in parts)
-
-
-def every_row_sees(found: Mask) -> bool:
-    """Whether every query sees at least the key at its own position."""
-    documents, band = found.documents, found.band
-    same = documents is None or as_queries(documents.keys) == documents.queries
-    return same and not found.allowed and (band.left or 0) >= 0 and (band.right or 0) >= 0
 
 
 def dense(graph: fx.Graph, found: Mask, mask: fx.Node, ndim: int, fill: float) -> fx.Node | None:

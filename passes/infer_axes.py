@@ -18,11 +18,11 @@ from torch import fx
 
 from mosaic.context import Context, own_axes
 from mosaic.errors import ShardingError
+from mosaic.handwritten.softmax import unread_softmax
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import ATTENTIONS
 from mosaic.methods import Auto, Ring
 from mosaic.notices import UNKNOWN
-from mosaic.passes.raise_attention import MATMULS, SOFTMAX
 from mosaic.rules import key
 from mosaic.sharder import Sharder
 from mosaic.source import line
@@ -49,12 +49,10 @@ def infer_axes(graph: fx.Graph, context: Context) -> int:
 
 
 def nothing_attends(graph: fx.Graph) -> str:
-    """Says it of a graph in which a softmax looks like an attention's, too."""
-    for node in graph.nodes:
-        behind = {user.target for reader in node.users for user in (reader, *reader.users)}
-        if node.target in SOFTMAX and behind.intersection(MATMULS):
-            return f"{UNKNOWN}, so the graph stays whole on every rank: {line(node)}"
-    return "no attention in this graph: it stays whole"
+    unread = unread_softmax(graph)
+    if unread is None:
+        return "no attention in this graph: it stays whole"
+    return f"{UNKNOWN}, so the graph stays whole on every rank: {line(unread)}"
 
 
 # --- by name ------------------------------------------------------------------------------------

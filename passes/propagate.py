@@ -10,9 +10,12 @@ from torch import fx
 
 from mosaic.context import Context
 from mosaic.errors import ShardingError
+from mosaic.handwritten.softmax import unread_softmax
 from mosaic.local.attention import Attention, flattened, with_axis
 from mosaic.masks.op import ATTENTIONS
+from mosaic.notices import UNKNOWN
 from mosaic.sharder import Sharder
+from mosaic.source import line
 from mosaic.values import Axis, places_of
 
 
@@ -58,9 +61,12 @@ def merged(a: Attention, b: Attention, node: fx.Node, context: Context) -> Atten
 def nothing_attends(graph: fx.Graph, axis: Axis) -> ShardingError:
     attended = [n for n in graph.nodes if n.target in ATTENTIONS]
     lengths = sorted({n.args[0].meta["val"].shape[-2] for n in attended})
+    unread = unread_softmax(graph)
+    facts = {"note": f"{UNKNOWN}: {line(unread)}"} if unread else {}
     return ShardingError(
         f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
         sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: "
         + (", ".join(map(str, lengths)) or "none"),
+        **facts,
         fix="name the axis that attention runs over, or leave the spec out to have it found",
     )

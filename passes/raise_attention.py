@@ -1,154 +1,213 @@
-"""matmul -> scale -> (+ mask) -> softmax -> (dropout) -> matmul becomes one attention node.
+"""product -> scale -> mask -> softmax -> dropout -> product becomes one attention node.
 
-    scores = matmul(q, transpose(k, -2, -1))
-    scores = mul(scores, scale); scores = add(scores, mask)     in any order, each at most once
+    scores = matmul(q, transpose(k, -2, -1))                einsum, bmm and baddbmm as well
+    scores = masked_fill(add(mul(scores, scale), bias), hidden, -1e9)      any number of masks
     out = matmul(dropout(softmax(scores, -1)), v)
-        ->  out = sdpa(q, k, v, mask, dropout_p, scale=scale)
+        ->  out = sdpa(q, k, v, where(~hidden, bias, -inf), dropout_p, scale=scale)
 
 Unmodified models need this: ``nn.MultiheadAttention`` with its default ``need_weights=True`` never
-calls SDPA. Legal because nothing else reads the scores or the weights. A mask filled with a finite
-number stays as it is: a row that it masks everywhere averages all keys, and an attention would not.
+calls SDPA. Legal because it is the same function; where something else reads the scores or the
+weights, they are computed for it as well.
+
+A row whose scores are all hidden by a finite number weighs all its keys alike, and by -inf it has
+no output. So where a mask does not say that every row sees a key, the rows that see none get q = 0
+and see everything: equal scores, no gradient to q and k, and each value's share of the gradient.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from mosaic.context import Context
+from mosaic.handwritten.products import Operand, Weighted, permuted, weighted
+from mosaic.handwritten.softmax import Masked, ScoresReader, Step, Weights, weights
+from mosaic.masks.additive import INF
+from mosaic.masks.conditions import Allowed
+from mosaic.masks.constants import Constants
 from mosaic.masks.op import PLAIN
+from mosaic.masks.read import Reader, every_row_sees, joined
+from mosaic.masks.terms import broadcast, made
+from mosaic.passes.normalize import merge_common, undo_repeat_kv
 from mosaic.rewrite import insert
 
 aten = torch.ops.aten
-MATMULS = (aten.bmm.default, aten.matmul.default)
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
-PASSED = (aten.clone.default, aten.contiguous.default)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Found:
-    """q, k (still transposed), v, and what stands between them."""
+    """Both products, and what stands between them. ``all_see``: every row has a key to look at, or
+    is 0 where it has none. ``lead``: the leading dims of the attention: those of the masks."""
 
-    q: fx.Node
-    kt: fx.Node
-    v: fx.Node
-    scale: float = 1.0
-    mask: fx.Node | None = None
-    keep: fx.Node | None = None  # a boolean mask: where it is False a score was -inf
-    dropout: float = 0.0
+    product: Weighted
+    weights: Weights
+    masked: Masked
+    all_see: bool
+
+    @property
+    def operands(self) -> tuple[Operand, Operand, Operand]:
+        return self.masked.product.q, self.masked.product.k, self.product.v
+
+    @property
+    def last_lead(self) -> tuple[int, ...]:
+        return tuple(self.product.weights.meta["val"].shape[:-2])
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        own = (step.lead for step in self.masked.steps if not step.is_broadcast)
+        return max((self.masked.lead, *own), key=len)
+
+    @property
+    def is_viewed(self) -> bool:
+        """Whether batches and heads are folded, or apart, in one product and not in all of it."""
+        return not self.lead == self.masked.lead == self.last_lead
 
 
 def raise_attention(graph: fx.Graph, context: Context) -> int:
+    reader = ScoresReader(Constants())
     count = 0
     for node in list(graph.nodes):
-        found = find_attention(node)
+        found = find_attention(node, reader)
         if found:
             rewrite(graph, node, found)
             count += 1
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda n: n.is_impure() and n.target != aten.dropout.default)
+    undo_repeat_kv(graph)
+    merge_common(graph)  # the layers' masks
     return count
 
 
-def find_attention(node: fx.Node) -> Found | None:
-    if node.target not in MATMULS:
+def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
+    product = weighted(node)
+    above = product and weights(product.weights)
+    below = above and reader(above.scores)
+    if not (product and above and below):
         return None
-    weights, v = node.args
-    dropout = 0.0
-    weights = passed(weights)
-    if weights.target == aten.dropout.default and alone(weights):
-        dropout = weights.args[1] if weights.args[2] else 0.0
-        weights = passed(weights.args[0])
-    if weights.target not in SOFTMAX or not alone(weights) or not along_last(weights):
+    is_zeroed = above.seen is not None
+    if is_zeroed and below.seen != (above.seen,):
         return None
-    if weights.meta["val"].dtype != weights.args[0].meta["val"].dtype:
-        return None
-    return find_scores(weights.args[0], v, dropout)
+    all_see = is_zeroed or below.fill == -INF or sees(below, above.scores, reader.constants)
+    found = Found(product, above, below, all_see)
+    return found if fits(node, found) else None
 
 
-def find_scores(scores: fx.Node, v: fx.Node, dropout: float) -> Found | None:
-    scale, mask, keep = 1.0, None, None
-    while alone(scores):
-        if scores.target in MATMULS:
-            q, kt = scores.args
-            fits = q.meta["val"].ndim == kt.meta["val"].ndim == v.meta["val"].ndim >= 3
-            return Found(q, kt, v, scale, mask, keep, dropout) if fits else None
-        if scores.target == aten.baddbmm.default and mask is keep is None and plain(scores):
-            return Found(scores.args[1], scores.args[2], v, scale, scores.args[0], None, dropout)
-        constant = scores.args[1] if len(scores.args) > 1 else None
-        if scores.target == aten.mul.Tensor and isinstance(constant, (int, float)):
-            scale *= constant
-        elif scores.target == aten.div.Tensor and isinstance(constant, (int, float)):
-            scale /= constant
-        elif scores.target == aten.add.Tensor and mask is keep is None and scale == 1.0:
-            mask = constant if isinstance(constant, fx.Node) and not scores.kwargs else None
-        elif is_inf_fill(scores) and mask is keep is None and scale == 1.0:
-            keep = scores.args[1]
-        else:
-            return None
-        if scores.target == aten.add.Tensor and mask is None:
-            return None
-        scores = scores.args[0]
-    return None
+def fits(node: fx.Node, found: Found) -> bool:
+    """Whether dtypes and leading dims are those of one attention."""
+    q, k, v = found.operands
+    if len({x.meta["val"].dtype for x in (q.node, k.node, v.node, node)}) > 1:
+        return False
+    if {len(q.lead), len(k.lead)} != {len(found.masked.lead)} or len(v.lead) != len(
+        found.last_lead
+    ):
+        return False
+    if not found.is_viewed:
+        return True
+    # What is viewed must not be broadcast.
+    moved = (s for s in found.masked.steps if s.lead != found.lead and not s.is_broadcast)
+    return (
+        q.lead == k.lead and v.lead == found.last_lead and all(s.own_lead == s.lead for s in moved)
+    )
 
 
-def plain(node: fx.Node) -> bool:
-    return not node.kwargs
+def sees(below: Masked, scores: fx.Node, constants: Constants) -> bool:
+    """Whether the masks say that every row sees a key."""
+    rows, keys = scores.meta["val"].shape[-2:]
+    given = [Allowed(broadcast(s.node, len(s.lead) + 2), s.how) for s in below.seen]
+    conditions = [condition for x in given for condition in Reader(constants)(x)]
+    return rows <= keys and every_row_sees(joined(conditions, constants))
 
 
-def is_inf_fill(node: fx.Node) -> bool:
-    return node.target == aten.masked_fill.Scalar and node.args[2] == -float("inf")
-
-
-def passed(node: fx.Node) -> fx.Node:
-    while node.target in PASSED and alone(node):
-        node = node.args[0]
-    return node
-
-
-def alone(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1
-
-
-def along_last(node: fx.Node) -> bool:
-    return node.args[1] % node.meta["val"].ndim == node.meta["val"].ndim - 1
+# --- writing --------------------------------------------------------------------------------------
 
 
 def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
+    lead = found.lead
     with graph.inserting_before(node):
-        k = transposed(graph, node, found.kt)
-        mask = found.mask
-        if found.keep is not None:
-            mask = insert(graph, node, aten.logical_not.default, (found.keep,))
+        q, k, v = (x.write(graph) for x in found.operands)
+        if found.is_viewed:
+            q, k, v = (led(graph, x, lead) for x in (q, k, v))
+        for step in found.masked.factors:
+            q = made(graph, step.how, q, meeting(graph, step, lead))
+        q, mask = masks(graph, q, found)
         # Kernels take four dims, and nn.MultiheadAttention's bmm has three: one head each.
-        flat = node.meta["val"].ndim == 3
-        q, k, v, mask = (lifted(graph, node, x) if flat else x for x in (found.q, k, found.v, mask))
-        args = (q, k, v, mask, found.dropout)
-        new = insert(graph, node, PLAIN, args, {"scale": found.scale}, name="attention")
+        flat = len(lead) == 1
+        given = (lifted(graph, x) if flat else x for x in (q, k, v, mask))
+        args, scale = (*given, found.weights.dropout), {"scale": found.masked.scale}
+        new = insert(graph, node, PLAIN, args, scale, name="attention")
         new.meta["site"] = len(graph.nodes)
         new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
-        if flat:
-            new = insert(graph, node, aten.squeeze.dim, (new, 1))
-            new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
+        new.meta["keeps_low_rows"] = bool(found.masked.biases)
+        new = made(graph, aten.squeeze.dim, new, 1) if flat else new
+        new = led(graph, new, found.last_lead) if found.is_viewed else new
+        new = permuted(graph, new, found.product.order)
     node.replace_all_uses_with(new)
 
 
-def lifted(graph: fx.Graph, like: fx.Node, x: fx.Node | None) -> fx.Node | None:
+def led(graph: fx.Graph, x: fx.Node, lead: tuple[int, ...]) -> fx.Node:
+    """With other leading dims."""
+    shape = x.meta["val"].shape
+    if tuple(shape[:-2]) == lead:
+        return x
+    return made(graph, aten.reshape.default, x, [*lead, *shape[-2:]])
+
+
+def meeting(graph: fx.Graph, step: Step, lead: tuple[int, ...]) -> fx.Node:
+    """A step's tensor, to be broadcast to scores with these leading dims."""
+    if step.lead == lead:
+        return step.node
+    return led(graph, step.node, () if step.is_broadcast else lead)
+
+
+def masks(graph: fx.Graph, q: fx.Node, found: Found) -> tuple[fx.Node, fx.Node | None]:
+    """The queries, and all masks as one: boolean, or added to the scores."""
+    bias: fx.Node | None = None
+    for step in found.masked.biases:
+        one = cast(graph, meeting(graph, step, found.lead), q.meta["val"].dtype)
+        one = made(graph, aten.neg.default, one) if step.how == aten.sub.Tensor else one
+        bias = one if bias is None else made(graph, aten.add.Tensor, bias, one)
+    if not found.masked.seen:
+        return q, bias and of_pairs(graph, bias)
+    seen, *others = (boolean(graph, step, found.lead) for step in found.masked.seen)
+    for other in others:
+        seen = made(graph, aten.logical_and.default, seen, other)
+    seen = of_pairs(graph, seen)
+    mask = seen if bias is None else made(graph, aten.where.ScalarOther, seen, bias, -INF)
+    if found.all_see:
+        return q, mask
+    sees = made(graph, aten.any.dim, seen, -1, True)
+    q = made(graph, aten.where.ScalarOther, sees, q, 0.0)
+    if bias is not None:
+        return q, made(graph, aten.where.ScalarOther, sees, mask, 0.0)
+    return q, made(
+        graph, aten.logical_or.default, mask, made(graph, aten.logical_not.default, sees)
+    )
+
+
+def of_pairs(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """At least (queries, keys), or (1, keys)."""
+    while mask.meta["val"].ndim < 2:
+        mask = made(graph, aten.unsqueeze.default, mask, 0)
+    return mask
+
+
+def cast(graph: fx.Graph, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """As adding it to the scores does."""
+    if x.meta["val"].dtype == dtype:
+        return x
+    new = insert(graph, x, aten._to_copy.default, (x,), {"dtype": dtype})
+    new.meta["needs_gradient"] = x.meta.get("needs_gradient", False)
+    return new
+
+
+def boolean(graph: fx.Graph, step: Step, lead: tuple[int, ...]) -> fx.Node:
+    node = meeting(graph, step, lead)
+    return node if step.how else made(graph, aten.logical_not.default, node)
+
+
+def lifted(graph: fx.Graph, x: fx.Node | None) -> fx.Node | None:
     """``(n, s, d)`` as ``(n, 1, s, d)``; a mask of two dims broadcasts as it is."""
     if x is None or x.meta["val"].ndim < 3:
         return x
-    out = insert(graph, like, aten.unsqueeze.default, (x, 1))
-    out.meta["needs_gradient"] = x.meta.get("needs_gradient", True)
-    return out
-
-
-def transposed(graph: fx.Graph, like: fx.Node, kt: fx.Node) -> fx.Node:
-    ndim = kt.meta["val"].ndim
-    swapped = {ndim - 2, ndim - 1}
-    if kt.target == aten.transpose.int and {d % ndim for d in kt.args[1:]} == swapped:
-        return kt.args[0]
-    k = insert(graph, like, aten.transpose.int, (kt, -2, -1))
-    k.meta["needs_gradient"] = kt.meta.get("needs_gradient", True)
-    return k
+    return made(graph, aten.unsqueeze.default, x, 1)

@@ -153,8 +153,9 @@ def whole(s: Sharder, c: Call) -> Value:
 
 def is_plain(c: Call) -> bool:
     """Whether ATen's op does it: equal dropout on every rank, a mask in words and what another axis
-    decided need ours."""
-    return c.target is PLAIN and not c["dropout_p"] and "attention" not in c.like.meta
+    decided need ours; so do rows of finfo.min that a written-out softmax kept apart from -inf."""
+    needs_ours = "attention" in c.like.meta or c.like.meta.get("keeps_low_rows")
+    return c.target is PLAIN and not c["dropout_p"] and not needs_ours
 
 
 def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:

@@ -120,7 +120,7 @@ def choices(term: Term) -> list[tuple[Allowed, object, object]]:
     node = term.node
     if node.target in WHERE:
         condition, yes, no = node.args
-    elif node.target == aten.masked_fill.Scalar:
+    elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         no, condition, yes = node.args
     else:
         return []

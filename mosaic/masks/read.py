@@ -204,6 +204,13 @@ def joined(
     return Mask(band, documents, tuple(allowed), biases)
 
 
+def every_row_sees(found: Mask) -> bool:
+    """Whether every query sees at least the key at its own position."""
+    documents, band = found.documents, found.band
+    same = documents is None or as_queries(documents.keys) == documents.queries
+    return same and not found.allowed and (band.left or 0) >= 0 and (band.right or 0) >= 0
+
+
 def run_positions(documents: Documents, constants: Constants) -> Term | None:
     """The vector whose runs of consecutive numbers are the documents.
 

@@ -31,6 +31,12 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1) @ v
 
 
+def einsums(x: Tensor, padding: Tensor) -> Tensor:
+    scores = torch.einsum("bqhd,bkhd->bhqk", x, x) / 2
+    scores = scores.masked_fill(padding[:, None, None, :], -1e9)
+    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, dim=-1), x)
+
+
 def averaged(x: Tensor, positions: Tensor, weight: Tensor) -> Tensor:
     y = F.linear(x + positions, weight)
     y = sdpa(y, y, y, is_causal=True)
@@ -98,6 +104,37 @@ def test_normalize(planned, check):
     )
 
 
+def test_raise_attention_of_einsums(planned, check):
+    """Padding by a finite number: a row that sees no key averages all of them."""
+    plan = planned(einsums, random(2, 11, 3, 4), torch.zeros(2, 11, dtype=torch.bool))
+    check(
+        plan.diffs["raise_attention"],
+        """\
+ padding: b8[2, 11]
+-# scores = torch.einsum("bqhd,bkhd->bhqk", x, x) / 2
+-einsum: f64[2, 3, 11, 11] = einsum('bqhd,bkhd->bhqk', [x, x])
+-div: f64[2, 3, 11, 11] = div(einsum, 2)
+ # scores = scores.masked_fill(padding[:, None, None, :], -1e9)
+...
+ unsqueeze_1: b8[2, 1, 1, 11] = unsqueeze(unsqueeze, 2)
+-masked_fill: f64[2, 3, 11, 11] = masked_fill(div, unsqueeze_1, -1e+09)
++transpose: f64[2, 3, 11, 4] = transpose(x, -3, -2)
++logical_not: b8[2, 1, 1, 11] = logical_not(unsqueeze_1)
++any_1: b8[2, 1, 1, 1] = any(logical_not, -1, True)
++where: f64[2, 3, 11, 4] = where(any_1, transpose, 0)
++logical_not_1: b8[2, 1, 1, 1] = logical_not(any_1)
++logical_or: b8[2, 1, 1, 11] = logical_or(logical_not, logical_not_1)
+ # return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, dim=-1), x)
+-softmax: f64[2, 3, 11, 11] = softmax(masked_fill, -1)
+-einsum_1: f64[2, 11, 3, 4] = einsum('bhqk,bkhd->bqhd', [softmax, x])
+-return [einsum_1]
++attention: f64[2, 3, 11, 4] = sdpa(where, transpose, transpose, logical_or, scale=0.5)
++transpose_3: f64[2, 11, 3, 4] = transpose(attention, -3, -2)
++return [transpose_3]
+""",
+    )
+
+
 def test_raise_attention(planned, check):
     plan = planned(written_out, random(2, 11, 8), random(2, 9, 8), random(2, 9, 5), random(11, 9))
     check(
@@ -109,13 +146,13 @@ def test_raise_attention(planned, check):
 -matmul: f64[2, 11, 9] = matmul(q, transpose)
 -div: f64[2, 11, 9] = div(matmul, 2)
 -add: f64[2, 11, 9] = add(div, mask)
++unsqueeze: f64[2, 1, 11, 8] = unsqueeze(q, 1)
++unsqueeze_1: f64[2, 1, 9, 8] = unsqueeze(k, 1)
++unsqueeze_2: f64[2, 1, 9, 5] = unsqueeze(v, 1)
  # return torch.softmax(scores, dim=-1) @ v
 -softmax: f64[2, 11, 9] = softmax(add, -1)
 -matmul_1: f64[2, 11, 5] = matmul(softmax, v)
 -return [matmul_1]
-+unsqueeze: f64[2, 1, 11, 8] = unsqueeze(q, 1)
-+unsqueeze_1: f64[2, 1, 9, 8] = unsqueeze(k, 1)
-+unsqueeze_2: f64[2, 1, 9, 5] = unsqueeze(v, 1)
 +attention: f64[2, 1, 11, 5] = sdpa(unsqueeze, unsqueeze_1, unsqueeze_2, mask, scale=0.5)
 +squeeze: f64[2, 11, 5] = squeeze(attention, 1)
 +return [squeeze]

@@ -1,0 +1,63 @@
+"""Attentions written by hand: the same function, with all its gradients, as one node."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from handwritten import ATTENTIONS, OTHERS, N, Program
+from mask_programs import traced
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mosaic.handwritten.softmax import SOFTMAX
+from mosaic.passes.normalize import drop_assertions
+from mosaic.passes.raise_attention import raise_attention
+
+
+def given() -> list[Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, N, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    return [q, k, v, torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1], [1] * N], dtype=torch.bool)]
+
+
+def raised(program: Program, inputs: list[Tensor]) -> tuple[fx.GraphModule, int]:
+    module = traced(program, *inputs)
+    drop_assertions(module.graph)
+    count = raise_attention(module.graph, SimpleNamespace())
+    module.graph.lint()
+    module.recompile()
+    return module, count
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_is_one_attention(name: str) -> None:
+    inputs = given()
+    module, count = raised(ATTENTIONS[name], inputs)
+    targets = [node.target for node in module.graph.nodes]
+    assert count == 1
+    assert name == "weights_read_twice" or not set(targets).intersection(SOFTMAX)
+    with sdpa_kernel(SDPBackend.MATH):  # flash attention forgets how many keys a hidden row has
+        found = with_gradients(lambda *xs: module(*xs)[0], inputs)
+    for ours, expected in zip(found, with_gradients(ATTENTIONS[name], inputs), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def with_gradients(program: Program, inputs: list[Tensor]) -> list[Tensor]:
+    out = program(*inputs)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    return [out, *torch.autograd.grad((out * weight).sum(), inputs[:3])]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_stays_what_it_is(name: str) -> None:
+    assert raised(OTHERS[name], given())[1] == 0
+
+
+def test_dropped_weights_that_are_read_twice_stay() -> None:
+    def program(q, k, v, pad):
+        weights = torch.dropout((q @ k.mT).softmax(-1), 0.5, True)
+        return weights @ v + weights.mean()
+
+    assert raised(program, given())[1] == 0
