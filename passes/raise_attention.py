@@ -56,7 +56,7 @@ class Found:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        own = (step.lead for step in self.masked.steps if not step.is_broadcast)
+        own = (step.lead for step in self.masked.steps)
         return max((self.masked.lead, *own), key=len)
 
     @property
