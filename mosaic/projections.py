@@ -93,6 +93,8 @@ def sum_gradients(module: nn.Module, mesh_axis: str = "sp") -> None:
     of Mosaic's modules that are summed already are left out. Call it once, when the module is as it
     will be trained: a copy of a parameter has no hook.
     """
+    if not isinstance(module, nn.Module):
+        raise ShardingError(f"{module!r} is no nn.Module", fix="pass the model, built already")
     group = get_context().group_name(mesh_axis)
     known = {
         id(parameter)

@@ -18,8 +18,9 @@ PATH = re.compile(r"""[A-Za-z_]\w*|\[\s*(?:\d+|'[^']*'|"[^"]*")\s*\]|\.[A-Za-z_]
 class ShardingSpec:
     """Which axes are cut, and how.
 
-    inputs: names for the dims of arguments, ``{"x": "batch rows columns"}``. A key is a path as the
-        user would write it: ``x``, ``src[0]``, ``batch["ids"]``.
+    inputs: names for the dims of arguments, ``{"x": "batch rows columns"}``; "_" is no name, and
+        may come twice. A key is a path as the user would write it: ``x``, ``src[0]``,
+        ``batch["ids"]``.
     axes: a method for each named axis, ``{"rows": Ring(mesh="r"), "columns": "local"}``; or, when
         the only tensor argument needs no names, for dims of it: ``{1: "ring", 2: "local"}``. A
         string is the method with its defaults, on ``mesh_axis``; "local" leaves the axis whole.
@@ -135,7 +136,15 @@ def check_mappings(inputs: object, axes: object) -> None:
                 names=repr(dims),
                 fix="write them in one string, with spaces: 'batch rows features'",
             )
-        twice = sorted(name for name, n in Counter(dims.split()).items() if n > 1)
+        odd = [name for name in dims.split() if not name.isidentifier()]
+        if odd:
+            raise ShardingError(
+                f"{odd[0]!r} of input {path!r} is no name",
+                names=repr(dims),
+                fix="write a word for each dim, with spaces: 'batch rows features'",
+            )
+        counts = Counter(name for name in dims.split() if name != "_")
+        twice = [name for name, n in counts.items() if n > 1]
         if twice:
             raise ShardingError(
                 f"input {path!r} has the name {twice[0]!r} twice",
@@ -143,7 +152,7 @@ def check_mappings(inputs: object, axes: object) -> None:
                 fix="give each dim a name of its own, as in 'batch rows columns'",
             )
     for axis in axes or {}:
-        if isinstance(axis, bool) or not isinstance(axis, (str, int)):
+        if isinstance(axis, bool) or not isinstance(axis, (str, int)) or axis == "_":
             raise ShardingError(
                 f"axis {axis!r} is neither a name nor the number of a dim",
                 fix="write axes={'rows': 'ring'} with names, or axes={1: 'ring'} without",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from mosaic.attention.cost import ITEMSIZE
 from mosaic.attention.way import Facts, Way, way_between
 from mosaic.context import Context, device_memory
 from mosaic.errors import ShardingError
@@ -53,4 +54,7 @@ def resolved(found: Attention, context: Context) -> tuple[Way, str]:
         node_size=world.node_size,
         memory=device_memory(),
     )
-    return way_between(found.method, facts, found.query, found.key)
+    way, note = way_between(found.method, facts, found.query, found.key)
+    if way.grad_dtype and ITEMSIZE[way.grad_dtype] < found.shape.itemsize:
+        note = f"grad_dtype={way.grad_dtype} is narrower than the keys: it rounds dK and dV"
+    return way, note

@@ -115,6 +115,22 @@ input 'x' has the name 'n' twice
     )
 
 
+def test_names_with_commas() -> None:
+    text = message_of(ShardingSpec, inputs={"x": "b, n, e"}, axes={"n": "ring"})
+    assert_expected_inline(
+        text,
+        """\
+'b,' of input 'x' is no name
+  names  'b, n, e'
+  fix    write a word for each dim, with spaces: 'batch rows features'""",
+    )
+
+
+def test_dims_without_a_name() -> None:
+    spec = ShardingSpec(inputs={"x": "_ n _"}, axes={"n": "ring"})
+    assert explain(attend, X, spec=spec, sp_size=2).axis == "n"
+
+
 def test_an_axis_that_is_none() -> None:
     assert_expected_inline(
         message_of(ShardingSpec, axes={1.0: "ring"}),
@@ -157,6 +173,16 @@ Ring(grad_dtype='float23') is no dtype of a gradient
 Ring(grad_dtype=torch.int32) is no dtype of a gradient
   fix  use torch.float64, torch.float32, torch.float16, torch.bfloat16, or None for that of K""",
     )
+
+
+def test_a_dtype_that_rounds_is_in_the_plan() -> None:
+    notes = [
+        explain(
+            attend, X.to(dtype), spec=ShardingSpec(axes={1: Ring(grad_dtype="float32")}), sp_size=2
+        ).notes
+        for dtype in (torch.float64, torch.float32)
+    ]
+    assert notes == [["grad_dtype=float32 is narrower than the keys: it rounds dK and dV"], []]
 
 
 # --- explain and the decorator ------------------------------------------------------------------
@@ -261,6 +287,15 @@ mosaic.shard was given Linear itself
 
 
 # --- tensors and layouts ------------------------------------------------------------------------
+
+
+def test_a_class_for_a_model(alone: None) -> None:
+    assert_expected_inline(
+        message_of(mosaic.sum_gradients, nn.Linear),
+        """\
+<class 'torch.nn.modules.linear.Linear'> is no nn.Module
+  fix  pass the model, built already""",
+    )
 
 
 def test_a_dim_that_is_not_there(alone: None) -> None:
