@@ -6,7 +6,8 @@ So Dynamo's graph is run by an interpreter that
 
 * recurses into checkpointed bodies and marks their nodes, which the partitioner reads later;
 * keeps each autograd.Function as one opaque node that holds both of its bodies;
-* enters autocast regions for real, so that every cast becomes a node of its own.
+* enters autocast regions for real, so that every cast becomes a node of its own;
+* writes out what is inside of a ``torch.vmap``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from mosaic.torch_private import (
     set_grad_enabled,
     tag_activation_checkpoint,
 )
+from mosaic.vmapped import Region, check_transforms, written_out
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,14 @@ class _Interpreter(fx.Interpreter):
     """Runs Dynamo's graph under the tracer; see the module's docstring."""
 
     def __init__(self, module: fx.GraphModule, modes: Modes):
-        super().__init__(module)
+        super().__init__(module, garbage_collect_values=False)  # a vmap asks for its operands late
         self.modes = modes
         self.outer: list[Modes] = []
+        self.mapped = Region()
 
     def run_node(self, n: fx.Node) -> Any:
+        if self.mapped.takes(n):
+            return self.vmap()
         # The tracer copies "custom" to every node that this one becomes.
         n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
         return super().run_node(n)
@@ -127,6 +132,16 @@ class _Interpreter(fx.Interpreter):
         if target is set_grad_enabled:
             return self.switch(replace(self.modes, grad=args[0]))
         return super().call_function(UNFUSED.get(target, target), args, kwargs)
+
+    def vmap(self) -> None:
+        region = self.mapped
+        if region.depth or not region.nodes:
+            return
+        self.mapped = Region()
+        values = [self.env[operand] for operand in region.operands()]
+        body = written_out(region, self.module, values)
+        outs = _Interpreter(body, self.modes).run(*values)
+        self.env.update(zip(region.results(), outs, strict=True))
 
     def checkpoint(self, body: fx.GraphModule, *args: Any) -> Any:
         marks = recompute_marks()
@@ -192,9 +207,12 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
 
     ``sizes``: the global length for each symbol of a length that arrives cut.
 
+    Raises UnsupportedError for what would not be the same program.
+
     The graph's inputs keep their order. ``meta["val"]`` of every node is a fake tensor of one mode
     made here: sizes are known, and no symbol of Dynamo's leaks in.
     """
+    check_transforms(module)
     inputs = read_inputs(module)
     mode = FakeTensorMode()
     with mode:

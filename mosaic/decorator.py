@@ -31,18 +31,23 @@ def shard(
 
     Raises ShardingError at once for a spec that does not fit together.
     """
+    if is_target(inputs):
+        raise ShardingError(
+            f"mosaic.shard was given {getattr(inputs, '__name__', type(inputs).__name__)} itself",
+            fix="write @mosaic.shard() with parentheses, or mosaic.shard()(model)",
+        )
     spec = ShardingSpec(inputs=inputs, axes=axes, **contract)
 
     def decorate(target: T) -> T:
-        if isinstance(target, torch.nn.Module) or is_module_class(target):
-            model: Any = target
-            model.forward = compiled(model.forward)
-            return target
-        if isinstance(target, type) or not callable(target):
+        if not is_target(target):
             raise ShardingError(
                 f"cannot shard {target!r}",
                 fix="decorate an nn.Module class, an instance or a function",
             )
+        if isinstance(target, torch.nn.Module) or is_module_class(target):
+            model: Any = target
+            model.forward = compiled(model.forward)
+            return target
         return compiled(target)
 
     def compiled(fn: Any) -> Any:
@@ -50,6 +55,11 @@ def shard(
         return torch.compile(fn, backend=backend, options=options)
 
     return decorate
+
+
+def is_target(target: object) -> bool:
+    """Whether it can be decorated: an nn.Module class, an instance or a function."""
+    return is_module_class(target) or (callable(target) and not isinstance(target, type))
 
 
 def is_module_class(target: object) -> bool:

@@ -14,6 +14,7 @@ from torch import fx
 
 from mosaic import backend, mesh, pipeline
 from mosaic.context import Context
+from mosaic.errors import ShardingError
 from mosaic.plan import Plan
 from mosaic.show import listing
 from mosaic.spec import ShardingSpec
@@ -42,7 +43,13 @@ def explain(
     Raises what compiling would raise: MosaicError and its subclasses.
     """
     found: list[Plan] = []
-    options: dict[str, Any] = {"spec": spec or ShardingSpec(), "inner": "eager"}
+    options: dict[str, Any] = {"inner": "eager"} | ({} if spec is None else {"spec": spec})
+    backend.Options(**options)  # says what is wrong with them, before Dynamo wraps it
+    if not callable(fn):
+        raise ShardingError(
+            f"cannot explain {fn!r}: it is no function",
+            fix="pass the model, then its arguments: mosaic.explain(model, x, sp_size=4)",
+        )
     with ranks(Ranks(sp_size, mesh_shape, mesh_axes), rank), listening(found):
         compiled = torch.compile(fn, backend=_planning, options=options, dynamic=False)
         reset_dynamo()
@@ -53,6 +60,11 @@ def explain(
 
 def merged(found: list[Plan]) -> Plan:
     """The plan with the most attentions speaks for the program; the others are notes to it."""
+    if not found:
+        raise ShardingError(
+            "nothing was compiled: the program has no tensor operation that torch.compile sees",
+            fix="pass a model and tensors for it; it must not be under torch.compiler.disable",
+        )
     best = max(found, key=lambda p: len(p.attentions))
     if len(found) > 1:
         best.notes.append(
@@ -121,19 +133,43 @@ class Ranks:
 @contextmanager
 def ranks(wanted: Ranks, rank: int) -> Iterator[None]:
     """The ranks of ``mosaic.init`` if there are any; else a fake world for the time of the call."""
-    if mesh.current_context() is not None and wanted == Ranks():
-        yield
-        return
+    mesh.check_sizes(wanted.sp_size, wanted.mesh_shape, wanted.mesh_axes)
     if dist.is_initialized() or mesh.current_context() is not None:
-        mesh.get_context()  # says what to do if there is no context yet
+        check_same(wanted, mesh.get_context())  # says what to do if there is no context yet
         yield
         return
+    if rank not in range(wanted.world):
+        raise ShardingError(
+            f"there is no rank {rank!r} among {wanted.world}", fix="count them from 0"
+        )
+    size = wanted.sp_size if wanted.mesh_shape else wanted.world
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=wanted.world)
-    size = None if wanted.mesh_shape else wanted.world
-    context = mesh.init(size, mesh_shape=wanted.mesh_shape, mesh_axes=wanted.mesh_axes)
     try:
+        mesh.init(size, mesh_shape=wanted.mesh_shape, mesh_axes=wanted.mesh_axes)
         yield
     finally:
-        context.shutdown()
+        context = mesh.current_context()
+        if context is not None:
+            context.shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check_same(wanted: Ranks, context: mesh.MosaicContext) -> None:
+    """Raise ShardingError where other ranks are asked for than there are."""
+    there = dict(zip(context.axes, map(context.size, context.axes), strict=True))
+    if wanted.mesh_shape and wanted.mesh_axes:
+        asked = dict(zip(wanted.mesh_axes, wanted.mesh_shape, strict=False))
+    else:
+        asked = {} if wanted.sp_size is None else {"sp": wanted.sp_size}
+    if any(there.get(axis) != size for axis, size in asked.items()):
+        raise ShardingError(
+            "a plan for other ranks than those of mosaic.init",
+            asked=_sizes(asked),
+            there=_sizes(there),
+            fix="leave the sizes out, or call mosaic.get_context().shutdown() first",
+        )
+
+
+def _sizes(axes: dict[str, int]) -> str:
+    return ", ".join(f"{axis} = {size}" for axis, size in axes.items())

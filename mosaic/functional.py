@@ -22,10 +22,18 @@ from mosaic.attention.visit import Inputs
 from mosaic.attention.way import Facts, way_between
 from mosaic.collectives import enter, enter_together
 from mosaic.context import World, device_memory, world_of
+from mosaic.errors import ShardingError
 from mosaic.layout import Layout
 from mosaic.mesh import context_or_world_of_one
 from mosaic.methods import Local, Method, method_of
-from mosaic.operands import band_of, check_inputs, check_tensors, fitted, four_dims
+from mosaic.operands import (
+    band_of,
+    check_inputs,
+    check_probability,
+    check_tensors,
+    fitted,
+    four_dims,
+)
 from mosaic.random import draw_seed
 from mosaic.tensors import layout_text
 
@@ -71,9 +79,14 @@ def attention(
     key_layout: the same of the keys; None is ``layout``. A ``Layout.whole`` says that every rank
         has all of them, and then their gradient is whole, too.
 
-    Raises ShardingError where sizes, layouts, the mesh axis and the method do not fit.
+    Raises ShardingError where tensors, sizes, layouts, the mesh axis and the method do not fit.
     """
     name = key_of(method)
+    if not (window is None or (isinstance(window, (tuple, list)) and len(window) == 2)):
+        raise ShardingError(
+            f"window = {window!r} is no pair of bounds",
+            fix="give keys to the left and to the right: window=(128, 0), None where unbounded",
+        )
     left, right = (None, None) if window is None else window
     mesh = mesh_of(name)
     queries = layout_text(layout, q, 2, mesh)
@@ -167,6 +180,7 @@ def carry_out(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request)
     """Check everything, decide how it is done, and do it."""
     world = ranks_of(request.method)
     check_tensors(q, k, v)
+    check_probability(request.dropout)
     query, key = layouts(q, k, request, world)
     inputs = four_dims(inputs)
     check_inputs(q, inputs, query, key)

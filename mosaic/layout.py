@@ -27,6 +27,8 @@ from itertools import accumulate, pairwise, product
 from math import gcd
 from typing import NamedTuple
 
+from mosaic.errors import ShardingError
+
 
 class Interval(NamedTuple):
     """The indices ``start <= i < stop``."""
@@ -84,6 +86,16 @@ def _intersect(a: Interval, b: Interval) -> Interval:
     return Interval(max(a.start, b.start), min(a.stop, b.stop))
 
 
+def _check_sizes(n: int, p: int, multiple_of: int = 1) -> None:
+    """Raise ShardingError unless they are whole numbers, none too small."""
+    named = (("n", n, 0), ("p", p, 1), ("multiple_of", multiple_of, 1))
+    for name, size, least in named:
+        if not hasattr(size, "__index__") or size < least:
+            raise ShardingError(
+                f"{name} = {size!r} in a layout", fix=f"use a whole number, {least} or more"
+            )
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which indices of an axis of length ``n`` each rank holds, in the order of its memory.
@@ -99,22 +111,33 @@ class Layout:
 
     @classmethod
     def of(cls, n: int, ranks: Iterable[Iterable[tuple[int, int]]]) -> Layout:
-        return cls(n, tuple(_joined(r) for r in ranks))
+        """From each rank's (start, stop)."""
+        try:
+            return cls(n, tuple(_joined(r) for r in ranks))
+        except TypeError as error:
+            raise ShardingError(
+                "a layout takes a list of (start, stop) for each rank",
+                fix="write Layout.of(4, [[(0, 2)], [(2, 4)]])",
+            ) from error
 
     @classmethod
     def even(cls, n: int, p: int, multiple_of: int = 1) -> Layout:
-        """``torch.chunk``'s cut: 37 over 4 is 10, 10, 10, 7; 9 over 4 is 3, 3, 3, 0."""
+        """``torch.chunk``'s cut: 37 over 4 is 10, 10, 10, 7; 9 over 4 is 3, 3, 3, 0. Raises
+        ShardingError for sizes that are none."""
+        _check_sizes(n, p, multiple_of)
         chunk = -(-n // (p * multiple_of)) * multiple_of
         return cls.of(n, ([(min(r * chunk, n), min((r + 1) * chunk, n))] for r in range(p)))
 
     @classmethod
     def zigzag(cls, n: int, p: int, multiple_of: int = 1) -> Layout:
         """Causal balance: of 2p even chunks rank r holds r and 2p-1-r."""
+        _check_sizes(n, p, multiple_of)
         chunks = [c[0] if c else (0, 0) for c in cls.even(n, 2 * p, multiple_of).ranks]
         return cls.of(n, ([chunks[r], chunks[2 * p - 1 - r]] for r in range(p)))
 
     @classmethod
     def whole(cls, n: int, p: int) -> Layout:
+        _check_sizes(n, p)
         return cls.of(n, ([(0, n)] for _ in range(p)))
 
     @classmethod
@@ -157,7 +180,7 @@ class Layout:
     @cached_property
     def is_partition(self) -> bool:
         """Whether every index is held exactly once."""
-        held = sorted(i for r in self.ranks for i in r)
+        held = [Interval(0, 0), *sorted(i for r in self.ranks for i in r)]
         return sum(self.lengths) == self.n and all(a.stop == b.start for a, b in pairwise(held))
 
     @property

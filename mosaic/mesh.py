@@ -14,9 +14,10 @@ import gc
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -122,6 +123,38 @@ class MosaicContext:
         return tuple(name for name in self.axes if name in wanted)
 
 
+def check_sizes(sp_size: object, mesh_shape: object, mesh_axes: object) -> None:
+    """Raise ShardingError for what are no numbers of ranks, and no names of mesh axes."""
+    if mesh_shape is not None and not _is_list(mesh_shape):
+        raise ShardingError(
+            f"mesh_shape = {mesh_shape!r} is no list of sizes",
+            fix="give a size for each mesh axis: mesh_shape=(2, 2)",
+        )
+    if mesh_axes is not None and not (_is_list(mesh_axes) and all(map(_is_name, mesh_axes))):
+        raise ShardingError(
+            f"mesh_axes = {mesh_axes!r} are no names of mesh axes",
+            fix='give a word for each mesh axis: mesh_axes=("rows", "columns")',
+        )
+    for name, given, sizes in (
+        ("sp_size", sp_size, () if sp_size is None else (sp_size,)),
+        ("mesh_shape", mesh_shape, mesh_shape or ()),
+    ):
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+            raise ShardingError(
+                f"{name} = {given!r} is no number of ranks",
+                fix="every size is 1 or more; sp_size=None takes all ranks",
+            )
+
+
+def _is_list(given: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(given, Sequence) and not isinstance(given, str)
+
+
+def _is_name(given: object) -> bool:
+    """A comma joins mesh axes, and a space ends one where a graph names it."""
+    return isinstance(given, str) and re.fullmatch(r"[^\s,]+", given) is not None
+
+
 _context: MosaicContext | None = None
 
 
@@ -139,8 +172,16 @@ def init(
     ``sp_size=None`` takes all ranks. ``mesh_shape=(2, 2), mesh_axes=("rows", "columns")`` names
     other axes, with dp in front for what is left of the world. ``mesh`` is a mesh made elsewhere.
     torch.distributed is opened from torchrun's environment where the caller has not opened it.
+
+    Raises ShardingError where sizes, names and the world do not fit.
     """
     global _context
+    check_sizes(sp_size, mesh_shape, mesh_axes)
+    if mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise ShardingError(
+            f"mesh = {mesh!r} is no DeviceMesh",
+            fix='pass a DeviceMesh, or mesh_shape=(2, 2) and mesh_axes=("rows", "columns")',
+        )
     request = _Request(
         sp_size,
         None if mesh_shape is None else tuple(mesh_shape),
@@ -229,11 +270,6 @@ def _shape(request: _Request, world: int) -> tuple[tuple[str, ...], tuple[int, .
     """The names and sizes of the mesh to make, dp first."""
     axes, shape, title = _asked(request, world)
     ranks = math.prod(shape)
-    if min(shape) < 1:
-        raise ShardingError(
-            f"{title} is no number of ranks",
-            fix="every size is 1 or more; sp_size=None takes all ranks",
-        )
     if world == 1 and ranks > 1:
         raise ShardingError(
             f"{title} needs {ranks} ranks, and this process is alone",

@@ -25,6 +25,13 @@ class Method:
 
     mesh: str = field(default="sp", kw_only=True)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.mesh, str) or not self.mesh:
+            raise ShardingError(
+                f"{type(self).__name__}(mesh={self.mesh!r}) is no name of a mesh axis",
+                fix='use a name, such as mesh="sp", or mesh="a,b" for two as one',
+            )
+
 
 @dataclass(frozen=True)
 class Local(Method):
@@ -42,13 +49,17 @@ class Ring(Method):
 
     stages: in how many portions the keys come. p: one rank's at a time, the least memory. 1: all at
         once, the fewest merges. Between: this rank's own first, then the others' in groups.
-    grad_dtype: in which dK and dV go home; None is the dtype of K.
+    grad_dtype: in which dK and dV go home, a dtype or its name; None is the dtype of K. They are
+        added up in float32 (float64 for float64) whatever it is: a wider one, such as float32 for
+        bfloat16, saves a rounding, and one narrower than K's rounds each rank's share to it.
     """
 
     stages: int | Literal["auto"] = field(default="auto", kw_only=True)
-    grad_dtype: torch.dtype | None = field(default=None, kw_only=True)
+    grad_dtype: torch.dtype | str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "grad_dtype", _dtype_of("Ring", "grad_dtype", self.grad_dtype))
         whole = isinstance(self.stages, int) and not isinstance(self.stages, bool)
         if self.stages != "auto" and not (whole and self.stages >= 1):
             raise ShardingError(
@@ -75,6 +86,7 @@ class Mesh2D(Method):
     cols: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_counts("Mesh2D", rows=self.rows, cols=self.cols)
 
 
@@ -100,6 +112,7 @@ class Hierarchical(Method):
     inter: Inter = "ring"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_counts("Hierarchical", intra_node_size=self.intra_node_size)
         _check_choice("Hierarchical", "intra", self.intra, get_args(Intra))
         _check_choice("Hierarchical", "inter", self.inter, get_args(Inter))
@@ -157,6 +170,22 @@ def _check_choice(name: str, what: str, given: str, allowed: tuple[str, ...]) ->
         )
 
 
+def _dtype_of(name: str, what: str, given: object) -> torch.dtype | None:
+    """A floating dtype from itself or its name."""
+    named = given.removeprefix("torch.") if isinstance(given, str) else given
+    for dtype in GRADIENTS:
+        if named in (dtype, str(dtype).removeprefix("torch.")):
+            return dtype
+    if given is None:
+        return None
+    raise ShardingError(
+        f"{name}({what}={given!r}) is no dtype of a gradient",
+        fix=f"use {', '.join(map(str, GRADIENTS))}, or None for that of K",
+    )
+
+
+#: In which dK and dV can be sent.
+GRADIENTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: Methods that a string can name; the others have to be told sizes.
 NAMED: Mapping[str, type[Method]] = {
     "auto": Auto,

@@ -40,7 +40,7 @@ from mosaic.projections import (
     folded_mask,
     grid_shape,
 )
-from mosaic.tensors import gather, layout_text, shard_tensor
+from mosaic.tensors import gather, layout_text, shard_tensor, written
 
 
 class MultiAxisAttention(Projected):
@@ -202,7 +202,8 @@ class MultiAxisAttention2D(Projected):
         layers = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         *projections, last = self.parameters_of(layers, "")
         q, k, v = (self.heads_of(tokens, layer) for layer in projections)
-        held = str(layout or self.layout or "")
+        given = layout or self.layout
+        held = "" if given is None else written(given)
         out = grid_node(q, k, v, self.key, self.causal, self.rate, held)
         return self.joined(out, last).reshape(grid.shape).movedim((-3, -2), axes)
 

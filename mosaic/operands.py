@@ -13,9 +13,9 @@ from mosaic.layout import Layout
 
 
 def band_of(causal: bool, left: int | None, right: int | None) -> Band:
-    """The keys that positions allow. Raises ShardingError for a window of negative length."""
+    """The keys that positions allow. Raises ShardingError for bounds that are no number of keys."""
     for name, bound in (("left", left), ("right", right)):
-        if bound is not None and bound < 0:
+        if bound is not None and (int(bound) != bound or bound < 0):
             raise ShardingError(
                 f"window: {name} = {bound} is no number of keys",
                 fix="use 0 or more, or None where it is unbounded",
@@ -26,7 +26,9 @@ def band_of(causal: bool, left: int | None, right: int | None) -> Band:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ShardingError unless dims, heads and dtypes of q, k and v fit together."""
+    """Raise ShardingError unless dims, heads, dtypes and devices of q, k and v fit together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_is_tensor(name, x)
     sizes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ShardingError(
@@ -49,6 +51,20 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShardingError(
             "q, k and v are not of one floating dtype", dtypes=f"{q.dtype}, {k.dtype}, {v.dtype}"
         )
+    if not q.device == k.device == v.device:
+        raise ShardingError(
+            "q, k and v are not on one device", devices=f"{q.device}, {k.device}, {v.device}"
+        )
+
+
+def check_is_tensor(name: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        raise ShardingError(f"{name} is no tensor", type=type(given).__name__)
+
+
+def check_probability(dropout: object) -> None:
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
+        raise ShardingError(f"dropout = {dropout!r} is no probability", fix="use 0 to 1")
 
 
 def fitted(name: str, x: Tensor, layout: Layout | None, world: World, option: str) -> Layout:
@@ -80,8 +96,17 @@ def fitted(name: str, x: Tensor, layout: Layout | None, world: World, option: st
 
 
 def four_dims(inputs: Inputs) -> Inputs:
-    """Masks as (batch|1, heads|1, rows|1, keys|1), documents of both sides as (batch|1, n)."""
+    """Masks as (batch|1, heads|1, rows|1, keys|1), documents of both sides as (batch|1, n). Raises
+    ShardingError for what has more dims."""
     mask, queries, keys, seed, *_ = inputs
+    named = (("mask", mask, 4), ("query_documents", queries, 2), ("key_documents", keys, 2))
+    for name, given, dims in named:
+        if given is not None:
+            check_is_tensor(name, given)
+            if given.ndim > dims:
+                raise ShardingError(
+                    f"{name} has more than {dims} dims", sizes=list(map(int, given.shape))
+                )
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]
     keys = queries if keys is None else keys

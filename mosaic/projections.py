@@ -14,6 +14,7 @@ from mosaic.functional import attention_node, key_of, parameters_node
 from mosaic.mesh import get_context
 from mosaic.methods import Local, Mesh2D, Method, method_of
 from mosaic.moves import all_reduce
+from mosaic.operands import check_is_tensor, check_probability
 
 
 class Projected(nn.Module):
@@ -33,8 +34,7 @@ class Projected(nn.Module):
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_divides("embed_dim", embed_dim, "num_heads", num_heads)
         check_divides("num_heads", num_heads, "num_kv_heads", kv_heads)
-        if not 0.0 <= dropout <= 1.0:
-            raise ShardingError(f"dropout = {dropout} is no probability", fix="use 0 to 1")
+        check_probability(dropout)
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv_heads
         self.head_dim = embed_dim // num_heads
         self.method, self.causal, self.dropout = method, causal, dropout
@@ -93,6 +93,8 @@ def sum_gradients(module: nn.Module, mesh_axis: str = "sp") -> None:
     of Mosaic's modules that are summed already are left out. Call it once, when the module is as it
     will be trained: a copy of a parameter has no hook.
     """
+    if not isinstance(module, nn.Module):
+        raise ShardingError(f"{module!r} is no nn.Module", fix="pass the model, built already")
     group = get_context().group_name(mesh_axis)
     known = {
         id(parameter)
@@ -125,12 +127,17 @@ def chosen(backend: str | Method, mesh_shape: tuple[int, int] | None) -> Method:
 
 
 def grid_shape(mesh_shape: tuple[int, int]) -> tuple[int, int]:
-    if len(mesh_shape) != 2:
-        raise ShardingError(f"mesh_shape = {mesh_shape} is no grid", fix="give two sizes")
+    if not isinstance(mesh_shape, (tuple, list)) or len(mesh_shape) != 2:
+        raise ShardingError(f"mesh_shape = {mesh_shape!r} is no grid", fix="give two sizes")
     return mesh_shape[0], mesh_shape[1]
 
 
 def check_divides(name: str, n: int, by: str, d: int) -> None:
+    for what, given in ((name, n), (by, d)):
+        if not isinstance(given, int):
+            raise ShardingError(f"{what} = {given!r} is no whole number")
+    if n < 1:
+        raise ShardingError(f"{name} = {n} is not enough", fix="use 1 or more")
     if d < 1 or n % d:
         divisors = ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
         raise ShardingError(
@@ -142,7 +149,15 @@ def check_divides(name: str, n: int, by: str, d: int) -> None:
 
 def axis_of(x: Tensor, axis: int, embed_dim: int) -> int:
     """An axis of x from the front. Raises ShardingError for embed, and for one that x lacks."""
-    if x.shape[-1] != embed_dim or not -x.ndim <= axis < x.ndim or axis % x.ndim == x.ndim - 1:
+    check_is_tensor("the input", x)
+    if not isinstance(axis, int):
+        raise ShardingError(f"axis {axis!r} is no number of a dim", sizes=list(x.shape))
+    if (
+        x.ndim < 2
+        or x.shape[-1] != embed_dim
+        or not -x.ndim <= axis < x.ndim
+        or axis % x.ndim == x.ndim - 1
+    ):
         raise ShardingError(
             f"the tensor is not (..., axis, ..., embed) with attention over axis {axis}",
             sizes=f"{list(x.shape)}, embed = {embed_dim}",
@@ -158,6 +173,8 @@ def folded(rows: Tensor) -> Tensor:
 
 def folded_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
     """A mask (..., heads, rows, keys) over the other axes of ``rows`` (..., seq, embed)."""
+    if mask is not None:
+        check_is_tensor("mask", mask)
     if mask is None or prod(mask.shape[:-3]) == 1:
         return None if mask is None else mask.reshape(1, *mask.shape[-3:])
     full = mask.expand(*rows.shape[:-2], *mask.shape[-3:])

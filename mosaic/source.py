@@ -12,8 +12,8 @@ from torch import fx
 FRAME = re.compile(
     r'  File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)\n\s+(?P<code>.+)'
 )
-HERE = Path(__file__).resolve().parent
-INSIDE = (str(HERE), str(Path(torch.__file__).resolve().parent))
+ROOTS = (Path(__file__).parent, Path(torch.__file__).parent)
+INSIDE = tuple({str(path) for root in ROOTS for path in (root, root.resolve())})
 LIBRARY = ("site-packages", "dist-packages", "<frozen", "<eval_with_key>")
 
 

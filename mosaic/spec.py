@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,8 +18,9 @@ PATH = re.compile(r"""[A-Za-z_]\w*|\[\s*(?:\d+|'[^']*'|"[^"]*")\s*\]|\.[A-Za-z_]
 class ShardingSpec:
     """Which axes are cut, and how.
 
-    inputs: names for the dims of arguments, ``{"x": "batch rows columns"}``. A key is a path as the
-        user would write it: ``x``, ``src[0]``, ``batch["ids"]``.
+    inputs: names for the dims of arguments, ``{"x": "batch rows columns"}``; "_" is no name, and
+        may come twice. A key is a path as the user would write it: ``x``, ``src[0]``,
+        ``batch["ids"]``.
     axes: a method for each named axis, ``{"rows": Ring(mesh="r"), "columns": "local"}``; or, when
         the only tensor argument needs no names, for dims of it: ``{1: "ring", 2: "local"}``. A
         string is the method with its defaults, on ``mesh_axis``; "local" leaves the axis whole.
@@ -56,6 +58,12 @@ class ShardingSpec:
                     f"{name} = {getattr(self, name)!r} is not a choice",
                     fix=f"use one of {', '.join(map(repr, allowed))}",
                 )
+        check_mappings(self.inputs, self.axes)
+        if not isinstance(self.mesh_axis, str) or not self.mesh_axis:
+            raise ShardingError(
+                f"mesh_axis = {self.mesh_axis!r} is no name of a mesh axis",
+                fix="use a name of mosaic.init's mesh, such as 'sp'",
+            )
         if self.axes is not None:
             methods = {a: method_of(m, mesh=self.mesh_axis) for a, m in self.axes.items()}
             object.__setattr__(self, "axes", methods)
@@ -107,6 +115,48 @@ class ShardingSpec:
         """One line, for the digest that ranks compare."""
         parts = (f"{k}={dict(v) if isinstance(v, Mapping) else v!r}" for k, v in vars(self).items())
         return " ".join(parts)
+
+
+def check_mappings(inputs: object, axes: object) -> None:
+    """Raise ShardingError unless they are what ShardingSpec says, each name once in an input."""
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise ShardingError(
+            f"inputs = {inputs!r} is no dict",
+            fix="give names to the dims of arguments: inputs={'x': 'batch rows features'}",
+        )
+    if axes is not None and not isinstance(axes, Mapping):
+        raise ShardingError(
+            f"axes = {axes!r} is no dict",
+            fix="give each axis a method: axes={'rows': 'ring'}, or axes={1: 'ring'} by its dim",
+        )
+    for path, dims in (inputs or {}).items():
+        if not isinstance(dims, str):
+            raise ShardingError(
+                f"the names of input {path!r} are no string",
+                names=repr(dims),
+                fix="write them in one string, with spaces: 'batch rows features'",
+            )
+        odd = [name for name in dims.split() if not name.isidentifier()]
+        if odd:
+            raise ShardingError(
+                f"{odd[0]!r} of input {path!r} is no name",
+                names=repr(dims),
+                fix="write a word for each dim, with spaces: 'batch rows features'",
+            )
+        counts = Counter(name for name in dims.split() if name != "_")
+        twice = [name for name, n in counts.items() if n > 1]
+        if twice:
+            raise ShardingError(
+                f"input {path!r} has the name {twice[0]!r} twice",
+                names=repr(dims),
+                fix="give each dim a name of its own, as in 'batch rows columns'",
+            )
+    for axis in axes or {}:
+        if isinstance(axis, bool) or not isinstance(axis, (str, int)) or axis == "_":
+            raise ShardingError(
+                f"axis {axis!r} is neither a name nor the number of a dim",
+                fix="write axes={'rows': 'ring'} with names, or axes={1: 'ring'} without",
+            )
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {

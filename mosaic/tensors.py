@@ -31,6 +31,8 @@ def shard_of(x: Tensor) -> Shard:
 
 
 def _spec(x: Tensor) -> str:
+    if not isinstance(x, Tensor):
+        raise ShardingError(f"a {type(x).__name__} is no tensor")
     spec = getattr(x, _MARK, None)
     if spec is None:
         raise ShardingError(
@@ -52,9 +54,28 @@ def layout_of(x: Tensor) -> Layout:
 def layout_text(layout: Layout | None, x: Tensor, dim: int, mesh_axis: str) -> str:
     """The layout of a dim as text: the given one, else what is remembered; "" if nothing is."""
     if layout is not None:
-        return str(layout)
+        return written(layout)
     spec = getattr(x, _MARK, None)
     return "" if spec is None else _along(spec, dim % x.ndim, mesh_axis)
+
+
+def written(layout: Layout) -> str:
+    """A layout as text. Raises ShardingError for anything else."""
+    if not isinstance(layout, Layout):
+        raise ShardingError(
+            f"layout = {layout!r} is no layout",
+            fix="make one: mosaic.Layout.even(n, p), Layout.zigzag(n, p), Layout.of(n, ranks)",
+        )
+    return str(layout)
+
+
+def dim_of(x: Tensor, dim: int) -> int:
+    """A dim from the front. Raises ShardingError for one that x lacks."""
+    if not isinstance(x, Tensor):
+        raise ShardingError(f"a {type(x).__name__} is no tensor")
+    if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
+        raise ShardingError(f"there is no dim {dim!r} in the tensor", sizes=list(x.shape))
+    return dim % x.ndim
 
 
 @torch.compiler.assume_constant_result
@@ -80,13 +101,14 @@ def gather(
     """
     if dim is None:
         return torch.ops.mosaic.gather(x, _spec(x))
+    dim = dim_of(x, dim)
     return gather_node(x, dim, layout_text(layout, x, dim, mesh_axis), mesh_axis)
 
 
 @torch.compiler.allow_in_graph
 def gather_node(x: Tensor, dim: int, layout: str, mesh_axis: str) -> Tensor:
-    """``gather`` along a dim, with its layout as text."""
-    context, dim = get_context(), dim % x.ndim
+    """``gather`` along a dim from the front, with its layout as text."""
+    context = get_context()
     n, p, rank = int(x.shape[dim]), context.size(mesh_axis), context.rank(mesh_axis)
     if not layout:
         check_shards_alike(context, mesh_axis, (tuple(map(int, x.shape)),), dim)
@@ -106,16 +128,24 @@ def shard_tensor(
 ) -> Tensor:
     """This rank's part of a whole tensor along ``dim``: cut as ``torch.chunk`` or by ``layout``.
 
-    Raises ShardingError when the layout is for another length or another number of ranks.
+    Raises ShardingError for a dim that is not there, and when the layout is for another length or
+    another number of ranks, or is no cut.
     """
     context = get_context()
-    dim, p = dim % x.ndim, context.size(mesh_axis)
-    layout = layout or Layout.even(x.shape[dim], p)
+    dim, p = dim_of(x, dim), context.size(mesh_axis)
+    layout = Layout.even(x.shape[dim], p) if layout is None else layout
+    written(layout)  # says so if it is none
     if (layout.n, layout.p) != (x.shape[dim], p):
         raise ShardingError(
             f"the layout does not fit dim {dim}",
             sizes=f"the tensor has {x.shape[dim]} there and the mesh axis {p} ranks; "
             f"the layout is of {layout.n} over {layout.p}",
+        )
+    if not layout.is_partition and layout != Layout.whole(layout.n, p):
+        raise ShardingError(
+            "the layout holds an index twice, or leaves one out",
+            layout=layout,
+            fix="give every index to one rank, or all of them to every rank (Layout.whole)",
         )
     place = Place(layout, dim, mesh_axis=mesh_axis)
     shard = Shard(place, context.rank(mesh_axis), context.group_name(mesh_axis))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any
 
@@ -11,6 +12,7 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._C import _functorch as functorch
 from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._decomp import decomposition_table
 from torch._dynamo import config as dynamo_config
@@ -23,6 +25,10 @@ from torch._dynamo.source import AttrSource
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim
+from torch._functorch.predispatch import _vmap_decrement_nesting as VMAP_ENDS
+from torch._functorch.predispatch import _vmap_increment_nesting as VMAP_BEGINS
+from torch._functorch.predispatch import lazy_load_decompositions as VMAP_PREPARES
 from torch._guards import CompileContext, tracing
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,6 +40,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -41,6 +48,10 @@ from torch._functorch.autograd_function import autograd_function_apply  # isort:
 
 __all__ = [
     "RESUMED",
+    "VMAP_BEGINS",
+    "VMAP_ENDS",
+    "VMAP_PARTS",
+    "VMAP_PREPARES",
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",
@@ -58,8 +69,10 @@ __all__ = [
     "exit_autocast",
     "fake_mode_of",
     "flattened",
+    "functorch_restored",
     "guarded_attribute",
     "has_decomposition",
+    "is_of_functorch",
     "make_fx",
     "may_vary",
     "multi_head_attention_op",
@@ -74,6 +87,7 @@ __all__ = [
     "size_symbols",
     "tag_activation_checkpoint",
     "torch_version",
+    "without_modes",
 ]
 
 
@@ -142,6 +156,28 @@ def guarded_attribute(node: fx.Node, name: str) -> Any:
         assert grapharg is not None
         install_guard(AttrSource(grapharg.source, name).make_guard(GuardBuilder.EQUALS_MATCH))
     return value
+
+
+VMAP_PARTS = {VMAP_BEGINS, VMAP_ENDS, VMAP_PREPARES, _add_batch_dim, _remove_batch_dim}
+
+
+def is_of_functorch(target: Any) -> bool:
+    """Whether a call in Dynamo's graph belongs to a transform of torch.func."""
+    if not inspect.isroutine(target):
+        return False
+    module = getattr(target, "__module__", None) or ""
+    return module.startswith(("torch._functorch", "torch._C._functorch"))
+
+
+@contextmanager
+def functorch_restored() -> Iterator[None]:
+    """Leave functorch's levels as they were, whatever is raised in between."""
+    depth = functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        if functorch.get_dynamic_layer_stack_depth() > depth:
+            functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 _regions = count()

@@ -11,17 +11,35 @@ from __future__ import annotations
 
 from torch import fx
 
+from mosaic.attention.cost import ITEMSIZE
 from mosaic.attention.way import Facts, Way, way_between
 from mosaic.context import Context, device_memory
+from mosaic.errors import ShardingError
 from mosaic.local.attention import Attention
+from mosaic.source import where
 
 
 def choose_method(graph: fx.Graph, context: Context) -> int:
     for found, node in context.attentions:
+        if found.is_distributed and context.world.size > 1:
+            check_not_empty(node, context)
         node.meta["way"], note = resolved(found, context)
         if note and note not in context.notes:
             context.notes.append(note)
     return sum(found.is_distributed for found, _ in context.attentions)
+
+
+def check_not_empty(node: fx.Node, context: Context) -> None:
+    """Raise ShardingError for an attention in which there is nothing to cut."""
+    q, k, v = (list(x.meta["val"].shape) for x in node.args[:3])
+    if 0 in (*q, *k, *v):
+        empty = next((axis.name for axis in context.axes if axis.layout.n == 0), None)
+        raise ShardingError(
+            f"axis {empty!r} has length 0" if empty else "an attention of empty tensors is cut",
+            where=where(node),
+            sizes=f"q {q}, k {k}, v {v}",
+            fix="leave the call out where there is nothing to attend to",
+        )
 
 
 def resolved(found: Attention, context: Context) -> tuple[Way, str]:
@@ -36,4 +54,7 @@ def resolved(found: Attention, context: Context) -> tuple[Way, str]:
         node_size=world.node_size,
         memory=device_memory(),
     )
-    return way_between(found.method, facts, found.query, found.key)
+    way, note = way_between(found.method, facts, found.query, found.key)
+    if way.grad_dtype and ITEMSIZE[way.grad_dtype] < found.shape.itemsize:
+        note = f"grad_dtype={way.grad_dtype} is narrower than the keys: it rounds dK and dV"
+    return way, note

@@ -100,6 +100,37 @@ class NoGradBlocks(nn.Module):
         return (y * self.w(y).detach() + self.w(x)).square().mean()
 
 
+class Mapped(nn.Module):
+    """vmap over samples, over tokens, over both positions of a mask, and in a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.w = Attention(), nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1])
+        seen = torch.vmap(torch.vmap(near, (None, 0)), (0, None))(positions, positions)
+        x = torch.vmap(self.token, in_dims=1, out_dims=1)(x)
+        x = x + F.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3, seen).squeeze(1)
+        x = x + self.attention(checkpoint(torch.vmap(self.sample), x, use_reentrant=False))
+        return x.square().mean()
+
+    def token(self, x: Tensor) -> Tensor:
+        """(batch, features) of one token."""
+        x = x.clone()
+        x[:, 3] = x[:, [1, 2]].sum(1)
+        return F.layer_norm(self.w(x), (E,)).mul_(2)
+
+    def sample(self, x: Tensor) -> Tensor:
+        """(tokens, features) of one sample; its mean is over the axis that is cut."""
+        scale, shift = torch.vmap(lambda row: (row.sigmoid(), row.mean()))(x)
+        return x * scale + shift[:, None] - x.mean(0)
+
+
+def near(query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) & (key > query - 5)
+
+
 class Buffers(nn.Module):
     """BatchNorm over the tokens, a counter, and a running sum that the user keeps."""
 

@@ -217,6 +217,89 @@ key_documents without query_documents
     )
 
 
+def test_a_list_for_a_tensor() -> None:
+    assert_expected_inline(
+        message_of(mosaic.attention, [Q], Q, Q),
+        """\
+q is no tensor
+  type  list""",
+    )
+
+
+def test_devices() -> None:
+    assert_expected_inline(
+        message_of(mosaic.attention, Q, Q.to("meta"), Q),
+        """\
+q, k and v are not on one device
+  devices  cpu, meta, cpu""",
+    )
+
+
+def test_a_window_that_is_no_pair() -> None:
+    assert_expected_inline(
+        message_of(mosaic.attention, Q, Q, Q, window=3),
+        """\
+window = 3 is no pair of bounds
+  fix  give keys to the left and to the right: window=(128, 0), None where unbounded""",
+    )
+    assert_expected_inline(
+        message_of(mosaic.attention, Q, Q, Q, window=(1.5, 0)),
+        """\
+window: left = 1.5 is no number of keys
+  fix  use 0 or more, or None where it is unbounded""",
+    )
+
+
+def test_dropout_of_more_than_everything() -> None:
+    assert_expected_inline(
+        message_of(mosaic.attention, Q, Q, Q, dropout=2),
+        """\
+dropout = 2.0 is no probability
+  fix  use 0 to 1""",
+    )
+
+
+def test_documents_of_each_head() -> None:
+    ids = torch.zeros(2, 4, 5)
+    assert_expected_inline(
+        message_of(mosaic.attention, Q, Q, Q, query_documents=ids),
+        """\
+query_documents has more than 2 dims
+  sizes  [2, 4, 5]""",
+    )
+
+
+def test_heads_that_are_no_number() -> None:
+    assert_expected_inline(
+        message_of(mosaic.MultiAxisAttention, 8, 2.0, 1), """num_heads = 2.0 is no whole number"""
+    )
+    assert_expected_inline(
+        message_of(mosaic.MultiAxisAttention, 0, 1, 1),
+        """\
+embed_dim = 0 is not enough
+  fix  use 1 or more""",
+    )
+
+
+def test_an_axis_by_its_name() -> None:
+    module = mosaic.MultiAxisAttention(8, 2, "rows")
+    assert_expected_inline(
+        message_of(module, torch.randn(2, 3, 8)),
+        """\
+axis 'rows' is no number of a dim
+  sizes  [2, 3, 8]""",
+    )
+
+
+def test_a_grid_that_is_a_number() -> None:
+    assert_expected_inline(
+        message_of(mosaic.MultiAxisAttention, 8, 4, 1, "mesh2d", 4),
+        """\
+mesh_shape = 4 is no grid
+  fix  give two sizes""",
+    )
+
+
 @pytest.fixture(scope="module")
 def on_two_ranks(ranks) -> dict[str, str]:
     text = ranks(2).run(jobs.messages, 2)[1]

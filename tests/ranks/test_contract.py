@@ -15,6 +15,7 @@ CASES = {
     "autograd_function": cc.UserFunction,
     "autograd_function_of_parameters": cc.WholeFunction,
     "no_grad": cc.NoGradBlocks,
+    "vmap": cc.Mapped,
     "buffers": cc.Buffers,
     "in_place": cc.InPlace,
     "reductions": cc.Reductions,
