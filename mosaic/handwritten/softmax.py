@@ -23,7 +23,7 @@ from mosaic.masks.constants import Constants
 from mosaic.masks.terms import RESHAPED, Term, broadcast
 
 aten = torch.ops.aten
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 COPIED = (aten.clone.default, aten.contiguous.default, aten.alias.default)
 MAXIMA = (aten.amax.default, aten.max.dim)
 HALF = (torch.bfloat16, torch.float16)
@@ -141,13 +141,13 @@ class ScoresReader:
 
     def scaled(self, node: fx.Node) -> Masked | None:
         """By a number, before there is a mask."""
-        if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs:
+        if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) or node.kwargs:
             return None
         x, factor = node.args
         found = self(x) if isinstance(factor, (int, float)) else None
         if found is None or found.is_masked:
             return None
-        factor = factor if node.target == aten.mul.Tensor else 1 / factor
+        factor = 1 / factor if node.target == aten.div.Tensor else factor
         return replace(found, scale=found.scale * factor)
 
     def multiplied(self, node: fx.Node) -> Masked | None:
@@ -242,9 +242,11 @@ def along_last(node: fx.Node) -> bool:
 
 def keeps_rows(node: fx.Node) -> bool:
     """A view of the leading dims alone: batches and heads folded into one dim, or apart again."""
-    if node.target not in RESHAPED or node.target == aten.slice.Tensor:
+    if node.target not in (*RESHAPED, aten.expand.default) or node.target == aten.slice.Tensor:
         return False
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+    if node.target == aten.expand.default:
+        return before == after
     return len(before) > 2 and len(after) > 2 and before[-2:] == after[-2:]
 
 

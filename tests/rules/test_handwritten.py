@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from handwritten import ATTENTIONS, OTHERS, N, Program
 from mask_programs import traced
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import mosaic
 from mosaic.handwritten.softmax import SOFTMAX
 from mosaic.passes.normalize import drop_assertions
 from mosaic.passes.raise_attention import raise_attention
@@ -53,6 +56,16 @@ def with_gradients(program: Program, inputs: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("name", OTHERS)
 def test_stays_what_it_is(name: str) -> None:
     assert raised(OTHERS[name], given())[1] == 0
+
+
+def test_attention_in_a_vmap() -> None:
+    """It arrives as products and a softmax of its own."""
+
+    def program(x: Tensor) -> Tensor:
+        return torch.vmap(partial(F.scaled_dot_product_attention, is_causal=True))(x, x, x)
+
+    plan = mosaic.explain(program, torch.randn(2, 3, N, 4), sp_size=2)
+    assert [found.mask for found in plan.attentions] == ["causal"]
 
 
 def test_dropped_weights_that_are_read_twice_stay() -> None:
