@@ -9,9 +9,10 @@ Unmodified models need this: ``nn.MultiheadAttention`` with its default ``need_w
 calls SDPA. Legal because it is the same function; where something else reads the scores or the
 weights, they are computed for it as well.
 
-A row whose scores are all hidden by a finite number weighs all its keys alike, and by -inf it has
-no output. So where a mask does not say that every row sees a key, the rows that see none get q = 0
-and see everything: equal scores, no gradient to q and k, and each value's share of the gradient.
+A row that sees no key has no output where scores are hidden by -inf. Where they are hidden by a
+finite number it weighs all hidden keys alike. So where the masks do not say that every row sees a
+key, a row that sees none gets q = 0, and the number is added: equal scores, no gradient to q and k,
+and each value's share of the gradient. (A key is not seen either where a bias is as low.)
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from torch import fx
 
 from mosaic.context import Context
 from mosaic.handwritten.products import Operand, Weighted, permuted, weighted
-from mosaic.handwritten.softmax import Masked, ScoresReader, Step, Weights, weights
-from mosaic.masks.additive import INF
+from mosaic.handwritten.softmax import LOW, Masked, ScoresReader, Step, Weights, weights
+from mosaic.masks.additive import INF, additive
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
 from mosaic.masks.op import PLAIN
 from mosaic.masks.read import Reader, every_row_sees, joined
 from mosaic.masks.terms import broadcast, made
+from mosaic.passes.infer_axes import holds_data
 from mosaic.passes.normalize import merge_common, undo_repeat_kv
 from mosaic.rewrite import insert
 
@@ -39,7 +41,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Found:
     """Both products, and what stands between them. ``all_see``: every row has a key to look at, or
-    is 0 where it has none. ``lead``: the leading dims of the attention: those of the masks."""
+    is 0 where it has none. ``lead``: the leading dims of the attention, heads apart if they ever
+    are."""
 
     product: Weighted
     weights: Weights
@@ -88,8 +91,11 @@ def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
     is_zeroed = above.seen is not None
     if is_zeroed and below.seen != (above.seen,):
         return None
-    all_see = is_zeroed or below.fill == -INF or sees(below, above.scores, reader.constants)
-    found = Found(product, above, below, all_see)
+    is_mild = all(mild(step, reader.constants) for step in below.biases)
+    if is_zeroed and not is_mild:
+        return None
+    all_see = is_mild and (is_zeroed or sees(below, above.scores, reader.constants))
+    found = Found(product, above, below, all_see or below.fill == -INF)
     return found if fits(node, found) else None
 
 
@@ -117,6 +123,15 @@ def sees(below: Masked, scores: fx.Node, constants: Constants) -> bool:
     given = [Allowed(broadcast(s.node, len(s.lead) + 2), s.how) for s in below.seen]
     conditions = [condition for x in given for condition in Reader(constants)(x)]
     return rows <= keys and every_row_sees(joined(conditions, constants))
+
+
+def mild(bias: Step, constants: Constants) -> bool:
+    """Whether a bias is surely no mask: made of positions and parameters, and nowhere low."""
+    known = constants(bias.node)
+    if known is not None:
+        return bool((known > LOW).all())
+    term = broadcast(bias.node, len(bias.lead) + 2)
+    return not holds_data(bias.node) and not additive(term, constants).conditions
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -162,27 +177,36 @@ def meeting(graph: fx.Graph, step: Step, lead: tuple[int, ...]) -> fx.Node:
 
 def masks(graph: fx.Graph, q: fx.Node, found: Found) -> tuple[fx.Node, fx.Node | None]:
     """The queries, and all masks as one: boolean, or added to the scores."""
+    below, bias = found.masked, total_bias(graph, q, found)
+    if not below.seen:
+        return q, bias
+    seen, *others = (boolean(graph, step, found.lead) for step in below.seen)
+    for other in others:
+        seen = made(graph, aten.logical_and.default, seen, other)
+    mask = seen = of_pairs(graph, seen)
+    if bias is not None:
+        mask = made(graph, aten.where.ScalarOther, seen, bias, -INF)
+    if found.all_see:
+        return q, mask
+    if bias is not None:
+        above = made(graph, aten.gt.Scalar, mask, below.fill)
+        mask = made(graph, aten.where.ScalarOther, seen, bias, below.fill)
+        seen = above
+    sees = made(graph, aten.any.dim, seen, -1, True)
+    q = made(graph, aten.where.ScalarOther, sees, q, 0.0)
+    if bias is None:
+        unseen = made(graph, aten.logical_not.default, sees)
+        mask = made(graph, aten.logical_or.default, mask, unseen)
+    return q, mask
+
+
+def total_bias(graph: fx.Graph, q: fx.Node, found: Found) -> fx.Node | None:
     bias: fx.Node | None = None
     for step in found.masked.biases:
         one = cast(graph, meeting(graph, step, found.lead), q.meta["val"].dtype)
         one = made(graph, aten.neg.default, one) if step.how == aten.sub.Tensor else one
         bias = one if bias is None else made(graph, aten.add.Tensor, bias, one)
-    if not found.masked.seen:
-        return q, bias and of_pairs(graph, bias)
-    seen, *others = (boolean(graph, step, found.lead) for step in found.masked.seen)
-    for other in others:
-        seen = made(graph, aten.logical_and.default, seen, other)
-    seen = of_pairs(graph, seen)
-    mask = seen if bias is None else made(graph, aten.where.ScalarOther, seen, bias, -INF)
-    if found.all_see:
-        return q, mask
-    sees = made(graph, aten.any.dim, seen, -1, True)
-    q = made(graph, aten.where.ScalarOther, sees, q, 0.0)
-    if bias is not None:
-        return q, made(graph, aten.where.ScalarOther, sees, mask, 0.0)
-    return q, made(
-        graph, aten.logical_or.default, mask, made(graph, aten.logical_not.default, sees)
-    )
+    return None if bias is None else of_pairs(graph, bias)
 
 
 def of_pairs(graph: fx.Graph, mask: fx.Node) -> fx.Node:

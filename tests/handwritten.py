@@ -170,6 +170,32 @@ def biased_padding_low(q, k, v, pad):
 
 
 @attention
+def infinite_and_low(q, k, v, pad):  # a row without a key to see weighs the padding
+    scores = product(q, k) + torch.full((N, N), -INF, dtype=q.dtype).triu(1)
+    return scores.masked_fill(pad.flip(1)[:, None, None], -1e9).softmax(-1) @ v
+
+
+@attention
+def lowest_and_low(q, k, v, pad):
+    lowest = torch.finfo(q.dtype).min
+    scores = product(q, k) + torch.full((N, N), lowest, dtype=q.dtype).triu(1)
+    return scores.masked_fill(pad.flip(1)[:, None, None], -1e9).softmax(-1) @ v
+
+
+@attention
+def low_and_lowest(q, k, v, pad):
+    scores = product(q, k) + torch.full((N, N), -1e9, dtype=q.dtype).triu(1)
+    hidden = pad.flip(1)[:, None, None]
+    return scores.masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+@attention
+def low_padding_and_causal(q, k, v, pad):
+    low = pad.flip(1)[:, None, None].to(q.dtype) * -1e5
+    return (product(q, k) + low).masked_fill(lower() == 0, -1e9).softmax(-1) @ v
+
+
+@attention
 def padding_zeroed(q, k, v, pad):  # ESPnet: such a row is 0
     hidden = pad[:, None, None]
     scores = product(q, k).masked_fill(hidden, torch.finfo(q.dtype).min)
@@ -262,6 +288,13 @@ def scaled_after_the_mask(q, k, v, pad):
 def others_zeroed(q, k, v, pad):
     scores = product(q, k).masked_fill(lower() == 0, -1e9)
     return scores.softmax(-1).masked_fill(pad[:, None, None], 0.0) @ v
+
+
+@other
+def masked_and_zeroed(q, k, v, pad):
+    scores = product(q, k) + torch.full((N, N), -INF, dtype=q.dtype).triu(1)
+    hidden = pad[:, None, None]
+    return scores.masked_fill(hidden, -1e9).softmax(-1).masked_fill(hidden, 0.0) @ v
 
 
 @other
