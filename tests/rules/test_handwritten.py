@@ -74,3 +74,22 @@ def test_dropped_weights_that_are_read_twice_stay() -> None:
         return weights @ v + weights.mean()
 
     assert raised(program, given())[1] == 0
+
+
+@pytest.mark.parametrize("region", ["scores", "weights", "attention"])
+def test_attention_under_no_grad(region: str) -> None:
+    """One whose gradient ends halfway stays what it is."""
+
+    def program(x: Tensor, y: Tensor) -> Tensor:
+        grad = torch.is_grad_enabled()
+        with torch.no_grad():
+            scores = x @ y.mT
+            torch.set_grad_enabled(grad and region == "scores")
+            weights = scores.softmax(-1)
+            torch.set_grad_enabled(grad and region != "attention")
+            out = weights @ y
+        return out + x
+
+    x = torch.randn(2, 3, N, 4, requires_grad=True)
+    plan = mosaic.explain(program, x, x, sp_size=1)
+    assert len(plan.attentions) == (region == "attention")
