@@ -147,7 +147,7 @@ def mild(bias: Step, constants: Constants) -> bool:
 
 
 def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
-    lead = found.lead
+    lead, before = found.lead, node.prev
     with graph.inserting_before(node):
         q, k, v = (x.write(graph) for x in found.operands)
         if found.is_viewed:
@@ -166,7 +166,14 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         new = made(graph, aten.squeeze.dim, new, 1) if flat else new
         new = led(graph, new, found.last_lead) if found.is_viewed else new
         new = permuted(graph, new, found.product.order)
+    run_as(node, before)
     node.replace_all_uses_with(new)
+
+
+def run_as(node: fx.Node, before: fx.Node) -> None:
+    """In the node's modes: a mask made under no_grad meets a bias that needs a gradient."""
+    while "modes" in node.meta and (before := before.next) is not node:
+        before.meta["modes"] = node.meta["modes"]
 
 
 def led(graph: fx.Graph, x: fx.Node, lead: tuple[int, ...]) -> fx.Node:
