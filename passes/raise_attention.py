@@ -108,13 +108,22 @@ def fits(node: fx.Node, found: Found) -> bool:
         found.last_lead
     ):
         return False
-    if not found.is_viewed:
-        return True
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        return False  # einsum broadcasts what it sums over
+    if not holds_fill(found, q.node.meta["val"].dtype):
+        return False
     # What is viewed must not be broadcast.
     moved = (s for s in found.masked.steps if s.lead != found.lead and not s.is_broadcast)
-    return (
-        q.lead == k.lead and v.lead == found.last_lead and all(s.own_lead == s.lead for s in moved)
-    )
+    if not all(s.own_lead == s.lead for s in moved):
+        return False
+    return not found.is_viewed or (q.lead == k.lead and v.lead == found.last_lead)
+
+
+def holds_fill(found: Found, dtype: torch.dtype) -> bool:
+    """Whether biases of this dtype have room for the low number, where it matters."""
+    if found.all_see or not found.masked.biases or not found.masked.seen:
+        return True
+    return found.masked.fill >= torch.finfo(dtype).min
 
 
 def sees(below: Masked, scores: fx.Node, constants: Constants) -> bool:
@@ -138,7 +147,7 @@ def mild(bias: Step, constants: Constants) -> bool:
 
 
 def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
-    lead = found.lead
+    lead, before = found.lead, node.prev
     with graph.inserting_before(node):
         q, k, v = (x.write(graph) for x in found.operands)
         if found.is_viewed:
@@ -157,7 +166,14 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         new = made(graph, aten.squeeze.dim, new, 1) if flat else new
         new = led(graph, new, found.last_lead) if found.is_viewed else new
         new = permuted(graph, new, found.product.order)
+    run_as(node, before)
     node.replace_all_uses_with(new)
+
+
+def run_as(node: fx.Node, before: fx.Node) -> None:
+    """In the node's modes: a mask made under no_grad meets a bias that needs a gradient."""
+    while "modes" in node.meta and (before := before.next) is not node:
+        before.meta["modes"] = node.meta["modes"]
 
 
 def led(graph: fx.Graph, x: fx.Node, lead: tuple[int, ...]) -> fx.Node:

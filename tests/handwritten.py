@@ -311,3 +311,40 @@ def memory(q, k, v, pad):  # learned keys, of no batch
 @other
 def scale_of_each_key(q, k, v, pad):
     return (product(q, k) * torch.arange(N)).softmax(-1) @ v
+
+
+@other
+def einsum_of_one_key(q, k, v, pad):  # einsum broadcasts a dim that it sums over
+    return torch.einsum("bhij,bhjd->bhid", product(q, k).softmax(-1), v[:, :, :1])
+
+
+@other
+def einsum_of_one_channel(q, k, v, pad):
+    weights = torch.einsum("bhid,bhjd->bhij", q, k[..., :1]).softmax(-1)
+    return torch.einsum("bhij,bhjd->bhid", weights, v)
+
+
+@other
+def mask_of_other_heads(q, k, v, pad):  # as (3, 2) it is broadcast, and (2, 3) has no dim for it
+    scores = product(q, k).view(3, 2, N, N)
+    scores = scores.masked_fill(pad[0].expand(3, 1, 1, N), -1e9)
+    return scores.view(2, 3, N, N).softmax(-1) @ v
+
+
+@other
+def low_beyond_half(q, k, v, pad):
+    q, k, v = q.half(), k.half(), v.half()
+    scores = (product(q, k) + q.mean()).float().masked_fill(pad[:, None, None], -1e9)
+    return scores.softmax(-1).half() @ v
+
+
+@other
+def factor_in_float32(q, k, v, pad):
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    scores = product(q, k).float() * torch.full((3, 1, 1), 0.5)
+    return scores.softmax(-1).bfloat16() @ v
+
+
+@other
+def divided_by_zero(q, k, v, pad):
+    return (product(q, k) / 0.0).softmax(-1) @ v

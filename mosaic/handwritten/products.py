@@ -29,9 +29,13 @@ class Operand:
     order: tuple[int | None, ...]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        own = self.node.meta["val"].shape
+        return tuple(1 if d is None else own[d] for d in self.order)
+
+    @property
     def lead(self) -> tuple[int, ...]:
-        shape = self.node.meta["val"].shape
-        return tuple(1 if d is None else shape[d] for d in self.order[:-2])
+        return self.shape[:-2]
 
     def write(self, graph: fx.Graph) -> fx.Node:
         """At the insertion point; nothing where the dims are in order."""

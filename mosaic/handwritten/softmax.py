@@ -88,7 +88,7 @@ class Weights:
 
 def weights(node: fx.Node) -> Weights | None:
     """The softmax that ``node`` is made of."""
-    found = made_of(node) if node.op == "call_function" else None
+    found = made_of(node) if node.op == "call_function" and not ends_gradient(node) else None
     if found is None or (found.dropout and len(node.users) > 1):
         return None  # what else reads them would see others dropped
     return found
@@ -122,7 +122,7 @@ class ScoresReader:
     known: dict[fx.Node, Masked | None] = field(default_factory=dict)
 
     def __call__(self, node: object) -> Masked | None:
-        if not isinstance(node, fx.Node) or node.op != "call_function":
+        if not isinstance(node, fx.Node) or node.op != "call_function" or ends_gradient(node):
             return None
         if node not in self.known:
             self.known[node] = self.read(node)
@@ -145,7 +145,7 @@ class ScoresReader:
             return None
         x, factor = node.args
         found = self(x) if isinstance(factor, (int, float)) else None
-        if found is None or found.is_masked:
+        if found is None or found.is_masked or (factor == 0 and node.target == aten.div.Tensor):
             return None
         factor = 1 / factor if node.target == aten.div.Tensor else factor
         return replace(found, scale=found.scale * factor)
@@ -156,7 +156,9 @@ class ScoresReader:
             return None
         for x, factor in operands(node, swap=node.target == aten.mul.Tensor):
             found = self(x) if is_of_rows(factor) else None
-            if found is not None and not found.is_masked and like(node, x):
+            if found is None or found.is_masked or not like(node, x):
+                continue
+            if like(node, found.product.q.node, same_shape=False):
                 return replace(found, factors=(*found.factors, step(node, factor, node.target)))
         return None
 
@@ -206,6 +208,14 @@ def unread_softmax(graph: fx.Graph) -> fx.Node | None:
 
 def step(node: fx.Node, x: fx.Node, how: Any) -> Step:
     return Step(x, tuple(node.meta["val"].shape[:-2]), how)
+
+
+def ends_gradient(node: fx.Node) -> bool:
+    """Whether it was made under ``no_grad``, and read where gradients are recorded."""
+    modes = node.meta.get("modes")
+    if modes is None or modes.grad:
+        return False
+    return any(user.meta["modes"].grad for user in node.users if "modes" in user.meta)
 
 
 def operands(node: fx.Node, swap: bool) -> list[tuple[fx.Node, fx.Node]]:

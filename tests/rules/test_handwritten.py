@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from handwritten import ATTENTIONS, OTHERS, N, Program
-from mask_programs import traced
+from handwritten import ATTENTIONS, INF, OTHERS, N, Program
+from mask_programs import is_float, traced
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mosaic
 from mosaic.handwritten.softmax import SOFTMAX
+from mosaic.modes import Modes
 from mosaic.passes.normalize import drop_assertions
 from mosaic.passes.raise_attention import raise_attention
 
@@ -74,3 +76,41 @@ def test_dropped_weights_that_are_read_twice_stay() -> None:
         return weights @ v + weights.mean()
 
     assert raised(program, given())[1] == 0
+
+
+@pytest.mark.parametrize("region", ["scores", "weights", "attention"])
+def test_attention_under_no_grad(region: str) -> None:
+    """One whose gradient ends halfway stays what it is."""
+
+    def program(x: Tensor, y: Tensor) -> Tensor:
+        grad = torch.is_grad_enabled()
+        with torch.no_grad():
+            scores = x @ y.mT
+            torch.set_grad_enabled(grad and region == "scores")
+            weights = scores.softmax(-1)
+            torch.set_grad_enabled(grad and region != "attention")
+            out = weights @ y
+        return out + x
+
+    x = torch.randn(2, 3, N, 4, requires_grad=True)
+    plan = mosaic.explain(program, x, x, sp_size=1)
+    assert len(plan.attentions) == (region == "attention")
+
+
+def test_mask_made_under_no_grad() -> None:
+    """What is written for it records gradients: a learned bias meets it."""
+
+    def program(x: Tensor, bias: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = (x[:, 0, :, 0] > 0)[:, None, None]
+        return (x @ x.mT + bias).masked_fill(~seen, -INF).softmax(-1) @ x
+
+    x, bias = torch.randn(2, 3, N, 4), torch.randn(N, N, requires_grad=True)
+    module = traced(program, x, bias)
+    drop_assertions(module.graph)
+    for node in module.graph.nodes:
+        is_mask = not is_float(node) or node.target == torch.ops.aten.select.int
+        node.meta["modes"] = replace(Modes.current(), grad=not is_mask)
+    raise_attention(module.graph, SimpleNamespace())
+    written = [n for n in module.graph.nodes if n.target == torch.ops.aten.where.ScalarOther]
+    assert written and all(n.meta["modes"].grad for n in written)
