@@ -23,15 +23,15 @@ import torch
 from torch import fx
 
 from mosaic.context import Context
+from mosaic.handwritten.biases import hides_fully, is_mild
 from mosaic.handwritten.products import Operand, Weighted, permuted, weighted
-from mosaic.handwritten.softmax import LOW, Masked, ScoresReader, Step, Weights, weights
-from mosaic.masks.additive import INF, additive
+from mosaic.handwritten.softmax import Masked, ScoresReader, Step, Weights, weights
+from mosaic.masks.additive import INF
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
 from mosaic.masks.op import PLAIN
 from mosaic.masks.read import Reader, every_row_sees, joined
 from mosaic.masks.terms import broadcast, made
-from mosaic.passes.infer_axes import holds_data
 from mosaic.passes.normalize import merge_common, undo_repeat_kv
 from mosaic.rewrite import insert
 
@@ -91,10 +91,14 @@ def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
     is_zeroed = above.seen is not None
     if is_zeroed and below.seen != (above.seen,):
         return None
-    is_mild = all(mild(step, reader.constants) for step in below.biases)
-    if is_zeroed and not is_mild:
+    constants, biases = reader.constants, below.biases
+    mild = all(is_mild(bias.node, constants) for bias in biases)
+    lowest = torch.finfo(above.scores.meta["val"].dtype).min
+    if below.fill > lowest and not all(hides_fully(bias, constants) for bias in biases):
+        return None  # which of two low numbers is lower would depend on the scores
+    if is_zeroed and not mild:
         return None
-    all_see = is_mild and (is_zeroed or sees(below, above.scores, reader.constants))
+    all_see = mild and (is_zeroed or sees(below, above.scores, constants))
     found = Found(product, above, below, all_see or below.fill == -INF)
     return found if fits(node, found) else None
 
@@ -132,15 +136,6 @@ def sees(below: Masked, scores: fx.Node, constants: Constants) -> bool:
     given = [Allowed(broadcast(s.node, len(s.lead) + 2), s.how) for s in below.seen]
     conditions = [condition for x in given for condition in Reader(constants)(x)]
     return rows <= keys and every_row_sees(joined(conditions, constants))
-
-
-def mild(bias: Step, constants: Constants) -> bool:
-    """Whether a bias is surely no mask: made of positions and parameters, and nowhere low."""
-    known = constants(bias.node)
-    if known is not None:
-        return bool((known > LOW).all())
-    term = broadcast(bias.node, len(bias.lead) + 2)
-    return not holds_data(bias.node) and not additive(term, constants).conditions
 
 
 # --- writing --------------------------------------------------------------------------------------

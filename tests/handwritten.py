@@ -165,7 +165,7 @@ def causal_padding_low(q, k, v, pad):
 
 @attention
 def biased_padding_low(q, k, v, pad):
-    scores = product(q, k) + v.mean((0, 3))[:, :, None]
+    scores = product(q, k) + product(v, v)
     return scores.masked_fill(pad[:, None, None], -1e9).softmax(-1) @ v
 
 
@@ -192,7 +192,8 @@ def low_and_lowest(q, k, v, pad):
 @attention
 def low_padding_and_causal(q, k, v, pad):
     low = pad.flip(1)[:, None, None].to(q.dtype) * -1e5
-    return (product(q, k) + low).masked_fill(lower() == 0, -1e9).softmax(-1) @ v
+    lowest = torch.finfo(q.dtype).min
+    return (product(q, k) + low).masked_fill(lower() == 0, lowest).softmax(-1) @ v
 
 
 @attention
@@ -295,6 +296,12 @@ def masked_and_zeroed(q, k, v, pad):
     scores = product(q, k) + torch.full((N, N), -INF, dtype=q.dtype).triu(1)
     hidden = pad[:, None, None]
     return scores.masked_fill(hidden, -1e9).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+
+@other
+def low_bias_and_low_fill(q, k, v, pad):
+    low = pad.flip(1)[:, None, None].to(q.dtype) * -1e4
+    return (product(q, k) + low).masked_fill(lower() == 0, -1e4).softmax(-1) @ v
 
 
 @other
