@@ -31,6 +31,7 @@ from mosaic.torch_private import (
     autograd_function_apply,
     enter_autocast,
     exit_autocast,
+    get_data,
     no_tracing_context,
     placeholder_source,
     preserve_node_meta,
@@ -213,6 +214,7 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
     made here: sizes are known, and no symbol of Dynamo's leaks in.
     """
     check_transforms(module)
+    detach_data(module)
     inputs = read_inputs(module)
     mode = FakeTensorMode()
     with mode:
@@ -245,6 +247,14 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
     mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
     refuse_learned(traced.graph, inputs, mutated)
     return Captured(traced.graph, traced, inputs, mutated)
+
+
+def detach_data(module: fx.GraphModule) -> None:
+    """``x.data`` as a detach: the tracer would look through it, and gradients would come back."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if node.target is get_data:
+                node.target = torch.detach
 
 
 def refuse_learned(graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[int, ...]) -> None:

@@ -70,6 +70,7 @@ __all__ = [
     "fake_mode_of",
     "flattened",
     "functorch_restored",
+    "get_data",
     "guarded_attribute",
     "has_decomposition",
     "is_of_functorch",
@@ -89,6 +90,9 @@ __all__ = [
     "torch_version",
     "without_modes",
 ]
+
+#: What Dynamo writes for ``x.data``.
+get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 
 
 def fake_mode_of(*values: Any) -> FakeTensorMode | None:

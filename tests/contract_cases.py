@@ -84,7 +84,7 @@ class InnerAutocast(nn.Module):
 
 
 class NoGradBlocks(nn.Module):
-    """A whole and a sharded value made without gradients, used with them; and a detach."""
+    """A whole and a sharded value made without gradients, used with them; detach and ``.data``."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ class NoGradBlocks(nn.Module):
             scale = x.abs().mean(dim=1, keepdim=True)
             frozen = self.table * 2
         y = x / scale + frozen + self.table
-        return (y * self.w(y).detach() + self.w(x)).square().mean()
+        return (y * self.w(y).detach() + self.w(x) * self.w(y).data).square().mean()
 
 
 class Mapped(nn.Module):
