@@ -83,7 +83,7 @@ def test_whole_queries_and_sharded_keys(ranks) -> None:
     check(ranks, "Latents", BOTH, r=2, c=2)
 
 
-@pytest.mark.parametrize("name", ["Everything", "tokens"])
+@pytest.mark.parametrize("name", ["Everything", pytest.param("tokens", marks=pytest.mark.full)])
 def test_what_meets_along_both_axes(ranks, name: str) -> None:
     check(ranks, name, BOTH, r=2, c=3)
 
