@@ -229,11 +229,8 @@ def of_pairs(graph: fx.Graph, mask: fx.Node) -> fx.Node:
 
 def cast(graph: fx.Graph, x: fx.Node, dtype: torch.dtype) -> fx.Node:
     """As adding it to the scores does."""
-    if x.meta["val"].dtype == dtype:
-        return x
-    new = insert(graph, x, aten._to_copy.default, (x,), {"dtype": dtype})
-    new.meta["needs_gradient"] = x.meta.get("needs_gradient", False)
-    return new
+    same = x.meta["val"].dtype == dtype
+    return x if same else made(graph, aten._to_copy.default, x, dtype=dtype)
 
 
 def boolean(graph: fx.Graph, step: Step, lead: tuple[int, ...]) -> fx.Node:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from mosaic.masks.terms import made
+from mosaic.masks.terms import made, permutation
 
 aten = torch.ops.aten
 MATMULS = (aten.bmm.default, aten.matmul.default)
@@ -152,17 +152,6 @@ def letters(node: fx.Node) -> tuple[list[str], str] | None:
 
 def placed(wanted: Sequence[str], have: str) -> tuple[int | None, ...]:
     return tuple(have.index(x) if x in have else None for x in wanted)
-
-
-def permutation(node: fx.Node) -> list[int]:
-    """Of a transpose or permute: which dim of its operand each dim is."""
-    ndim = node.meta["val"].ndim
-    if node.target == aten.permute.default:
-        return [d % ndim for d in node.args[1]]
-    order = list(range(ndim))
-    a, b = (d % ndim for d in node.args[1:])
-    order[a], order[b] = b, a
-    return order
 
 
 def permuted(graph: fx.Graph, node: fx.Node, order: Sequence[int]) -> fx.Node:

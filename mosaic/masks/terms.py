@@ -109,16 +109,21 @@ def reshaped(term: Term, x: fx.Node) -> Term | None:
 
 
 def moved(term: Term) -> Term:
-    node = term.node
+    order = permutation(term.node)
+    return Term(term.node.args[0], tuple(term.dims[order.index(d)] for d in range(len(order))))
+
+
+def permutation(node: fx.Node) -> list[int]:
+    """Of a permute, transpose or t: which dim of its operand each dim is."""
     x, *dims = node.args
     ndim = x.meta["val"].ndim
-    order = list(range(ndim))
     if node.target == aten.permute.default:
-        order = [d % ndim for d in dims[0]]
-    elif ndim > 1:
+        return [d % ndim for d in dims[0]]
+    order = list(range(ndim))
+    if ndim > 1:
         a, b = (d % ndim for d in dims or (0, 1))
         order[a], order[b] = b, a
-    return Term(x, tuple(term.dims[order.index(d)] for d in range(ndim)))
+    return order
 
 
 def indexed(term: Term, constants: Constants) -> Term | None:
@@ -157,10 +162,10 @@ def arranged(graph: fx.Graph, term: Term, order: tuple[int, ...]) -> fx.Node:
     return node
 
 
-def made(graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
-    """``target(*args)`` for its first operand's line, at the insertion point."""
+def made(graph: fx.Graph, target: Callable[..., Any], *args: Any, **options: Any) -> fx.Node:
+    """``target(*args, **options)`` for its first operand's line, at the insertion point."""
     like = next(a for a in args if isinstance(a, fx.Node))
-    node = insert(graph, like, target, args)
+    node = insert(graph, like, target, args, options)
     needed = any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
     node.meta["needs_gradient"] = needed and node.meta["val"].is_floating_point()
     return node
