@@ -92,14 +92,17 @@ def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
     if is_zeroed and below.seen != (above.seen,):
         return None
     constants, biases = reader.constants, below.biases
-    mild = all(is_mild(bias.node, constants) for bias in biases)
+    # Reading a bias may compute it: only where it matters what it is.
+    matters = is_zeroed or below.fill > -INF
+    mild = not matters or all(is_mild(bias.node, constants) for bias in biases)
     lowest = torch.finfo(above.scores.meta["val"].dtype).min
     if below.fill > lowest and not all(hides_fully(bias, constants) for bias in biases):
         return None  # which of two low numbers is lower would depend on the scores
     if is_zeroed and not mild:
         return None
-    all_see = mild and (is_zeroed or sees(below, above.scores, constants))
-    found = Found(product, above, below, all_see or below.fill == -INF)
+    is_certain = is_zeroed or below.fill == -INF
+    all_see = is_certain or (mild and sees(below, above.scores, constants))
+    found = Found(product, above, below, all_see)
     return found if fits(node, found) else None
 
 
