@@ -27,6 +27,7 @@ from torch import Tensor
 from mosaic.layout import Shard
 from mosaic.moves import (
     all_reduce,
+    extreme,
     fresh,
     gather_program,
     local_slice,
@@ -158,7 +159,7 @@ def sum_across(x: Tensor, group: str, op: str = "sum") -> Tensor:
     sends it to one winner."""
     if not group:
         return x
-    return _SumAcross.apply(x, group) if op == "sum" else all_reduce(x.detach(), group, op)
+    return _SumAcross.apply(x, group) if op == "sum" else extreme(x.detach(), group, op)
 
 
 @torch.compiler.allow_in_graph

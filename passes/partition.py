@@ -26,6 +26,7 @@ from mosaic.passes.normalize import mark_gradients
 from mosaic.passes.propagate import attended, follow
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
+from mosaic.strides import shares_elements
 from mosaic.values import Axis, Collective, Value, places_of
 from mosaic.writer import Writer
 
@@ -130,10 +131,20 @@ def result(sharder: Sharder, node: Any, whole: bool) -> tuple[Any, str]:
     value = sharder.env[node] if isinstance(node, fx.Node) else None
     if not isinstance(value, Value):
         return node, ""
-    if value.place is None or whole:
-        return sharder.node(sharder.gather(value, "an output is whole", node)), ""
     assert sharder.writer
-    return sharder.node(value), sharder.writer.shard(value.place)
+    if value.place is None or whole:
+        found = sharder.node(sharder.gather(value, "an output is whole", node))
+        return apart(sharder.writer, found), ""
+    return apart(sharder.writer, sharder.node(value)), sharder.writer.shard(value.place)
+
+
+def apart(writer: Writer, node: fx.Node) -> fx.Node:
+    """An output that was unfolded or expanded, with memory for each element: AOTAutograd lays its
+    gradient out in the same way, and adds up what meets at one place."""
+    if not shares_elements(node.meta["val"]):
+        return node
+    options = {"memory_format": torch.contiguous_format}
+    return writer.op(node, aten.clone.default, (node,), options)
 
 
 def write_back(writer: Writer, updates: list[Any], context: Context) -> None:

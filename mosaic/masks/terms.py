@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from mosaic.masks.constants import Constants
 from mosaic.rewrite import insert
+from mosaic.values import differentiable
 
 aten = torch.ops.aten
 #: Coordinates. Scores of three dims have no heads; those of five or more have several batch dims,
@@ -167,7 +168,7 @@ def made(graph: fx.Graph, target: Callable[..., Any], *args: Any, **options: Any
     like = next(a for a in args if isinstance(a, fx.Node))
     node = insert(graph, like, target, args, options)
     needed = any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
-    node.meta["needs_gradient"] = needed and node.meta["val"].is_floating_point()
+    node.meta["needs_gradient"] = needed and differentiable(node.meta["val"])
     return node
 
 
