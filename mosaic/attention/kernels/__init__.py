@@ -97,16 +97,10 @@ def backward(
     need_dmask: bool = False,
 ) -> Gradients:
     """This block's part of dq, dk, dv (and of the mask's gradient, in the mask's shape)."""
-    options = {
-        "band": band,
-        "mask": mask,
-        "scale": scale,
-        "keep": keep,
-        "shift": shift,
-        "need_dmask": need_dmask,
-    }
+    options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
     kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band), BACKWARD)
-    return batches.backward(kernel, (dout, q, k, v, out, lse), **options)
+    tensors = (dout, q, k, v, out, lse)
+    return batches.backward(kernel, tensors, **options, need_dmask=need_dmask)
 
 
 def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:

@@ -23,14 +23,11 @@ def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> 
     return torch.cat(outs), torch.cat(lses)
 
 
-def backward(
-    kernel: Kernel, tensors: tuple[Tensor, ...], mask: Tensor | None, **options: Any
-) -> Gradients:
+def backward(kernel: Kernel, tensors: tuple[Tensor, ...], **options: Any) -> Gradients:
     """``kernel.backward`` of (dout, q, k, v, out, lse), of at most ``kernel.most_batches`` at once.
 
     The gradient of a mask that all batches have in common is the sum of theirs.
     """
-    options["mask"] = mask
     parts = batches(tensors[0].shape[0], kernel.most_batches)
     if len(parts) == 1:
         return kernel.backward(*tensors, **options)
@@ -39,9 +36,9 @@ def backward(
     ]
     *grads, dmasks = zip(*found, strict=True)
     dq, dk, dv = (torch.cat(same) for same in grads)
-    if mask is None or dmasks[0] is None:
+    if dmasks[0] is None:
         return dq, dk, dv, None
-    return dq, dk, dv, sum(dmasks) if mask.shape[0] == 1 else torch.cat(dmasks)
+    return dq, dk, dv, sum(dmasks) if options["mask"].shape[0] == 1 else torch.cat(dmasks)
 
 
 def batches(count: int, most: int | None) -> list[slice]:

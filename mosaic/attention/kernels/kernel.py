@@ -69,7 +69,7 @@ Milliseconds = tuple[float, float]
 
 #: So few tokens leave most of a kernel's tile empty: what counts is not its rate, but how long a
 #: tile takes at least. ``Kernel.short`` is measured, forward and backward, for 50,000 sequences of
-#: 11 tokens with 4 heads of 24 in bfloat16 on an H200 (torch 2.11; tests/gpu/check_table.py measures
+#: 11 tokens with 4 heads of 24 in bfloat16 on an H200 (torch 2.11; tests/gpu/check_table.py does
 #: it again).
 SHORT = 64
 
