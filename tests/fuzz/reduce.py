@@ -83,20 +83,11 @@ def without_step(program: Program, i: int) -> Iterator[Program]:
     earlier = [*sorted(names_in(" ".join(program.steps[i].lines)) - made), "x"]
     candidates = [n for n in earlier if re.fullmatch(r"x|z|[vqkot]\d+", n)]
     for other in dict.fromkeys(candidates):
-        yield (
-            pruned(
-                replace(
-                    program,
-                    steps=(
-                        *program.steps[:i],
-                        Step(lines=(f"{name} = {other}",)),
-                        *program.steps[i + 1 :],
-                    ),
-                )
-            )
-            if program.steps[i].lines != (f"{name} = {other}",)
-            else renamed(program, i, name, other)
-        )
+        yield renamed(program, i, name, other)
+    lines = program.steps[i].lines
+    for j in range(len(lines) - 1, -1, -1):
+        step = replace(program.steps[i], lines=lines[:j] + lines[j + 1 :])
+        yield pruned(replace(program, steps=(*program.steps[:i], step, *program.steps[i + 1 :])))
 
 
 def renamed(program: Program, i: int, name: str, other: str) -> Program:
