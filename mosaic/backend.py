@@ -1,4 +1,5 @@
-"""The Dynamo backend ``mosaic``: capture, PIPELINE, AOTAutograd, LOWERING, an inner compiler."""
+"""The Dynamo backend ``mosaic``: capture, PIPELINE, AOTAutograd with JOINT and LOWERING, and an
+inner compiler."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from mosaic import agreement, shards
+from mosaic import agreement, calls, shards
 from mosaic.arriving import arriving_shards, global_sizes
 from mosaic.capture import capture, read_inputs
 from mosaic.context import Context, world_of
@@ -19,20 +20,19 @@ from mosaic.errors import ShardingError
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
 from mosaic.notices import announce, resumed_at
-from mosaic.passes import LOWERING, PIPELINE
+from mosaic.passes import JOINT, LOWERING, PIPELINE
 from mosaic.pipeline import run_passes
 from mosaic.plan import Plan, plan_of
+from mosaic.sequence import sequence
 from mosaic.spec import ShardingSpec
 from mosaic.tensors import mark
-from mosaic.torch_private import compile_by_eager, compile_by_inductor
+from mosaic.torch_private import around_each_call, compile_by_eager, compile_by_inductor
 
+WHOLE = ShardingSpec()
 INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
 
 #: Called with every plan that is made; ``explain`` listens here.
 LISTENERS: list[Callable[[Plan], None]] = []
-
-#: The options of every torch.compile that has come here; kept alive, so that no id comes twice.
-_seen: dict[int, dict[str, Any] | None] = {}
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ def mosaic(
         raise ShardingError(
             f"unknown options: {', '.join(sorted(unknown))}", fix="options are 'spec' and 'inner'"
         )
-    first = id(options) not in _seen
-    _seen[id(options)] = options
-    chosen = Options(**(options or {}), is_first_graph=first)
+    chosen = Options(**(options or {}), is_first_graph=calls.counted() == 1)
     ranks = context_or_world_of_one()
     group = ranks.group(chosen.spec.mesh) if ranks else None
     try:
@@ -79,12 +77,19 @@ def mosaic(
         raise
     agreement.agree(group, plan_digest(context, chosen, plan))
     context.constants = len([*local.parameters(), *local.buffers()])
-    compiled = INNER[chosen.inner](
-        local, example_inputs, lambda g, kind: lower(g, kind, context, plan)
-    )
+    lowering = Lowering(context, plan)
+    try:
+        compiled = INNER[chosen.inner](local, example_inputs, lowering)
+    except Exception as error:
+        agreement.report_failure(group, error, agreement.FINISH)
+        raise
+    agreement.agree_on_collectives(group, lowering.sequences)
     for listener in LISTENERS:
         listener(plan)
     return checked(compiled, context, chosen.spec, group)
+
+
+around_each_call(mosaic, calls.watch)
 
 
 def partitioned(
@@ -94,6 +99,8 @@ def partitioned(
     spec = options.spec
     group = ranks.group(spec.mesh) if ranks else None
     world = world_of(ranks, spec.mesh)
+    if spec.parts and world.size > 1:
+        calls.check_one_graph(module, spec)
     first = shards.first_call(module)
     if first is not None:
         return shards.passed_through(module, first, spec, world)
@@ -115,10 +122,23 @@ def partitioned(
     return local, context, plan
 
 
-def lower(graph: fx.Graph, kind: str, context: Context, plan: Plan) -> None:
-    """LOWERING, on the forward or the backward graph that AOTAutograd made."""
-    plan.passes += run_passes(LOWERING, graph, context, kind)
-    plan.graphs[kind] = graph
+@dataclass
+class Lowering:
+    """Our passes on the graphs that AOTAutograd makes: joint, then forward and backward. Notes
+    which collectives forward and backward then start."""
+
+    context: Context
+    plan: Plan
+    sequences: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def __call__(self, graph: fx.Graph, kind: str) -> None:
+        if kind == "joint":
+            self.plan.passes += run_passes(JOINT, graph, self.context, kind)
+            return
+        self.plan.passes += run_passes(LOWERING, graph, self.context, kind)
+        self.plan.graphs[kind] = graph
+        worlds = (self.context.world, *self.context.worlds.values())
+        self.sequences[kind] = sequence(graph, {w.group: w.mesh_axis for w in worlds})
 
 
 def text_of(graph: fx.Graph) -> str:
@@ -156,10 +176,21 @@ def checked(
             ]
             agreement.check_data(group, whole)
             pending = spec.check_inputs == "always"
-        outputs = compiled(*args)
-        for out, shard in zip(outputs, context.output_shards, strict=False):
-            if shard:
-                mark(out, shard)
-        return outputs
+        calls.running(spec if context.world.size > 1 else WHOLE)
+        return marked(compiled(*args), context.output_shards)
 
     return run
+
+
+def marked(outputs: Sequence[Any], shards: Sequence[str]) -> Sequence[Any]:
+    """Outputs that stay cut, with their layout on each. Two may be one tensor on some rank (``y``
+    and ``y[:, 1:]`` where all its rows are kept): the second is then an alias, with its own."""
+    if not any(shards):
+        return outputs
+    found = list(outputs)
+    for index, shard in enumerate(shards):
+        if shard and any(found[index] is other for other in found[:index]):
+            found[index] = found[index].view_as(found[index])
+        if shard:
+            mark(found[index], shard)
+    return found

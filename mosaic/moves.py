@@ -33,9 +33,9 @@ def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
     )
 
 
-def extreme(x: Tensor, group: str, op: str) -> Tensor:
-    """The max (or min) over the ranks, nan where any is: gloo and NCCL may lose a nan."""
-    if not x.is_floating_point():
+def reduced(x: Tensor, group: str, op: str) -> Tensor:
+    """``all_reduce``; a max or min is nan where any rank's is, which gloo and NCCL may lose."""
+    if op == "sum" or not x.is_floating_point():
         return all_reduce(x, group, op)
     sign = 1 if op == "max" else -1
     numbers = torch.where(x.isnan(), -sign * math.inf, x)

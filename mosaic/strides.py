@@ -6,6 +6,7 @@ ours keeps. They are told of a tensor whose strides they made themselves, or ref
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def in_memory(x: Tensor) -> list[int] | None:
     return order if x.permute(order).is_contiguous() else None
 
 
-def reach(size: list[int], stride: list[int]) -> int:
+def reach(size: Sequence[int], stride: Sequence[int]) -> int:
     """How many elements of memory are reached."""
     if 0 in size:
         return 0

@@ -76,7 +76,8 @@ def undo_repeat_kv(graph: fx.Graph) -> int:
 
 def is_grouped(q: fx.Node, k: fx.Node, v: fx.Node, *small: fx.Node) -> bool:
     """Whether equal groups of q's heads see one head of ``small``: keys and values of as many."""
-    (heads, *repeated), kv_heads = ([x.meta["val"].shape[1] for x in xs] for xs in ((q, k, v), small))
+    heads, *repeated = (x.meta["val"].shape[1] for x in (q, k, v))
+    kv_heads = [x.meta["val"].shape[1] for x in small]
     alike = len(set(kv_heads)) == 1 and len(set(repeated)) == 1
     return alike and bool(repeated[0]) and heads % repeated[0] == 0
 

@@ -86,7 +86,7 @@ add("head dim in steps", lambda x: sdpa(*[x[..., ::2]] * 3), (2, 7, 8))
 add("head dim of one number", lambda x: sdpa(*[x[..., :1].expand(X)] * 3), X)
 add("unfold", lambda x: attended(x).mT.unfold(2, 3, 1).mean(-1), X)
 add("as_strided", lambda x: attended(x).mT.as_strided((3, 4, 2), (20, 3, 2), 4).sin(), X)
-add("as_strided of an input", lambda x: attended(x) + x.mT.as_strided((8,), (7,)), (2, 8, 7))
+add("as_strided of an input", lambda x: attended(x) + x.mT.as_strided((7,), (7,)), (2, 8, 7))
 add(
     "as_strided, written to",
     lambda x: attended(x).clone().as_strided_scatter(x[0, :3, 0], (3,), (9,), 2).sin(),
@@ -98,7 +98,6 @@ add(
     X,
     refusal="as_strided.default reads memory that is not that of its own tensor alone",
 )
-add("bits of numbers", lambda x: attended(x).mT.contiguous().mT.view(torch.int64) % 7, X)
 add("unfold of another dim", lambda x: attended(x).unfold(2, 3, 2).mean(-1), X)
 
 # --- heads ---------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ add("complex conjugate", lambda x: as_complex(x).conj()[:, 1:].sum(2), X)
 add("complex whole", lambda x, w: (as_complex(x) * torch.complex(w, w)).abs(), X, (8,))
 add("complex slices", lambda x: as_complex(x)[:, 1:] * as_complex(x)[:, :-1], X)
 
-# --- maxima of nan, infinity and ties -------------------------------------------------------------
+# --- maxima of nan, infinity and ties ------------------------------------------------------------
 
 
 def peaks(x: Tensor) -> Tensor:
@@ -184,7 +183,7 @@ for name, run in {
 }.items():
     add(f"peaks, {name}", lambda x, run=run: run(peaks(x)), X)
 
-# --- outputs whose elements share memory -----------------------------------------------------------
+# --- outputs whose elements share memory ---------------------------------------------------------
 
 add("output unfolded", lambda x: (x * 2).unfold(-1, 2, 1), X)
 add("output unfolded along the axis", lambda x: attended(x).unfold(1, 3, 1), X)
@@ -193,3 +192,129 @@ add("output expanded and cut", lambda x: attended(x)[:, None].expand(2, 3, 7, 8)
 add("output of an input, unfolded", lambda x: (x.unfold(1, 3, 1), attended(x)), X)
 add("output of an input, expanded", lambda x: (x.expand(3, *X), attended(x)), X)
 add("output strided", lambda x: (x * 2).as_strided((3, 4), (2, 1)), X)
+
+# --- inputs that share memory, and writes that an op hides ---------------------------------------
+
+
+def zeros_twice(n: int = 3) -> tuple[Tensor, ...]:
+    t = torch.zeros(7).double()
+    return randn(*X), t, t[:n]
+
+
+def added(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    a.add_(1.0)
+    return attended(x) + b.sum()
+
+
+class Apart(nn.Module):
+    """The arguments by name."""
+
+    def __init__(self, run: Callable[..., Any]):
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor, a: Tensor, b: Tensor) -> Any:
+        return self.run(x, a, b)
+
+
+SHARED = "a is written to, and b shares its memory"
+add_model("inputs of one memory", lambda: Apart(added), zeros_twice, refusal=SHARED)
+add_model(
+    "inputs of one memory that do not meet",
+    lambda: Apart(added),
+    lambda: (lambda t: (randn(*X), t[:4], t[4:]))(torch.zeros(7).double()),
+)
+
+
+class Ahead(nn.Module):
+    """A buffer that is a view of another one, which is counted up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(8, dtype=torch.float64))
+        self.register_buffer("first", self.seen[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return attended(x) * self.first.sum()
+
+
+add_model(
+    "buffers of one memory",
+    Ahead,
+    lambda: (randn(*X),),
+    refusal="seen is written to, and first shares its memory",
+)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(attended(x).mT)
+
+
+for name, norm in {
+    "running": lambda: nn.InstanceNorm1d(8, track_running_stats=True),
+    "affine": lambda: nn.InstanceNorm1d(8, affine=True, track_running_stats=True, momentum=0.3),
+    "eval": lambda: nn.InstanceNorm1d(8, affine=True, track_running_stats=True).eval(),
+    "plain": lambda: nn.InstanceNorm1d(8, affine=True),
+    "batch": lambda: nn.BatchNorm1d(8),
+    "batch, cumulative": lambda: nn.BatchNorm1d(8, momentum=None),
+    "spectral": lambda: nn.utils.spectral_norm(nn.Linear(7, 5)),
+    "spectral, parametrized": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(7, 5)),
+    "weight": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(7, 5)),
+}.items():
+    add_model(f"norm, {name}", lambda norm=norm: Normed(norm().double()), lambda: (randn(*X),))
+
+
+class Kept(nn.Module):
+    """A buffer that is written to in several ways, and returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(8, dtype=torch.float64))
+        self.register_buffer("rows", torch.zeros(2, 7, 8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        y = attended(x)
+        with torch.no_grad():
+            torch.mean(y, (0, 1), out=self.kept)
+            self.kept.mul_(2)
+            self.rows[:, 2:] = y[:, 2:]
+            self.rows[0].add_(1)
+            self.rows.select(1, 1).copy_(y[:, 3])
+        return y * self.kept, self.kept, self.rows
+
+
+add_model("buffers written to", Kept, lambda: (randn(*X),))
+
+
+def returned(x: Tensor, a: Tensor, b: Tensor) -> Any:
+    a.add_(b)
+    return attended(x) * a.sum(), a
+
+
+add_model(
+    "an input written to, and returned",
+    lambda: Apart(returned),
+    lambda: (randn(*X), torch.zeros(7).double(), torch.ones(7).double()),
+)
+
+# --- masks of integers that wrap --------------------------------------------------------------------
+
+
+def wrapped_scores(x: Tensor) -> Tensor:
+    i = torch.arange(7, dtype=torch.uint8)
+    return (x @ x.mT).masked_fill(~(i[:, None] - i >= 0), -1e9).softmax(-1) @ x
+
+
+def wrapped_mask(x: Tensor) -> Tensor:
+    i = torch.arange(7, dtype=torch.int8)
+    return sdpa(x, x, x, (i[:, None] + 125) >= (i + 125))
+
+
+add("mask of uint8", wrapped_scores, X)
+add("mask of int8", wrapped_mask, X)

@@ -137,9 +137,11 @@ def indexed(term: Term, constants: Constants) -> Term | None:
     for index, n in zip(indices, shape, strict=True):
         seen = operand(term, index)
         value = constants(index)
-        if value is None or value.dtype == torch.bool or len(seen.coordinates) > 1:
+        if value is None or len(seen.coordinates) > 1:
             return None
-        if not torch.equal(value.reshape(-1), torch.arange(n)):
+        if value.dtype not in (torch.int64, torch.int32):  # bool and uint8 select
+            return None
+        if not torch.equal(value.long().reshape(-1), torch.arange(n)):
             return None
         dims.append(next(iter(seen.coordinates), 0))
     is_diagonal = len([d for d in dims if d]) > len(set(dims) - {0})
