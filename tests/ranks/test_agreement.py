@@ -86,7 +86,7 @@ def test_other_collectives(two: RankPool) -> None:
 the ranks' forward graphs do not start the same collectives
   rank 0, collective 27  all_gather_into_tensor(float64[7, 2, 1, 1, 8]) over sp, number 27 tests/contract_cases.py:180
   rank 1, collective 27  nothing
-  fix                    this is a bug in Mosaic: please report the program; without the op at that line it may work""",
+  fix                    this is a bug in Mosaic: please report the program; without the op at that line it may work""",  # noqa: E501
     )
 
 
