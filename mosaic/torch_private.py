@@ -52,6 +52,8 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mosaic.real_strides import heed_strides
+
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
 
 __all__ = [
@@ -405,6 +407,7 @@ def compile_by_eager(
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
             lower(graph.graph, kind)
+            heed_strides(graph.graph)
             graph.recompile()
             return make_boxed_func(graph.forward)
 
