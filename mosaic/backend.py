@@ -3,6 +3,7 @@ inner compiler."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from torch import fx
 
 from mosaic import agreement, calls, shards
 from mosaic.arriving import arriving_shards, global_sizes
-from mosaic.capture import capture, read_inputs
+from mosaic.capture import Input, capture, read_inputs
 from mosaic.context import Context, world_of
 from mosaic.errors import ShardingError
+from mosaic.exchange import report_failure
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
 from mosaic.notices import announce, resumed_at
@@ -73,15 +75,17 @@ def mosaic(
     try:
         local, context, plan = partitioned(module, chosen, ranks)
     except Exception as error:
-        agreement.report_failure(group, error)
+        report_failure(group, error)
         raise
-    agreement.agree(group, plan_digest(context, chosen, plan))
+    facts = plan_digest(context, chosen, plan, conditions(module))
+    agreement.agree(group, facts)
+    context.title += f" ({'grad' if context.modes.grad else 'no_grad'}, {short(facts)})"
     context.constants = len([*local.parameters(), *local.buffers()])
     lowering = Lowering(context, plan)
     try:
         compiled = INNER[chosen.inner](local, example_inputs, lowering)
     except Exception as error:
-        agreement.report_failure(group, error, agreement.FINISH)
+        report_failure(group, error, agreement.FINISH)
         raise
     agreement.agree_on_collectives(group, lowering.sequences)
     for listener in LISTENERS:
@@ -114,6 +118,7 @@ def partitioned(
     context.is_first_graph = options.is_first_graph
     context.worlds = {m.mesh: world_of(ranks, m.mesh) for m in spec.sharded.values()}
     context.graph_text = text_of(captured.graph)
+    context.title = sizes_of(captured.graph, captured.inputs)
     reports = run_passes(PIPELINE, captured.graph, context, "global")
     plan = plan_of(context, reports)
     announce(plan, resumed)
@@ -141,19 +146,43 @@ class Lowering:
         self.sequences[kind] = sequence(graph, {w.group: w.mesh_axis for w in worlds})
 
 
+def short(facts: str) -> str:
+    """A name for a graph that is the same on every rank."""
+    return f"graph {hashlib.sha256(facts.encode()).hexdigest()[:6]}"
+
+
 def text_of(graph: fx.Graph) -> str:
     """A graph with its shapes, for the digest; every rank has a device of its own."""
     lines = (f"{n.format_node()} {getattr(n.meta.get('val'), 'shape', '')}" for n in graph.nodes)
     return re.sub(r"\b(cuda|xpu):\d+", r"\1", "\n".join(lines))
 
 
-def plan_digest(context: Context, options: Options, plan: Plan) -> str:
+def conditions(module: fx.GraphModule) -> str:
+    """What decides, beside the graph, whether there is a backward, and in which dtypes."""
+    inputs = (n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder"))
+    learned = (str(int(getattr(x, "requires_grad", False))) for x in inputs)
+    return f"{Modes.current().encode()} requires_grad:{''.join(learned)}"
+
+
+def sizes_of(graph: fx.Graph, inputs: Sequence[Input]) -> str:
+    """The shapes of a graph's first arguments, in words."""
+    placeholders = graph.find_nodes(op="placeholder")
+    tensors = [
+        f"{given.name} {list(node.meta['val'].shape)}"
+        for given, node in zip(inputs, placeholders, strict=True)
+        if isinstance(node.meta.get("val"), torch.Tensor) and not given.is_state
+    ]
+    return ", ".join([*tensors[:4], *(["..."] if len(tensors) > 4 else [])])
+
+
+def plan_digest(context: Context, options: Options, plan: Plan, modes: str) -> str:
     decided = [str(a) for a in plan.attentions] + plan.collective_rows() + context.decided
     decided += [plan.axis, plan.layout]
     return agreement.digest(
         graph=context.graph_text,
         spec=options.spec.encode(),
         plan="\n".join(decided),
+        modes=modes,
         versions=torch.__version__,
     )
 
@@ -161,13 +190,16 @@ def plan_digest(context: Context, options: Options, plan: Plan) -> str:
 def checked(
     compiled: Callable[..., Any], context: Context, spec: ShardingSpec, group: Any
 ) -> Callable[..., Any]:
-    """Compare whole inputs across ranks on the first run (or on every run, or never), and mark
-    outputs that stay cut with their layout."""
+    """Compare whole inputs across ranks on the first run (or on every run, or never), and where a
+    function has several graphs, which of them is run; mark outputs that stay cut."""
     alone = context.world.size == 1 or dist.get_backend(group) == "fake"
     pending = bool(spec.check_inputs) and not alone
 
     def run(*args: Any) -> Any:
         nonlocal pending
+        calls.running(spec if context.world.size > 1 else WHOLE)
+        if spec.check_inputs and not alone and calls.has_several():
+            agreement.agree_on_run(group, context.title)
         if pending:
             whole = [
                 (i, a)
@@ -176,7 +208,6 @@ def checked(
             ]
             agreement.check_data(group, whole)
             pending = spec.check_inputs == "always"
-        calls.running(spec if context.world.size > 1 else WHOLE)
         return marked(compiled(*args), context.output_shards)
 
     return run

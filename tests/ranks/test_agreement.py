@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import agreement_jobs as jobs
@@ -24,7 +25,7 @@ def test_another_length(two: RankPool) -> None:
         """\
 ranks [1] compiled another program than rank 0
   differs  graph, plan
-  fix      give every rank the same model, spec, versions, and inputs of the same sizes""",
+  fix      give every rank the same model, spec, versions and modes (no_grad, autocast, train or eval), and inputs of the same sizes""",
     )
 
 
@@ -34,7 +35,7 @@ def test_another_spec(two: RankPool) -> None:
         """\
 ranks [0] compiled another program than rank 1
   differs  plan, spec
-  fix      give every rank the same model, spec, versions, and inputs of the same sizes""",
+  fix      give every rank the same model, spec, versions and modes (no_grad, autocast, train or eval), and inputs of the same sizes""",
     )
 
 
@@ -58,14 +59,67 @@ ranks of one sequence-parallel group were given different data: parameter or buf
     )
 
 
-def test_a_missing_rank(two: RankPool) -> None:
+def test_a_rank_that_is_gone(two: RankPool) -> None:
     assert_expected_inline(
-        two.run(jobs.one_is_missing, 2)[0],
+        two.run(jobs.one_is_gone, 2)[0],
         """\
-ranks [1] did not compile this graph within 1 s
-  ranks  this is rank 0 of [0, 1], compile 1
-  fix    every rank must run the same program with inputs of the same sizes""",
+ranks [1] are gone: they did not compile this graph
+  ranks  this is rank 0 of [0, 1]
+  fix    look for what they said before they ended; every rank must run the same program, and as often""",
     )
+
+
+def test_a_rank_that_is_late_is_waited_for(two: RankPool) -> None:
+    (said, logged), (other, _) = two.run(jobs.one_is_late, 2)
+    assert (said, other) == ("no error", "no error")
+    assert logged == ["rank 0 waits for ranks [1] to compile this graph"]
+
+
+def test_ranks_that_wait_for_each_other(two: RankPool) -> None:
+    first, second = two.run(jobs.each_waits_for_another_thing, 2)
+    assert_expected_inline(
+        first,
+        """\
+rank 0 waits for the others to compile this graph, and rank 1 for them to compare the sizes of its shards
+  fix  every rank must run the same program with inputs of the same sizes, in the same modes""",
+    )
+    assert second.startswith("rank 1 waits for the others to compare the sizes of its shards")
+
+
+def test_one_rank_under_no_grad(two: RankPool) -> None:
+    assert_expected_inline(
+        two.run(jobs.one_without_gradients, 2)[0],
+        """\
+ranks [1] compiled another program than rank 0
+  differs  modes
+  fix      give every rank the same model, spec, versions and modes (no_grad, autocast, train or eval), and inputs of the same sizes""",
+    )
+
+
+@pytest.mark.parametrize("what", ["modes", "third"])
+def test_another_graph_that_is_compiled(two: RankPool, what: str) -> None:
+    said = two.run(jobs.other_compiled_graph, 2, what)
+    assert all(text.startswith(STARTS[what]) for text in said), said
+
+
+STARTS = {"modes": "ranks [", "third": "rank "}
+
+
+def test_another_length_that_is_compiled(two: RankPool) -> None:
+    text = two.run(jobs.other_compiled_graph, 2, "length")[0]
+    assert_expected_inline(
+        re.sub("graph [0-9a-f]{6}", "graph ...", text),
+        """\
+ranks [1] run another graph than rank 0
+  rank 0  x [2, 13, 8] (grad, graph ...)
+  rank 1  x [2, 14, 8] (grad, graph ...)
+  fix     give every rank inputs of the same sizes, in the same modes (no_grad, autocast, train or eval)""",
+    )
+
+
+def test_the_store_does_not_fill_up(two: RankPool) -> None:
+    first, *others = two.run(jobs.keys_are_deleted, 2)[0]
+    assert set(others) == {first}
 
 
 def test_a_rank_that_fails(two: RankPool) -> None:
