@@ -41,9 +41,7 @@ class Verdict:
 
 def judge(source: str) -> Verdict:
     """Compare a program with its reference; runs on every rank of a pool."""
-    for name in ("mosaic", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    quiet()
     space = loaded(source)
     torch.set_default_dtype(space["DTYPE"])
     try:
@@ -51,6 +49,13 @@ def judge(source: str) -> Verdict:
     finally:
         torch.set_default_dtype(torch.float32)
         mosaic.backend.LISTENERS.clear()
+
+
+def quiet() -> None:
+    """What is gathered is in the plan."""
+    for name in ("mosaic", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def compared(space: dict[str, Any]) -> Verdict:
