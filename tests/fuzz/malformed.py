@@ -7,7 +7,6 @@ refused by a MosaicError that says a sentence and a way out.
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 import torch._dynamo
@@ -15,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fuzz.draw import Draw
 from fuzz.judge import Verdict, failed, quiet
+from fuzz.program import loaded
 from torch import nn
 
 import mosaic
@@ -340,17 +340,10 @@ def judge_call(source: str) -> Verdict:
     """Run a script on this rank: ok, refused, or crash."""
     quiet()
     torch._dynamo.reset()
-    space: dict[str, Any] = {
-        "rank": dist.get_rank(),
-        "mosaic": mosaic,
-        "torch": torch,
-        "F": F,
-        "nn": nn,
-    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exec(source, space)
+            loaded(source, rank=dist.get_rank(), mosaic=mosaic, torch=torch, F=F, nn=nn)
     except Exception as error:
         return failed(error)
     finally:

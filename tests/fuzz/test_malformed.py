@@ -1,4 +1,4 @@
-"""Random wrong calls on two ranks: fine, or a MosaicError with a sentence and a fix; never a hang."""
+"""Random wrong calls on two ranks: fine, or a MosaicError with a fix; never a hang."""
 
 from __future__ import annotations
 
