@@ -131,9 +131,10 @@ def results(space: dict[str, Any], wrap: Callable[[nn.Module], Any]) -> dict[str
     found["structure"] = str(structure)
     for i, leaf in enumerate(leaves):
         found[f"out{i}"] = leaf.detach().clone() if isinstance(leaf, Tensor) else repr(leaf)
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and space["GRAD"]:
             found[f"out{i} requires grad"] = leaf.requires_grad
-    backward([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad])
+    if space["GRAD"]:
+        backward([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad])
     inputs = [(f"input {i}", a) for i, a in enumerate(args)]
     for name, tensor in [*inputs, *model.named_parameters(), *model.named_buffers()]:
         found[f"value of {name}"] = tensor.detach().clone()
