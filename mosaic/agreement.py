@@ -1,8 +1,7 @@
 """Ranks that disagree are found before a collective can hang, or before a wrong number comes out.
 
 When a graph is compiled the ranks compare digests of what they are about to do, through the process
-group's store: no collective, so nothing hangs. When it first runs they compare checksums of whole
-inputs and parameters: the commonest mistake is a sampler that gives every rank other data.
+group's store: no collective, so nothing hangs. What they are given is compared by ``data_check``.
 """
 
 from __future__ import annotations
@@ -13,12 +12,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import zip_longest
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from mosaic.capture import Input
 from mosaic.errors import MosaicError, ShardingError
 from mosaic.mesh import MosaicContext
 from mosaic.torch_private import default_store
@@ -144,31 +140,6 @@ def _different(said: dict[int, dict[str, list[list[str]]]]) -> MosaicError:
     return MosaicError("the ranks compiled different graphs", graphs=[*map(list, said.values())])
 
 
-def check_data(group: dist.ProcessGroup, given: Sequence[tuple[Input, Any]]) -> None:
-    """Compare checksums of the graph's whole inputs across the ranks; one small all-gather."""
-    pairs = [(i, v) for i, v in given if isinstance(v, torch.Tensor)]
-    if not pairs:
-        return
-    device = pairs[0][1].device
-    sums = torch.stack([checksum(v).to(device) for _, v in pairs])
-    everyone = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, sums, group)
-    differ = [
-        (i, [r for r, theirs in enumerate(everyone) if not same(theirs[row], sums[row])])
-        for row, (i, _) in enumerate(pairs)
-    ]
-    wrong = [(i, ranks) for i, ranks in differ if ranks]
-    if not wrong:
-        return
-    first, ranks = wrong[0]
-    what = "parameter or buffer" if first.is_state else "argument"
-    raise ShardingError(
-        f"ranks of one sequence-parallel group were given different data: {what} {first.name}",
-        ranks=f"{ranks} differ from rank {dist.get_rank(group)}",
-        fix=SAME_STATE if first.is_state else SAME_DATA,
-    )
-
-
 def check_shards_alike(
     context: MosaicContext, mesh_axis: str, shapes: tuple[tuple[int, ...], ...], dim: int
 ) -> None:
@@ -196,20 +167,3 @@ def check_shards_alike(
 
 COMPARE = "compare the sizes of its shards"
 PATIENCE = timedelta(minutes=5)  # ranks may come to their first batch at different times
-
-SAME_STATE = "seed the ranks alike before building the model, or broadcast its state_dict"
-SAME_DATA = (
-    "seed your sampler by mosaic.get_context().dp_rank, "
-    "so that ranks of one group see the same batch"
-)
-
-
-def checksum(x: torch.Tensor) -> torch.Tensor:
-    """Two float64 numbers that depend on every element and its position."""
-    flat = x.detach().reshape(-1).to(torch.float64)
-    ramp = torch.arange(flat.numel(), dtype=torch.float64, device=flat.device) % 8191 + 1
-    return torch.stack([flat.sum(), (flat * ramp).sum()])
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan()))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import contract_cases as cc
 import torch
 
 import mosaic
-from mosaic import agreement, backend
+from mosaic import agreement, backend, data_check
 
 
 def message(p: int, build, spec: mosaic.ShardingSpec | None = None) -> str:
@@ -58,6 +60,54 @@ def other_parameters(p: int) -> str:
         return model, x
 
     return message(p, build)
+
+
+def at_step_three(p: int, spec: mosaic.ShardingSpec | None = None) -> tuple[int, str]:
+    """How many steps went well, and the message; rank 1 is given another batch in the third."""
+    mosaic.init(sp_size=p)
+    options = {"inner": "eager", **({"spec": spec} if spec else {})}
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options=options)
+    for step in range(4):
+        batch = x + step + (rank() if step == 2 else 0)
+        try:
+            compiled(batch).sum().backward()
+        except Exception as error:
+            return step, str(error)
+    return 4, "no error"
+
+
+def another_compiled_length(p: int) -> str:
+    """Every rank has compiled both lengths, and in the third step they take different ones."""
+    mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
+    try:
+        for n in (13, 11, 13 - 2 * rank()):
+            compiled(x[:, :n])
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def at_step_three_of_a_gpu(p: int) -> tuple[int, str]:
+    """As if a comparison came to the host later."""
+    there = data_check.Comparison.of
+    event = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
+    later = staticmethod(lambda *given: replace(there(*given), event=event))
+    data_check.Comparison.of = later  # these ranks serve one test
+    return at_step_three(p)
+
+
+def alternating_lengths(p: int) -> int:
+    """Nothing is wrong. How many graphs follow another."""
+    context = mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
+    for step in range(6):
+        compiled(x[:, : 13 - step % 2])
+    (ledger,) = context.ledgers.values()
+    return len(ledger.follows)
 
 
 def one_is_missing(p: int) -> str:

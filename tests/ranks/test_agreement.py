@@ -9,6 +9,8 @@ import pytest
 from expecttest import assert_expected_inline
 from rank_pool import RankPool
 
+import mosaic
+
 
 @pytest.fixture
 def two() -> Iterator[RankPool]:
@@ -56,6 +58,49 @@ ranks of one sequence-parallel group were given different data: parameter or buf
   ranks  [0] differ from rank 1
   fix    seed the ranks alike before building the model, or broadcast its state_dict""",
     )
+
+
+def test_other_data_later(two: RankPool) -> None:
+    (steps, text), _ = two.run(jobs.at_step_three, 2)
+    assert steps == 2
+    assert_expected_inline(
+        text,
+        """\
+ranks of one sequence-parallel group were given different data: argument x
+  ranks  [1] differ from rank 0
+  run    3 of this graph
+  fix    seed your sampler by mosaic.get_context().dp_rank, so that ranks of one group see the same batch""",  # noqa: E501
+    )
+
+
+def test_a_gpu_is_not_waited_for(two: RankPool) -> None:
+    """What a run's comparison found is raised when the next one begins."""
+    (steps, text), _ = two.run(jobs.at_step_three_of_a_gpu, 2)
+    assert steps == 3
+    assert "different data: argument x" in text and "3 of this graph" in text
+
+
+def test_first_looks_at_the_first_run_only(two: RankPool) -> None:
+    spec = mosaic.ShardingSpec(check_inputs="first")
+    assert two.run(jobs.at_step_three, 2, spec) == [(4, "no error")] * 2
+
+
+def test_another_length_that_all_have_compiled(two: RankPool) -> None:
+    first, second = two.run(jobs.another_compiled_length, 2)
+    assert_expected_inline(
+        first,
+        """\
+ranks of one sequence-parallel group run different graphs: their arguments have other sizes, or their code took another way
+  rank 0  x [2, 13, 8]
+  rank 1  x [2, 11, 8]
+  fix     every rank must run the same program with inputs of the same sizes; seed your sampler by mosaic.get_context().dp_rank, so that ranks of one group see the same batch""",  # noqa: E501
+    )
+    assert "rank 0" in second and "rank 1" in second
+
+
+def test_lengths_in_turn(two: RankPool) -> None:
+    """Each follows the other, and the first run follows none."""
+    assert two.run(jobs.alternating_lengths, 2) == [3, 3]
 
 
 def test_a_missing_rank(two: RankPool) -> None:
