@@ -132,8 +132,8 @@ def _different(said: dict[int, dict[str, list[list[str]]]]) -> MosaicError:
                 if mine[0] != other[0]:
                     return MosaicError(
                         f"the ranks' {kind} graphs do not start the same collectives",
-                        **{f"rank {first}, collective {step}": " ".join(mine)},
-                        **{f"rank {rank}, collective {step}": " ".join(other)},
+                        **{f"rank {first}, collective {step}": " ".join(mine).strip()},
+                        **{f"rank {rank}, collective {step}": " ".join(other).strip()},
                         fix="this is a bug in Mosaic: please report the program; "
                         "without the op at that line it may work",
                     )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from mosaic import agreement, shards
+from mosaic import agreement, calls, shards
 from mosaic.arriving import arriving_shards, global_sizes
 from mosaic.capture import capture, read_inputs
 from mosaic.context import Context, world_of
@@ -27,15 +27,13 @@ from mosaic.plan import Plan, plan_of
 from mosaic.sequence import sequence
 from mosaic.spec import ShardingSpec
 from mosaic.tensors import mark
-from mosaic.torch_private import compile_by_eager, compile_by_inductor
+from mosaic.torch_private import around_each_call, compile_by_eager, compile_by_inductor
 
+WHOLE = ShardingSpec()
 INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
 
 #: Called with every plan that is made; ``explain`` listens here.
 LISTENERS: list[Callable[[Plan], None]] = []
-
-#: The options of every torch.compile that has come here; kept alive, so that no id comes twice.
-_seen: dict[int, dict[str, Any] | None] = {}
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,7 @@ def mosaic(
         raise ShardingError(
             f"unknown options: {', '.join(sorted(unknown))}", fix="options are 'spec' and 'inner'"
         )
-    first = id(options) not in _seen
-    _seen[id(options)] = options
-    chosen = Options(**(options or {}), is_first_graph=first)
+    chosen = Options(**(options or {}), is_first_graph=calls.counted() == 1)
     ranks = context_or_world_of_one()
     group = ranks.group(chosen.spec.mesh) if ranks else None
     try:
@@ -93,7 +89,10 @@ def mosaic(
     for listener in LISTENERS:
         listener(plan)
     check = data_check(context, chosen.spec, ranks, facts, any(lowering.sequences.values()))
-    return checked(compiled, context, check)
+    return checked(compiled, context, chosen.spec, check)
+
+
+around_each_call(mosaic, calls.watch)
 
 
 def partitioned(
@@ -103,6 +102,8 @@ def partitioned(
     spec = options.spec
     group = ranks.group(spec.mesh) if ranks else None
     world = world_of(ranks, spec.mesh)
+    if spec.parts and world.size > 1:
+        calls.check_one_graph(module, spec)
     first = shards.first_call(module)
     if first is not None:
         return shards.passed_through(module, first, spec, world)
@@ -178,17 +179,28 @@ def data_check(
 
 
 def checked(
-    compiled: Callable[..., Any], context: Context, check: DataCheck | None
+    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, check: DataCheck | None
 ) -> Callable[..., Any]:
     """Compare inputs before a run, and mark outputs that stay cut with their layout."""
 
     def run(*args: Any) -> Any:
         if check is not None:
             check(args)
-        outputs = compiled(*args)
-        for out, shard in zip(outputs, context.output_shards, strict=False):
-            if shard:
-                mark(out, shard)
-        return outputs
+        calls.running(spec if context.world.size > 1 else WHOLE)
+        return marked(compiled(*args), context.output_shards)
 
     return run
+
+
+def marked(outputs: Sequence[Any], shards: Sequence[str]) -> Sequence[Any]:
+    """Outputs that stay cut, with their layout on each. Two may be one tensor on some rank (``y``
+    and ``y[:, 1:]`` where all its rows are kept): the second is then an alias, with its own."""
+    if not any(shards):
+        return outputs
+    found = list(outputs)
+    for index, shard in enumerate(shards):
+        if shard and any(found[index] is other for other in found[:index]):
+            found[index] = found[index].view_as(found[index])
+        if shard:
+            mark(found[index], shard)
+    return found

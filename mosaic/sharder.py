@@ -239,8 +239,9 @@ class Sharder:
         return not self.is_second or (leaf is not None and leaf.op == "placeholder")
 
     def gives_shares(self, value: Value) -> bool:
-        """A parameter (or input) whose gradient stays this rank's share, for an outer reducer."""
-        leaf = value.origin is not None and value.origin.op == "placeholder"
+        """A parameter whose gradient stays this rank's share, for an outer reducer. An input's is
+        whole: what made it outside goes by whole gradients."""
+        leaf = value.origin is not None and value.origin.meta.get("is_state", False)
         return self.gradients == "shares" and leaf and self.axis.p > 1 and needs_gradient(value)
 
     def node(self, value: Value) -> fx.Node:

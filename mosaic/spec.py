@@ -30,11 +30,13 @@ class ShardingSpec:
     inputs_are: "whole" on every rank, or "shards": the inputs that name a cut axis arrive as this
         rank's part, made by ``mosaic.shard_tensor`` or cut as ``torch.chunk`` does.
     outputs: "whole" (every rank has the single-device result) or "shards" (what holds the axis
-        stays cut; ``mosaic.layout_of`` and ``mosaic.gather`` read it).
+        stays cut, and is a tensor of its own; ``mosaic.layout_of`` and ``mosaic.gather`` read it).
     on_gather: what to do with an op that has no exact local form: "warn" and run it whole on every
         rank, or "error".
-    gradients: "whole" (the single-device gradient on every rank) or "shares" (the sum over the mesh
-        axis is the gradient: for an outer reducer that sums over it).
+    gradients: "whole" (the single-device gradient on every rank) or "shares" (of a parameter, the
+        sum over the mesh axis is the gradient: for an outer reducer that sums over it, and does
+        not average, as DistributedDataParallel does). Inputs' gradients are whole.
+    With "shards" or "shares" the program must be one graph, and no call may run eagerly.
     check_inputs: "always" (before every run of a graph whole inputs are compared across ranks, and
         which graph it is; before its first run parameters and buffers, too), "first" (both before
         the first run only), or False. One all-gather of half a kilobyte a run; on a GPU a
@@ -109,6 +111,16 @@ class ShardingSpec:
         """Every mesh axis that takes part, as one long one."""
         names = [n for m in self.sharded.values() for n in m.mesh.replace(" ", "").split(",")]
         return ",".join(dict.fromkeys(names)) or self.mesh_axis
+
+    @property
+    def parts(self) -> str:
+        """What this contract leaves in parts, in words; "" where all is whole."""
+        left = {
+            "inputs arrive cut": self.inputs_are == "shards",
+            "outputs stay cut": self.outputs == "shards",
+            "gradients are shares": self.gradients == "shares",
+        }
+        return " and ".join(words for words, is_so in left.items() if is_so)
 
     def __hash__(self) -> int:
         return hash(self.encode())

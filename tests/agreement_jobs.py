@@ -10,7 +10,7 @@ import contract_cases as cc
 import torch
 
 import mosaic
-from mosaic import agreement, data_check
+from mosaic import agreement, backend, data_check
 
 
 def message(p: int, build, spec: mosaic.ShardingSpec | None = None) -> str:
@@ -119,3 +119,25 @@ def one_is_missing(p: int) -> str:
 def one_fails(p: int) -> str:
     spec = mosaic.ShardingSpec(inputs={"y" if rank() else "x": "b t f"}, axes={"t": "ring"})
     return message(p, model_and_input, spec)
+
+
+def other_collectives(p: int) -> str:
+    """As if a pass of torch's had dropped a collective on rank 1."""
+    kept = backend.sequence
+
+    def dropped(*args):
+        steps = kept(*args)
+        return steps[:-1] if rank() else steps
+
+    backend.sequence = dropped
+    return message(p, model_and_input)
+
+
+def one_fails_late(p: int) -> str:
+    """As Inductor may, after the ranks have agreed on what they do."""
+
+    def failing(*args):
+        raise RuntimeError("the C++ compiler is missing")
+
+    backend.INNER = {"eager": failing} if rank() else backend.INNER
+    return message(p, model_and_input)

@@ -122,3 +122,23 @@ rank 1 could not compile this graph
   arguments  x
   fix        use these names (or paths such as batch['ids']) as keys of inputs""",
     )
+
+
+def test_other_collectives(two: RankPool) -> None:
+    assert_expected_inline(
+        two.run(jobs.other_collectives, 2)[0],
+        """\
+the ranks' forward graphs do not start the same collectives
+  rank 0, collective 27  all_gather_into_tensor(float64[7, 2, 1, 1, 8]) over sp, number 27 tests/contract_cases.py:180
+  rank 1, collective 27  nothing
+  fix                    this is a bug in Mosaic: please report the program; without the op at that line it may work""",  # noqa: E501
+    )
+
+
+def test_a_rank_that_fails_late(two: RankPool) -> None:
+    assert_expected_inline(
+        two.run(jobs.one_fails_late, 2)[0],
+        """\
+rank 1 could not compile this graph
+  reason  the C++ compiler is missing""",
+    )
