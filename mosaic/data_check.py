@@ -141,7 +141,7 @@ class Comparison:
     ) -> Comparison:
         if everyone.device.type != "cuda":
             return cls(everyone.cpu(), None, group, names, run)
-        said = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
+        said = torch.empty_like(everyone, device="cpu", pin_memory=True)
         said.copy_(everyone, non_blocking=True)
         event = torch.cuda.Event()
         event.record()

@@ -303,7 +303,7 @@ add_model(
     lambda: (randn(*X), torch.zeros(7).double(), torch.ones(7).double()),
 )
 
-# --- masks of integers that wrap --------------------------------------------------------------------
+# --- masks of integers that wrap ------------------------------------------------------------------
 
 
 def wrapped_scores(x: Tensor) -> Tensor:
