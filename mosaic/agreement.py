@@ -1,8 +1,7 @@
 """Ranks that disagree are found before a collective can hang, or before a wrong number comes out.
 
 When a graph is compiled the ranks compare digests of what they are about to do, through the process
-group's store: no collective, so nothing hangs. When it first runs they compare checksums of whole
-inputs and parameters: the commonest mistake is a sampler that gives every rank other data.
+group's store: no collective, so nothing hangs. What they are given is compared by ``data_check``.
 """
 
 from __future__ import annotations
@@ -11,18 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from mosaic.capture import Input
 from mosaic.errors import MosaicError, ShardingError
 from mosaic.exchange import exchange
 from mosaic.mesh import MosaicContext
 
 FINISH = "finish compiling this graph"
-RUN = "run a graph that is compiled"
 
 
 def digest(**facts: str) -> str:
@@ -56,21 +51,6 @@ def _compare(said: dict[int, str], mine: str) -> None:
     )
 
 
-def agree_on_run(group: dist.ProcessGroup, graph: str) -> None:
-    """Raise ShardingError, naming the ranks, unless all are about to run the same one of several
-    graphs that all have compiled. ``graph``: what tells it from the others, in words."""
-    said = dict(zip(dist.get_process_group_ranks(group), exchange(group, graph, RUN), strict=True))
-    other = [rank for rank, theirs in said.items() if theirs != graph]
-    if other:
-        mine, theirs = sorted([dist.get_rank(), other[0]])
-        raise ShardingError(
-            f"ranks {other} run another graph than rank {dist.get_rank()}",
-            **{f"rank {mine}": said[mine], f"rank {theirs}": said[theirs]},
-            fix="give every rank inputs of the same sizes, in the same modes "
-            "(no_grad, autocast, train or eval)",
-        )
-
-
 def agree_on_collectives(
     group: dist.ProcessGroup | None, sequences: Mapping[str, Sequence[tuple[str, str]]]
 ) -> None:
@@ -101,37 +81,12 @@ def _different(said: dict[int, dict[str, list[list[str]]]]) -> MosaicError:
                 if mine[0] != other[0]:
                     return MosaicError(
                         f"the ranks' {kind} graphs do not start the same collectives",
-                        **{f"rank {first}, collective {step}": " ".join(mine)},
-                        **{f"rank {rank}, collective {step}": " ".join(other)},
+                        **{f"rank {first}, collective {step}": " ".join(mine).strip()},
+                        **{f"rank {rank}, collective {step}": " ".join(other).strip()},
                         fix="this is a bug in Mosaic: please report the program; "
                         "without the op at that line it may work",
                     )
     return MosaicError("the ranks compiled different graphs", graphs=[*map(list, said.values())])
-
-
-def check_data(group: dist.ProcessGroup, given: Sequence[tuple[Input, Any]]) -> None:
-    """Compare checksums of the graph's whole inputs across the ranks; one small all-gather."""
-    pairs = [(i, v) for i, v in given if isinstance(v, torch.Tensor)]
-    if not pairs:
-        return
-    device = pairs[0][1].device
-    sums = torch.stack([checksum(v).to(device) for _, v in pairs])
-    everyone = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, sums, group)
-    differ = [
-        (i, [r for r, theirs in enumerate(everyone) if not same(theirs[row], sums[row])])
-        for row, (i, _) in enumerate(pairs)
-    ]
-    wrong = [(i, ranks) for i, ranks in differ if ranks]
-    if not wrong:
-        return
-    first, ranks = wrong[0]
-    what = "parameter or buffer" if first.is_state else "argument"
-    raise ShardingError(
-        f"ranks of one sequence-parallel group were given different data: {what} {first.name}",
-        ranks=f"{ranks} differ from rank {dist.get_rank(group)}",
-        fix=SAME_STATE if first.is_state else SAME_DATA,
-    )
 
 
 def check_shards_alike(
@@ -160,20 +115,3 @@ def check_shards_alike(
 
 
 COMPARE = "compare the sizes of its shards"
-
-SAME_STATE = "seed the ranks alike before building the model, or broadcast its state_dict"
-SAME_DATA = (
-    "seed your sampler by mosaic.get_context().dp_rank, "
-    "so that ranks of one group see the same batch"
-)
-
-
-def checksum(x: torch.Tensor) -> torch.Tensor:
-    """Two float64 numbers that depend on every element and its position."""
-    flat = x.detach().reshape(-1).to(torch.float64)
-    ramp = torch.arange(flat.numel(), dtype=torch.float64, device=flat.device) % 8191 + 1
-    return torch.stack([flat.sum(), (flat * ramp).sum()])
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan()))

@@ -3,7 +3,6 @@ inner compiler."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,9 @@ from torch import fx
 
 from mosaic import agreement, calls, shards
 from mosaic.arriving import arriving_shards, global_sizes
-from mosaic.capture import Input, capture, read_inputs
+from mosaic.capture import capture, read_inputs
 from mosaic.context import Context, world_of
+from mosaic.data_check import DataCheck
 from mosaic.errors import ShardingError
 from mosaic.exchange import report_failure
 from mosaic.mesh import MosaicContext, context_or_world_of_one
@@ -79,7 +79,6 @@ def mosaic(
         raise
     facts = plan_digest(context, chosen, plan, conditions(module))
     agreement.agree(group, facts)
-    context.title += f" ({'grad' if context.modes.grad else 'no_grad'}, {short(facts)})"
     context.constants = len([*local.parameters(), *local.buffers()])
     lowering = Lowering(context, plan)
     try:
@@ -90,7 +89,8 @@ def mosaic(
     agreement.agree_on_collectives(group, lowering.sequences)
     for listener in LISTENERS:
         listener(plan)
-    return checked(compiled, context, chosen.spec, group)
+    check = data_check(context, chosen.spec, ranks, facts, any(lowering.sequences.values()))
+    return checked(compiled, context, chosen.spec, check)
 
 
 around_each_call(mosaic, calls.watch)
@@ -118,7 +118,6 @@ def partitioned(
     context.is_first_graph = options.is_first_graph
     context.worlds = {m.mesh: world_of(ranks, m.mesh) for m in spec.sharded.values()}
     context.graph_text = text_of(captured.graph)
-    context.title = sizes_of(captured.graph, captured.inputs)
     reports = run_passes(PIPELINE, captured.graph, context, "global")
     plan = plan_of(context, reports)
     announce(plan, resumed)
@@ -146,11 +145,6 @@ class Lowering:
         self.sequences[kind] = sequence(graph, {w.group: w.mesh_axis for w in worlds})
 
 
-def short(facts: str) -> str:
-    """A name for a graph that is the same on every rank."""
-    return f"graph {hashlib.sha256(facts.encode()).hexdigest()[:6]}"
-
-
 def text_of(graph: fx.Graph) -> str:
     """A graph with its shapes, for the digest; every rank has a device of its own."""
     lines = (f"{n.format_node()} {getattr(n.meta.get('val'), 'shape', '')}" for n in graph.nodes)
@@ -162,17 +156,6 @@ def conditions(module: fx.GraphModule) -> str:
     inputs = (n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder"))
     learned = (str(int(getattr(x, "requires_grad", False))) for x in inputs)
     return f"{Modes.current().encode()} requires_grad:{''.join(learned)}"
-
-
-def sizes_of(graph: fx.Graph, inputs: Sequence[Input]) -> str:
-    """The shapes of a graph's first arguments, in words."""
-    placeholders = graph.find_nodes(op="placeholder")
-    tensors = [
-        f"{given.name} {list(node.meta['val'].shape)}"
-        for given, node in zip(inputs, placeholders, strict=True)
-        if isinstance(node.meta.get("val"), torch.Tensor) and not given.is_state
-    ]
-    return ", ".join([*tensors[:4], *(["..."] if len(tensors) > 4 else [])])
 
 
 def plan_digest(context: Context, options: Options, plan: Plan, modes: str) -> str:
@@ -187,27 +170,32 @@ def plan_digest(context: Context, options: Options, plan: Plan, modes: str) -> s
     )
 
 
+def data_check(
+    context: Context, spec: ShardingSpec, ranks: MosaicContext | None, facts: str, sends: bool
+) -> DataCheck | None:
+    """What compares this graph's whole inputs across ranks, if anything does. A graph without
+    collectives is looked at once: nothing waits for it on other ranks."""
+    group = ranks.group(spec.mesh) if ranks else None
+    if ranks is None or group is None or context.world.size == 1 or not spec.check_inputs:
+        return None
+    if dist.get_backend(group) == "fake":
+        return None
+    whole = [i for i in context.inputs if i.index not in context.arriving]
+    arguments = [i for i in whole if not i.is_state and not context.holds_shards]
+    state = [i for i in whole if i.is_state]
+    every_run = spec.check_inputs == "always" and sends
+    return DataCheck(ranks, group, facts, arguments, state, every_run)
+
+
 def checked(
-    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, group: Any
+    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, check: DataCheck | None
 ) -> Callable[..., Any]:
-    """Compare whole inputs across ranks on the first run (or on every run, or never), and where a
-    function has several graphs, which of them is run; mark outputs that stay cut."""
-    alone = context.world.size == 1 or dist.get_backend(group) == "fake"
-    pending = bool(spec.check_inputs) and not alone
+    """Compare inputs before a run, and mark outputs that stay cut with their layout."""
 
     def run(*args: Any) -> Any:
-        nonlocal pending
         calls.running(spec if context.world.size > 1 else WHOLE)
-        if spec.check_inputs and not alone and calls.has_several():
-            agreement.agree_on_run(group, context.title)
-        if pending:
-            whole = [
-                (i, a)
-                for i, a in zip(context.inputs, args, strict=True)
-                if i.index not in context.arriving and (i.is_state or not context.holds_shards)
-            ]
-            agreement.check_data(group, whole)
-            pending = spec.check_inputs == "always"
+        if check is not None:
+            check(args)
         return marked(compiled(*args), context.output_shards)
 
     return run

@@ -112,12 +112,6 @@ def counted() -> int:
     return call.made.graphs
 
 
-def has_several() -> bool:
-    """Whether there are several graphs for the call under way, one of which is run now."""
-    call = current()
-    return call is not None and call.made.graphs > 1
-
-
 @contextmanager
 def planned(options: Mapping[str, Any]) -> Iterator[None]:
     """A call of which only the plan is wanted: that it runs no graph is meant."""

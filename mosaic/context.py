@@ -89,7 +89,6 @@ class Context:
     is_first_graph: bool = True
     holds_shards: bool = False  # a program that was written for shards: it is only lowered
     graph_text: str = ""
-    title: str = ""  # the graph in a few words, the same on every rank
     constants: int = 0  # tensors of the local program that are no inputs
     worlds: dict[str, World] = field(default_factory=dict)
     axes: tuple[Axis, ...] = ()  # what is cut, on different mesh axes

@@ -59,6 +59,7 @@ class MosaicContext:
     _request: _Request = field(repr=False)
     _owns_group: bool = field(repr=False)
     alike: set[object] = field(repr=False, compare=False, default_factory=set)  # shards compared
+    ledgers: dict[Any, Any] = field(repr=False, compare=False, default_factory=dict)  # data_check's
     _joint: dict[str, DeviceMesh] = field(repr=False, default_factory=dict)
 
     def size(self, mesh_axis: str = "sp") -> int:

@@ -6,12 +6,14 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import contract_cases as cc
 import torch
 
 import mosaic
-from mosaic import exchange
+from mosaic import backend, data_check, exchange
 from mosaic.torch_private import default_store
 
 
@@ -60,6 +62,54 @@ def other_parameters(p: int) -> str:
     return message(p, build)
 
 
+def at_step_three(p: int, spec: mosaic.ShardingSpec | None = None) -> tuple[int, str]:
+    """How many steps went well, and the message; rank 1 is given another batch in the third."""
+    mosaic.init(sp_size=p)
+    options = {"inner": "eager", **({"spec": spec} if spec else {})}
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options=options)
+    for step in range(4):
+        batch = x + step + (rank() if step == 2 else 0)
+        try:
+            compiled(batch).sum().backward()
+        except Exception as error:
+            return step, str(error)
+    return 4, "no error"
+
+
+def another_compiled_length(p: int) -> str:
+    """Every rank has compiled both lengths, and in the third step they take different ones."""
+    mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
+    try:
+        for n in (13, 11, 13 - 2 * rank()):
+            compiled(x[:, :n])
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def at_step_three_of_a_gpu(p: int) -> tuple[int, str]:
+    """As if a comparison came to the host later."""
+    there = data_check.Comparison.of
+    event = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
+    later = staticmethod(lambda *given: replace(there(*given), event=event))
+    data_check.Comparison.of = later  # these ranks serve one test
+    return at_step_three(p)
+
+
+def alternating_lengths(p: int) -> int:
+    """Nothing is wrong. How many graphs follow another."""
+    context = mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
+    for step in range(6):
+        compiled(x[:, : 13 - step % 2])
+    (ledger,) = context.ledgers.values()
+    return len(ledger.follows)
+
+
 def one_is_gone(p: int) -> str:
     """Rank 1 says that it is a process that has ended."""
     mosaic.init(sp_size=p)
@@ -105,21 +155,16 @@ def caught(call: Callable[[], object]) -> str:
     return "no error"
 
 
-def other_compiled_graph(p: int, what: str) -> str:
-    """Both ranks have compiled two graphs; then each runs another one, or compiles a third."""
+def other_modes_of_two_compiled(p: int) -> str:
+    """Both ranks have compiled with and without gradients; then each runs another one."""
     mosaic.init(sp_size=p)
     model, x = model_and_input()
     compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"})
     compiled(x)
     with torch.no_grad():
         compiled(x)
-    if what == "length":
-        compiled(model_and_input(14)[1])
-        return caught(lambda: compiled(model_and_input(13 + rank())[1]))
-    if what == "modes":
-        with torch.set_grad_enabled(rank() == 0):
-            return caught(lambda: compiled(x))
-    return caught(lambda: compiled(model_and_input(13 + rank())[1]))
+    with torch.set_grad_enabled(rank() == 0):
+        return caught(lambda: compiled(x))
 
 
 def keys_are_deleted(p: int) -> list[int]:
@@ -139,3 +184,25 @@ def keys_are_deleted(p: int) -> list[int]:
 def one_fails(p: int) -> str:
     spec = mosaic.ShardingSpec(inputs={"y" if rank() else "x": "b t f"}, axes={"t": "ring"})
     return message(p, model_and_input, spec)
+
+
+def other_collectives(p: int) -> str:
+    """As if a pass of torch's had dropped a collective on rank 1."""
+    kept = backend.sequence
+
+    def dropped(*args):
+        steps = kept(*args)
+        return steps[:-1] if rank() else steps
+
+    backend.sequence = dropped
+    return message(p, model_and_input)
+
+
+def one_fails_late(p: int) -> str:
+    """As Inductor may, after the ranks have agreed on what they do."""
+
+    def failing(*args):
+        raise RuntimeError("the C++ compiler is missing")
+
+    backend.INNER = {"eager": failing} if rank() else backend.INNER
+    return message(p, model_and_input)

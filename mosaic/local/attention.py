@@ -12,7 +12,6 @@ from torch import fx
 
 from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
-from mosaic.attention.kernels.efficient import MOST_BATCHES
 from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
@@ -142,7 +141,7 @@ def gathered(s: Sharder, c: Call, reason: str) -> Value:
 
 
 def whole(s: Sharder, c: Call) -> Value:
-    if is_plain(c):
+    if is_left_to_aten(c):
         return s.emit(c, None, enter=False)
     c = unbroadcast(s, c)
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
@@ -156,6 +155,12 @@ def is_plain(c: Call) -> bool:
     decided need ours; so do rows of finfo.min that a written-out softmax kept apart from -inf."""
     needs_ours = "attention" in c.like.meta or c.like.meta.get("keeps_low_rows")
     return c.target is PLAIN and not c["dropout_p"] and not needs_ours
+
+
+def is_left_to_aten(c: Call) -> bool:
+    """Not on a GPU: there ATen's op fails with many batches, and its choice among kernels knows
+    nothing of short sequences."""
+    return is_plain(c) and c.val.device.type != "cuda"
 
 
 def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
@@ -208,10 +213,8 @@ def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
     parts = cut_makings(s, c, place)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
-    # A plain attention of an empty shard loses its gradients, and with them their collectives; one
-    # of very many batches has a backward that Inductor does not take, where ours does it in parts.
-    batches = max(place.local_shape(q.shape, rank)[0] for rank in range(s.axis.p))
-    if is_plain(c) and all(place.layout.lengths) and batches <= MOST_BATCHES:
+    # A plain attention of an empty shard loses its gradients, and with them their collectives.
+    if is_left_to_aten(c) and all(place.layout.lengths):
         s.attentions.append((found, c))
         return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
     return marked(s, c, found, place, (q, k, v, mask), parts)

@@ -24,18 +24,20 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from mosaic.attention.blocks import Piece, row_blocks, simple
+from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
 from mosaic.attention.kernels.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
-from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
+from mosaic.attention.kernels.kernel import SHORT, Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.merge import Partial
 from mosaic.errors import UnsupportedError
 
 __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "using"]
 
-#: Which kernel does a block: the first that fits; the fastest stands first. ``MATH`` is right for
-#: everything, and alone does dropout and blocks without rows or keys.
+#: Which kernel does a block: the first that fits; the fastest stands first (for short sequences it
+#: is looked up). ``MATH`` is right for everything, and alone does dropout and blocks without rows
+#: or keys.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
@@ -75,8 +77,8 @@ def forward(
 ) -> Partial:
     """out and lse of one block."""
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
-    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band))
-    return kernel.forward(q, k, v, **options)
+    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band), FORWARD)
+    return batches.forward(kernel, q, k, v, **options)
 
 
 def backward(
@@ -95,16 +97,10 @@ def backward(
     need_dmask: bool = False,
 ) -> Gradients:
     """This block's part of dq, dk, dv (and of the mask's gradient, in the mask's shape)."""
-    options = {
-        "band": band,
-        "mask": mask,
-        "scale": scale,
-        "keep": keep,
-        "shift": shift,
-        "need_dmask": need_dmask,
-    }
-    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band))
-    return kernel.backward(dout, q, k, v, out, lse, **options)
+    options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
+    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band), BACKWARD)
+    tensors = (dout, q, k, v, out, lse)
+    return batches.backward(kernel, tensors, **options, need_dmask=need_dmask)
 
 
 def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
@@ -128,9 +124,14 @@ def _piece(q: Tensor, k: Tensor, band: Bounds) -> Piece:
     return Piece(0, q.shape[2], 0, k.shape[2], *band)
 
 
-def _choose(case: Case, piece: Piece) -> Kernel:
-    for kernel in _table:
-        if kernel.does(case, piece):
-            return kernel
-    names = ", ".join(kernel.name for kernel in _table)
-    raise UnsupportedError(f"{names or 'no kernel'} cannot do this block", case=case, piece=piece)
+FORWARD, BACKWARD = 0, 1  # of a kernel's measured times
+
+
+def _choose(case: Case, piece: Piece, direction: int) -> Kernel:
+    able = [kernel for kernel in _table if kernel.does(case, piece)]
+    if not able:
+        names = ", ".join(kernel.name for kernel in _table) or "no kernel"
+        raise UnsupportedError(f"{names} cannot do this block", case=case, piece=piece)
+    if case.half_on_cuda and max(piece.rows, piece.keys) <= SHORT:
+        return min(able, key=lambda kernel: kernel.short[direction])
+    return able[0]
