@@ -193,9 +193,9 @@ def checked(
     """Compare inputs before a run, and mark outputs that stay cut with their layout."""
 
     def run(*args: Any) -> Any:
+        calls.running(spec if context.world.size > 1 else WHOLE)
         if check is not None:
             check(args)
-        calls.running(spec if context.world.size > 1 else WHOLE)
         return marked(compiled(*args), context.output_shards)
 
     return run

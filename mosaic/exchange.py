@@ -64,7 +64,12 @@ def _collect(
             _check_they_come(store, late, keys, group, doing)
         if waited > say_after:
             log.warning(
-                "rank %d waits for ranks %s to %s (%d s)", dist.get_rank(), late, doing, waited
+                "rank %d waits for ranks %s to %s (%d s); every rank must come to it, with inputs "
+                "of the same sizes",
+                dist.get_rank(),
+                late,
+                doing,
+                waited,
             )
             say_after *= 4
         time.sleep(pause)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re  # noqa: F401
 from collections.abc import Iterator
 
 import agreement_jobs as jobs
