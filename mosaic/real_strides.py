@@ -1,6 +1,6 @@
 """What runs a traced graph node by node must heed the strides that come, not those that were traced.
 
-Some ops give other strides than their fakes do (``cat`` of what looks like channels-last memory). A
+Some ops give other strides than torch's description of them says (``huber_loss_backward``). A
 ``view`` then fails, and a kernel that was chosen for the traced strides may read memory wrongly.
 """
 
@@ -38,7 +38,10 @@ HEEDFUL = {
 }
 
 
-def heed_strides(graph: fx.Graph) -> None:
-    """Let views copy where they must, and kernels look."""
-    for node in graph.nodes:
+def heeding_strides(graph: fx.Graph) -> fx.Graph:
+    """The graph to be run: views copy where they must, and kernels look."""
+    run = fx.Graph()
+    run.output(run.graph_copy(graph, {}))
+    for node in run.nodes:
         node.target = HEEDFUL.get(node.target, node.target)
+    return run

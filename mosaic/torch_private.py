@@ -1,4 +1,4 @@
-"""Every private torch name that Mosaic uses, in one place (seen in torch 2.11 and 2.13)."""
+"""Every private torch name that Mosaic uses, in one place (seen in torch 2.11, 2.13, 2.14)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mosaic.real_strides import heed_strides
+from mosaic.real_strides import heeding_strides
 
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
 
@@ -407,9 +407,7 @@ def compile_by_eager(
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
             lower(graph.graph, kind)
-            heed_strides(graph.graph)
-            graph.recompile()
-            return make_boxed_func(graph.forward)
+            return make_boxed_func(fx.GraphModule(graph, heeding_strides(graph.graph)).forward)
 
         return compile_graph
 
