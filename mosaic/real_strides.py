@@ -1,4 +1,4 @@
-"""What runs a traced graph node by node must heed the strides that come, not those that were traced.
+"""A graph that is run node by node must heed the strides that come, not those that were traced.
 
 Some ops give other strides than torch's description of them says (``huber_loss_backward``). A
 ``view`` then fails, and a kernel that was chosen for the traced strides may read memory wrongly.
