@@ -256,8 +256,10 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
     for node in traced.graph.nodes:
         node.meta["modes"] = node.meta.get("custom", {}).get("modes", ambient)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    offsets = storage_offsets(module)
     for node, given, fake in zip(placeholders, inputs, fakes, strict=True):
         node.meta["is_state"] = given.is_state
+        node.meta["storage_offset"] = offsets[given.index]
         node.meta["requires_grad"] = isinstance(fake, torch.Tensor) and fake.requires_grad
     names = list(signature.user_inputs)
     rename_afresh(
@@ -290,6 +292,12 @@ def refuse_learned(graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[in
                 fix="change it outside of the compiled model (after an optimiser's step), "
                 "or use a changed copy: w.clamp(-1, 1), not w.clamp_(-1, 1) or max_norm",
             )
+
+
+def storage_offsets(module: fx.GraphModule) -> list[int]:
+    """Where in its memory each input begins."""
+    values = (n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder")
+    return [int(v.storage_offset()) if isinstance(v, torch.Tensor) else 0 for v in values]
 
 
 def refuse_shared(

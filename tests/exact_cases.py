@@ -87,11 +87,32 @@ add("head dim of one number", lambda x: sdpa(*[x[..., :1].expand(X)] * 3), X)
 add("unfold", lambda x: attended(x).mT.unfold(2, 3, 1).mean(-1), X)
 add("as_strided", lambda x: attended(x).mT.as_strided((3, 4, 2), (20, 3, 2), 4).sin(), X)
 add("as_strided of an input", lambda x: attended(x) + x.mT.as_strided((7,), (7,)), (2, 8, 7))
+
+
 add(
-    "as_strided, written to",
-    lambda x: attended(x).clone().as_strided_scatter(x[0, :3, 0], (3,), (9,), 2).sin(),
-    X,
+    "as_strided from a place in memory, of a view",
+    lambda x: attended(x) + x.as_strided(X, (0, 8, 1), 56),
+    lambda: torch.randn(3, 7, 8, dtype=torch.float64)[1:].requires_grad_(),
+    refusal="as_strided.default reads memory that is not that of its own tensor alone",
 )
+
+
+def strided_written(x: Tensor) -> Tensor:
+    y = attended(x) * 1
+    y.as_strided((2, 7), (56, 8)).fill_(2.0)
+    return y
+
+
+def unfold_written(x: Tensor, dim: int) -> Tensor:
+    y = attended(x) * 1
+    y.unfold(dim, 2, 2).add_(1.5)
+    return y
+
+
+WRITTEN = "a view that as_strided or unfold made is written to"
+add("as_strided, written to", strided_written, X, refusal=WRITTEN)
+add("unfold, written to", lambda x: unfold_written(x, 1), X, refusal=WRITTEN)
+add("unfold of all, written to", lambda x: unfold_written(x, 2), X)
 add(
     "as_strided of a slice",
     lambda x: attended(x)[:, 1:].as_strided((3, 4), (2, 1)),
