@@ -26,6 +26,7 @@ from mosaic.fused import UNFUSED
 from mosaic.modes import Modes
 from mosaic.source import where
 from mosaic.torch_private import (
+    INLINED,
     FakeTensorMode,
     aot_export_module,
     autograd_function_apply,
@@ -39,7 +40,9 @@ from mosaic.torch_private import (
     rename_afresh,
     set_grad_enabled,
     tag_activation_checkpoint,
+    without_effects,
 )
+from mosaic.unexpected import blamed_on
 from mosaic.vmapped import Region, check_transforms, written_out
 
 
@@ -119,11 +122,14 @@ class _Interpreter(fx.Interpreter):
             return self.vmap()
         # The tracer copies "custom" to every node that this one becomes.
         n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
-        return super().run_node(n)
+        with blamed_on(n):
+            return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is tag_activation_checkpoint:
             return self.checkpoint(*args)
+        if target in INLINED:
+            return _Interpreter(args[0], self.modes).run(*args[INLINED[target] :])
         if target is autograd_function_apply:
             return self.autograd_function(target, args, kwargs)
         if target is enter_autocast:
@@ -132,7 +138,22 @@ class _Interpreter(fx.Interpreter):
             return self.switch(replace(self.outer.pop(), grad=self.modes.grad))
         if target is set_grad_enabled:
             return self.switch(replace(self.modes, grad=args[0]))
+        if isinstance(kwargs.get("out"), torch.Tensor):
+            return self.written_into(target, args, kwargs)
         return super().call_function(UNFUSED.get(target, target), args, kwargs)
+
+    def written_into(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``out=``, which torch refuses to trace where a gradient could be asked for (grad mode is
+        a mark on a node here): the result, copied into what is given."""
+        given = kwargs["out"]
+        made = self.call_function(target, args, {**kwargs, "out": None})
+        if made.shape != given.shape or made.dtype != given.dtype:
+            raise UnsupportedError(
+                "out= is given a tensor of another shape or dtype",
+                sizes=f"{list(given.shape)} {given.dtype} for {list(made.shape)} {made.dtype}",
+                fix="leave out= away, and use what the function returns",
+            )
+        return given.copy_(made if self.modes.grad else made.detach())
 
     def vmap(self) -> None:
         region = self.mapped
@@ -228,7 +249,7 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
 
     traced: fx.GraphModule
     try:
-        with no_tracing_context(), preserve_node_meta():
+        with no_tracing_context(), preserve_node_meta(), without_effects():
             traced, signature = aot_export_module(
                 Program(), fakes, trace_joint=False, pre_dispatch=True
             )

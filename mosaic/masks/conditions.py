@@ -88,6 +88,8 @@ def linear(term: Term, constants: Constants) -> Linear | None:
     found = of_constant(term, constants)
     if found is not None:
         return found
+    if constants.is_long(node) or dtype == torch.bool:
+        return None if term.is_pairwise else Linear(Counter([term]))
     if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
         a, b = (side(term, x, constants) for x in node.args)
         if a is None or b is None:
@@ -104,6 +106,8 @@ def of_constant(term: Term, constants: Constants) -> Linear | None:
     first = int(values[0])
     if not differs:
         return Linear(constant=first)
+    if values.dtype == torch.bool:  # True is 1 wherever it stands
+        return None
     if torch.equal(values, torch.arange(first, first + len(values), dtype=values.dtype)):
         return Linear(Counter(differs), first)
     return None
