@@ -16,7 +16,9 @@ from mosaic import agreement, calls, shards
 from mosaic.arriving import arriving_shards, global_sizes
 from mosaic.capture import capture, read_inputs
 from mosaic.context import Context, world_of
+from mosaic.data_check import DataCheck
 from mosaic.errors import MosaicError, ShardingError
+from mosaic.exchange import report_failure
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
 from mosaic.notices import announce, resumed_at
@@ -92,20 +94,22 @@ def compile_graph(
     try:
         local, context, plan = partitioned(module, chosen, ranks)
     except Exception as error:
-        agreement.report_failure(group, error)
+        report_failure(group, error)
         raise
-    agreement.agree(group, plan_digest(context, chosen, plan))
+    facts = plan_digest(context, chosen, plan, conditions(module))
+    agreement.agree(group, facts)
     context.constants = len([*local.parameters(), *local.buffers()])
     lowering = Lowering(context, plan)
     try:
         compiled = INNER[chosen.inner](local, example_inputs, lowering)
     except Exception as error:
-        agreement.report_failure(group, error, agreement.FINISH)
+        report_failure(group, error, agreement.FINISH)
         raise
     agreement.agree_on_collectives(group, lowering.sequences)
     for listener in LISTENERS:
         listener(plan)
-    return checked(compiled, context, chosen.spec, group)
+    check = data_check(context, chosen.spec, ranks, facts, any(lowering.sequences.values()))
+    return checked(compiled, context, chosen.spec, check)
 
 
 around_each_call(mosaic, calls.watch)
@@ -168,36 +172,51 @@ def text_of(graph: fx.Graph) -> str:
     return re.sub(r"\b(cuda|xpu):\d+", r"\1", "\n".join(lines))
 
 
-def plan_digest(context: Context, options: Options, plan: Plan) -> str:
+def conditions(module: fx.GraphModule) -> str:
+    """What decides, beside the graph, whether there is a backward, and in which dtypes."""
+    inputs = (n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder"))
+    learned = (str(int(getattr(x, "requires_grad", False))) for x in inputs)
+    return f"{Modes.current().encode()} requires_grad:{''.join(learned)}"
+
+
+def plan_digest(context: Context, options: Options, plan: Plan, modes: str) -> str:
     decided = [str(a) for a in plan.attentions] + plan.collective_rows() + context.decided
     decided += [plan.axis, plan.layout]
     return agreement.digest(
         graph=context.graph_text,
         spec=options.spec.encode(),
         plan="\n".join(decided),
+        modes=modes,
         versions=torch.__version__,
     )
 
 
+def data_check(
+    context: Context, spec: ShardingSpec, ranks: MosaicContext | None, facts: str, sends: bool
+) -> DataCheck | None:
+    """What compares this graph's whole inputs across ranks, if anything does. A graph without
+    collectives is looked at once: nothing waits for it on other ranks."""
+    group = ranks.group(spec.mesh) if ranks else None
+    if ranks is None or group is None or context.world.size == 1 or not spec.check_inputs:
+        return None
+    if dist.get_backend(group) == "fake":
+        return None
+    whole = [i for i in context.inputs if i.index not in context.arriving]
+    arguments = [i for i in whole if not i.is_state and not context.holds_shards]
+    state = [i for i in whole if i.is_state]
+    every_run = spec.check_inputs == "always" and sends
+    return DataCheck(ranks, group, facts, arguments, state, every_run)
+
+
 def checked(
-    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, group: Any
+    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, check: DataCheck | None
 ) -> Callable[..., Any]:
-    """Compare whole inputs across ranks on the first run (or on every run, or never), and mark
-    outputs that stay cut with their layout."""
-    alone = context.world.size == 1 or dist.get_backend(group) == "fake"
-    pending = bool(spec.check_inputs) and not alone
+    """Compare inputs before a run, and mark outputs that stay cut with their layout."""
 
     def run(*args: Any) -> Any:
-        nonlocal pending
-        if pending:
-            whole = [
-                (i, a)
-                for i, a in zip(context.inputs, args, strict=True)
-                if i.index not in context.arriving and (i.is_state or not context.holds_shards)
-            ]
-            agreement.check_data(group, whole)
-            pending = spec.check_inputs == "always"
         calls.running(spec if context.world.size > 1 else WHOLE)
+        if check is not None:
+            check(args)
         return marked(compiled(*args), context.output_shards)
 
     return run

@@ -37,8 +37,10 @@ class ShardingSpec:
         sum over the mesh axis is the gradient: for an outer reducer that sums over it, and does
         not average, as DistributedDataParallel does). Inputs' gradients are whole.
     With "shards" or "shares" the program must be one graph, and no call may run eagerly.
-    check_inputs: compare whole inputs and parameters across ranks on the "first" run of each graph,
-        "always", or never (False).
+    check_inputs: "always" (before every run of a graph whole inputs are compared across ranks, and
+        which graph it is; before its first run parameters and buffers, too), "first" (both before
+        the first run only), or False. One all-gather of half a kilobyte a run; on a GPU a
+        difference in data is an error when the next run begins.
     mesh_axis: the mesh axis of methods given as strings, and of an axis that Mosaic finds itself.
 
     Raises ShardingError for names and methods that do not fit together.
@@ -50,7 +52,7 @@ class ShardingSpec:
     outputs: Literal["whole", "shards"] = "whole"
     on_gather: Literal["warn", "error"] = "warn"
     gradients: Literal["whole", "shares"] = "whole"
-    check_inputs: Literal["first", "always", False] = "first"
+    check_inputs: Literal["always", "first", False] = "always"
     mesh_axis: str = field(default="sp", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -176,7 +178,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "outputs": ("whole", "shards"),
     "on_gather": ("warn", "error"),
     "gradients": ("whole", "shares"),
-    "check_inputs": ("first", "always", False),
+    "check_inputs": ("always", "first", False),
 }
 
 
