@@ -14,10 +14,10 @@ from torch import fx
 
 from mosaic import agreement, calls, shards
 from mosaic.arriving import arriving_shards, global_sizes
-from mosaic.capture import capture, read_inputs
+from mosaic.capture import AUTOGRAD_FUNCTIONS, capture, read_inputs
 from mosaic.context import Context, world_of
 from mosaic.data_check import DataCheck
-from mosaic.errors import ShardingError
+from mosaic.errors import MosaicError, ShardingError
 from mosaic.exchange import report_failure
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
@@ -28,7 +28,12 @@ from mosaic.plan import Plan, plan_of
 from mosaic.sequence import sequence
 from mosaic.spec import ShardingSpec
 from mosaic.tensors import mark
-from mosaic.torch_private import around_each_call, compile_by_eager, compile_by_inductor
+from mosaic.torch_private import (
+    RestartAnalysis,
+    around_each_call,
+    compile_by_eager,
+    compile_by_inductor,
+)
 
 WHOLE = ShardingSpec()
 INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
@@ -62,8 +67,32 @@ def mosaic(
     """Compile one Dynamo graph for the ranks of ``mosaic.init``.
 
     Raises MosaicError and its subclasses; Dynamo wraps them in BackendCompilerFailed, whose text
-    ends with ours.
+    ends with ours. Some of torch's own errors Dynamo would take for a graph break, and run eagerly.
     """
+    try:
+        with AUTOGRAD_FUNCTIONS.kept():
+            return compiled_graph(module, example_inputs, options)
+    except (MosaicError, RestartAnalysis):
+        raise
+    except Exception as error:
+        raise not_ours(error) from error
+
+
+def not_ours(error: Exception) -> MosaicError:
+    text = next(iter(str(error).strip().splitlines()), "")
+    return MosaicError(
+        "this graph could not be compiled",
+        reason=f"{type(error).__name__}: {text}",
+        **{"where": "\n".join(getattr(error, "__notes__", [])) or None},
+        fix="this is a bug in Mosaic, or a program that torch cannot trace: the error above this "
+        "one says where",
+    )
+
+
+def compiled_graph(
+    module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    """The passes before and after AOTAutograd; the ranks compare what each has made."""
     unknown = set(options or {}) - {"spec", "inner"}
     if unknown:
         raise ShardingError(
@@ -101,14 +130,13 @@ def partitioned(
 ) -> tuple[fx.GraphModule, Context, Plan]:
     """PIPELINE: from Dynamo's graph to this rank's local program."""
     spec = options.spec
-    group = ranks.group(spec.mesh) if ranks else None
     world = world_of(ranks, spec.mesh)
     if spec.parts and world.size > 1:
         calls.check_one_graph(module, spec)
     first = shards.first_call(module)
     if first is not None:
         return shards.passed_through(module, first, spec, world)
-    arriving = arriving_shards(module, read_inputs(module), spec, world, group)
+    arriving = arriving_shards(module, read_inputs(module), spec, world)
     captured = capture(module, global_sizes(module, arriving))
     context = Context(
         spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving

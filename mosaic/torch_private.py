@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from traceback import FrameSummary
+from types import CodeType
 from typing import Any
 
 import sympy
@@ -25,6 +26,8 @@ from torch._dynamo import maybe_mark_dynamic as may_vary
 from torch._dynamo import reset as reset_dynamo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import CatchErrorsWrapper
+from torch._dynamo.eval_frame import reset_code
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
 from torch._dynamo.source import AttrSource
@@ -63,12 +66,14 @@ __all__ = [
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",
+    "RestartAnalysis",
     "active_ddp",
     "aot_export_module",
     "around_each_call",
     "autograd_function_apply",
     "break_after",
     "broken_guard",
+    "code_at_hand",
     "compile_by_eager",
     "compile_by_inductor",
     "compiles_left",
@@ -106,6 +111,7 @@ __all__ = [
     "torch_version",
     "why_eager",
     "without_modes",
+    "without_traces",
 ]
 
 #: Whether two tensors are of one memory.
@@ -319,6 +325,29 @@ def break_after(module: fx.GraphModule) -> tuple[str, FrameSummary | None] | Non
         return None
     reason = next(iter(ended.reason.strip().splitlines()), "")
     return reason, ended.user_stack[-1] if ended.user_stack else None
+
+
+@contextmanager
+def without_traces() -> Iterator[list[CodeType]]:
+    """Let Dynamo compile whatever it has compiled before, and forget afterwards what it has made of
+    the functions in this list; all others stay compiled."""
+    compiled: list[CodeType] = []
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    with dynamo_config.patch(limits):
+        try:
+            yield compiled
+        finally:
+            for code in compiled:
+                reset_code(code)
+
+
+def code_at_hand() -> CodeType:
+    """Of the function that Dynamo compiles now. Only inside the backend call."""
+    frame: Any = sys._getframe(1)
+    while not isinstance(frame.f_locals.get("self"), CatchErrorsWrapper):
+        frame = frame.f_back
+    code: CodeType = frame.f_locals["frame"].f_code
+    return code
 
 
 def never_compiles() -> bool:

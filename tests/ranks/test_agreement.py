@@ -26,7 +26,7 @@ def test_another_length(two: RankPool) -> None:
         """\
 ranks [1] compiled another program than rank 0
   differs  graph, plan
-  fix      give every rank the same model, spec, versions and modes (no_grad, autocast, train or eval), and inputs of the same sizes""",
+  fix      give every rank the same model, spec, versions and modes (no_grad, autocast, train or eval), and inputs of the same sizes""",  # noqa: E501
     )
 
 
@@ -36,7 +36,7 @@ def test_another_spec(two: RankPool) -> None:
         """\
 ranks [0] compiled another program than rank 1
   differs  plan, spec
-  fix      give every rank the same model, spec, versions and modes (no_grad, autocast, train or eval), and inputs of the same sizes""",
+  fix      give every rank the same model, spec, versions and modes (no_grad, autocast, train or eval), and inputs of the same sizes""",  # noqa: E501
     )
 
 
@@ -109,7 +109,7 @@ def test_a_rank_that_is_gone(two: RankPool) -> None:
         """\
 ranks [1] are gone: they did not compile this graph
   ranks  this is rank 0 of [0, 1]
-  fix    look for what they said before they ended; every rank must run the same program, and as often""",
+  fix    look for what they said before they ended; every rank must run the same program, and as often""",  # noqa: E501
     )
 
 
@@ -125,7 +125,7 @@ def test_ranks_that_wait_for_each_other(two: RankPool) -> None:
         first,
         """\
 rank 0 waits for the others to compile this graph, and rank 1 for them to compare the sizes of its shards
-  fix  every rank must run the same program with inputs of the same sizes, in the same modes""",
+  fix  every rank must run the same program with inputs of the same sizes, in the same modes""",  # noqa: E501
     )
     assert second.startswith("rank 1 waits for the others to compare the sizes of its shards")
 
@@ -136,7 +136,7 @@ def test_one_rank_under_no_grad(two: RankPool) -> None:
         """\
 ranks [1] compiled another program than rank 0
   differs  modes
-  fix      give every rank the same model, spec, versions and modes (no_grad, autocast, train or eval), and inputs of the same sizes""",
+  fix      give every rank the same model, spec, versions and modes (no_grad, autocast, train or eval), and inputs of the same sizes""",  # noqa: E501
     )
 
 
