@@ -3,7 +3,7 @@
 Every question has a number in its group, and every rank an answer to it. Whoever waits does so for
 as long as the others may still come (another rank may compile for minutes), and says after a while
 whom it waits for. It ends where nobody will come: a process is gone, or one of the late ranks waits
-itself, for this rank, with another question.
+itself, for this rank: with another question, or in a graph that this one does not run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mosaic.torch_private import default_store
 
 log = logging.getLogger("mosaic")
 
-COMPILE = "compile this graph"
+COMPILE, RUN = "compile this graph", "run a compiled graph"
 FAILED = "failed: "
 #: Seconds until it is said whom a rank waits for, and until it looks whether they will come.
 SAY_AFTER, LOOK_AFTER = 30.0, 1.0
@@ -117,9 +117,27 @@ def _check_they_come(
             raise ShardingError(
                 f"rank {dist.get_rank()} waits for the others to {doing}, "
                 f"and rank {rank} for them to {waits}",
-                fix="every rank must run the same program with inputs of the same sizes, "
-                "in the same modes",
+                fix=SAME,
             )
+        if int(_noted(store, group, RUN, rank) or 0) > _turns[_key(group, RUN)]:
+            raise ShardingError(
+                f"rank {dist.get_rank()} waits for the others to {doing}, "
+                f"and rank {rank} runs one that is compiled already",
+                fix=SAME,
+            )
+
+
+SAME = (
+    "every rank must run the same program with inputs of the same sizes, "
+    "in the same modes (no_grad, autocast, train or eval)"
+)
+
+
+def note_run(group: dist.ProcessGroup) -> None:
+    """Say that this rank begins to run a compiled graph, in which it waits for the others."""
+    prefix = _key(group, RUN)
+    _turns[prefix] += 1
+    default_store().set(f"{prefix}/{dist.get_rank()}", str(_turns[prefix]))
 
 
 def _note(store: dist.Store, group: dist.ProcessGroup, about: str, text: str) -> None:

@@ -155,8 +155,8 @@ def caught(call: Callable[[], object]) -> str:
     return "no error"
 
 
-def other_modes_of_two_compiled(p: int) -> str:
-    """Both ranks have compiled with and without gradients; then each runs another one."""
+def other_compiled_modes(p: int) -> str:
+    """Every rank has compiled both modes, and then they take different ones."""
     mosaic.init(sp_size=p)
     model, x = model_and_input()
     compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"})
@@ -165,6 +165,15 @@ def other_modes_of_two_compiled(p: int) -> str:
         compiled(x)
     with torch.set_grad_enabled(rank() == 0):
         return caught(lambda: compiled(x))
+
+
+def one_compiles_another(p: int) -> None:
+    """Rank 0 goes on with a length that is compiled, rank 1 with a new one."""
+    mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
+    compiled(x)
+    compiled(model_and_input(13 + rank())[1])
 
 
 def keys_are_deleted(p: int) -> list[int]:

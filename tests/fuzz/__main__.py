@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from fuzz.draw import seeded
 from fuzz.generate import MESHES, generate
 from fuzz.judge import judge
+from fuzz.malformed import generate_call, judge_call
 from fuzz.ranks import BAD, FuzzRanks
 from fuzz.reduce import reduced
 from rank_pool import RankPool
@@ -34,6 +36,8 @@ def main() -> None:
     parser.add_argument("--replay")
     parser.add_argument("--save")
     parser.add_argument("--show", action="store_true")
+    parser.add_argument("--malformed", action="store_true", help="wrong calls, not programs")
+    parser.add_argument("--skip", help="pass over programs whose text matches this pattern")
     parser.add_argument("--no-reduce", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,11 +64,14 @@ def campaign(options: argparse.Namespace, ranks: FuzzRanks) -> None:
         if time.monotonic() - start > 60 * options.minutes:
             break
         torch.set_default_dtype(torch.float64)
-        program = generate(seeded(seed), options.mesh)
+        program = None if options.malformed else generate(seeded(seed), options.mesh)
         torch.set_default_dtype(torch.float32)
+        source = generate_call(seeded(seed)) if program is None else program.source
+        if options.skip and re.search(options.skip, source):
+            continue
         if options.show:
-            print(program.source)
-        verdict = ranks.try_out(judge, program.source)
+            print(source)
+        verdict = ranks.try_out(judge_call if program is None else judge, source)
         counts[verdict.outcome] += 1
         counts["gathered"] += verdict.outcome == "ok" and bool(verdict.gathered)
         counts["nothing cut"] += verdict.outcome == "ok" and not cuts(verdict.attentions)
@@ -73,13 +80,14 @@ def campaign(options: argparse.Namespace, ranks: FuzzRanks) -> None:
             print(json.dumps(row), file=log, flush=True)
         if verdict.outcome not in BAD:
             continue
-        if not options.no_reduce:
+        if program is not None and not options.no_reduce:
             program, verdict = reduced(program, verdict, lambda p: ranks.try_out(judge, p.source))
+            source = program.source
         text = f"# seed {seed}, mesh {options.mesh}: {verdict.outcome}\n"
-        text += "".join(f"# {line}\n" for line in verdict.detail.splitlines()) + program.source
+        text += "".join(f"# {line}\n" for line in verdict.detail.splitlines()) + source
         print(f"=== seed {seed} mesh {options.mesh}: {verdict.outcome}\n{text}", flush=True)
         if options.save:
-            name = hashlib.sha1(program.source.encode()).hexdigest()[:8]
+            name = hashlib.sha1(source.encode()).hexdigest()[:8]
             (Path(options.save) / f"{verdict.outcome}-{options.mesh}-{seed}-{name}.py").write_text(
                 text
             )

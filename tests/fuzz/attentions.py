@@ -57,12 +57,17 @@ HANDWRITTEN = (
     "{mask}, -1), {v})",
     "torch.matmul(F.softmax(torch.matmul({q} * {scale}, {k}.mT){mask}, -1, dtype=torch.float64)"
     ", {v})",
+    "({q} @ {k}.mT){hard}.softmax(-1) @ {v}",
+    "({q} @ {k}.mT * {scale}){hard}.softmax(-1){hard0} @ {v}",
+)
+#: Attentions of other kinds, which Mosaic does not know: they stay whole.
+OTHERS = (
     "(lambda s: (s - s.amax(-1, keepdim=True)).exp() / (s - s.amax(-1, keepdim=True)).exp()"
     ".sum(-1, keepdim=True))({q} @ {k}.mT * {scale}{mask}) @ {v}",
     "({q} @ {k}.mT * {scale}{mask}).log_softmax(-1).exp() @ {v}",
     "({q} @ {k}.mT * {scale}{mask}).sigmoid() @ {v} / {v}.shape[-2]",
     "(torch.tanh({q} @ {k}.mT * {scale}) * 2{mask}).softmax(-1) @ {v}",
-    "({q} @ {k}.mT){hard}.softmax(-1) @ {v}",
+    "({q} @ {k}.mT * {scale}{mask}).softmax(-2) @ {v}",
 )
 LIBRARY = (
     "{mod:nn.MultiheadAttention(E, 1, batch_first=True)}({x3}, {x3}, {x3}, need_weights={flag})[0]",
@@ -204,12 +209,14 @@ class Writer:
                 return f"F.scaled_dot_product_attention({q}, {k}, {v}, is_causal=True{options})"
             mask = "" if kind == "plain" else f", attn_mask={self.mask(kind, n, m, shape, split)}"
             return self.bind("o", f"F.scaled_dot_product_attention({q}, {k}, {v}{mask}{options})")
-        template = self.draw.choice(HANDWRITTEN)
+        other = self.scope.attended and self.draw.chance(30)
+        template = self.draw.choice(OTHERS if other else HANDWRITTEN)
         words = {"q": q, "k": k, "v": v, "scale": self.draw.choice(("0.5", "1.0", "0.3"))}
         added = "" if kind == "plain" else f" + {self.mask('float', n, m, shape, split)}"
         allowed = self.mask("bool", n, m, shape, split)
         fill = self.draw.choice(("-1e9", "float('-inf')", "torch.finfo(torch.float64).min", "-1e4"))
         words |= {"mask": added, "hard": f".masked_fill(~({allowed}), {fill})"}
+        words["hard0"] = f".masked_fill(~({allowed}), 0.0)"
         return self.bind("o", template.format(**words))
 
     def mask(self, kind: str, n: int, m: int, shape: list[int], split: bool) -> str:

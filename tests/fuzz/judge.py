@@ -41,9 +41,7 @@ class Verdict:
 
 def judge(source: str) -> Verdict:
     """Compare a program with its reference; runs on every rank of a pool."""
-    for name in ("mosaic", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    quiet()
     space = loaded(source)
     torch.set_default_dtype(space["DTYPE"])
     try:
@@ -51,6 +49,13 @@ def judge(source: str) -> Verdict:
     finally:
         torch.set_default_dtype(torch.float32)
         mosaic.backend.LISTENERS.clear()
+
+
+def quiet() -> None:
+    """What is gathered is in the plan."""
+    for name in ("mosaic", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def compared(space: dict[str, Any]) -> Verdict:
@@ -126,9 +131,10 @@ def results(space: dict[str, Any], wrap: Callable[[nn.Module], Any]) -> dict[str
     found["structure"] = str(structure)
     for i, leaf in enumerate(leaves):
         found[f"out{i}"] = leaf.detach().clone() if isinstance(leaf, Tensor) else repr(leaf)
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and space["GRAD"]:
             found[f"out{i} requires grad"] = leaf.requires_grad
-    backward([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad])
+    if space["GRAD"]:
+        backward([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad])
     inputs = [(f"input {i}", a) for i, a in enumerate(args)]
     for name, tensor in [*inputs, *model.named_parameters(), *model.named_buffers()]:
         found[f"value of {name}"] = tensor.detach().clone()

@@ -114,10 +114,10 @@ def names_in(text: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w*", text))
 
 
-def loaded(source: str) -> dict[str, Any]:
+def loaded(source: str, **names: Any) -> dict[str, Any]:
     """Run a program's text as a module would; tracebacks find its lines."""
     path = "program.py"
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-    space: dict[str, Any] = {"__name__": "program"}
+    space: dict[str, Any] = {"__name__": "program", **names}
     exec(compile(source, path, "exec"), space)
     return space
