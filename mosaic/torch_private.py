@@ -364,7 +364,7 @@ def why_eager() -> str:
     if dynamo_config.disable:
         return "torch._dynamo.config.disable"
     return (
-        "Dynamo skipped it, or has compiled "
+        "Dynamo skipped it (as FullyShardedDataParallel without use_orig_params=True), or compiled "
         f"torch._dynamo.config.recompile_limit = {dynamo_config.recompile_limit} versions of it "
         "(TORCH_LOGS=dynamo,recompiles says which)"
     )
