@@ -242,7 +242,7 @@ def test_short_sequences_go_by_what_was_measured(monkeypatch: pytest.MonkeyPatch
     ]
     slow = efficient.EFFICIENT._replace(short=(1.0, 9.0))
     table = tuple(slow if k is efficient.EFFICIENT else k for k in kernels.KERNELS)
-    monkeypatch.setattr(kernels, "_table", table)
+    monkeypatch.setattr(kernels, "KERNELS", table)
     assert (chosen(11, kernels.FORWARD), chosen(11, kernels.BACKWARD)) == ("efficient", "cudnn")
     assert chosen(11, kernels.FORWARD, torch.float64) == "math"
 
