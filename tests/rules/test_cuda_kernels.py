@@ -19,6 +19,7 @@ from mosaic.attention import kernels
 from mosaic.attention.kernels import aten, efficient, flash_attn
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, FORWARD, HALF, SINGLE
+from mosaic.errors import UnsupportedError
 
 NAMES = ("flash_attn 4", "flash_attn 3", "flash_attn 2", "cudnn", "flash", "efficient")
 
@@ -266,3 +267,14 @@ def test_kernels_of_a_gpu_have_a_limit() -> None:
     limits = {kernel.name: kernel.most_batches for kernel in kernels.KERNELS}
     assert {limits[name] for name in NAMES} == {65535}
     assert {limits[name] for name in ("math", "cpu flash")} == {None}
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_package_that_lacks_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'quack'")
+
+    monkeypatch.setattr(flash_attn, "import_module", fails)
+    q = torch.zeros(1, 1, 65, 8, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="flash_attn 4 is installed, and cannot"):
+        kernels.forward(q, q, q, band=(None, None), mask=None, scale=1.0, keep=None)

@@ -30,6 +30,7 @@ from mosaic.attention.kernels.kernel import (
     without_padding,
 )
 from mosaic.attention.merge import Partial
+from mosaic.errors import UnsupportedError
 
 _MODULES = {
     2: "flash_attn.flash_attn_interface",
@@ -47,6 +48,17 @@ def _installed(version: int) -> bool:
         return spec is not None
     folders = spec.submodule_search_locations or []
     return any(Path(folder, *inner).with_suffix(".py").is_file() for folder in folders)
+
+
+def _imported(version: int) -> Any:
+    try:
+        return import_module(_MODULES[version])
+    except ImportError as error:
+        raise UnsupportedError(
+            f"flash_attn {version} is installed, and cannot be imported",
+            reason=error,
+            fix="install what it needs, or remove it: ATen's kernels then do its work",
+        ) from error
 
 
 def _options(version: int, scale: float, left: int | None, right: int | None) -> dict[str, Any]:
@@ -72,7 +84,7 @@ _FLASH_2 = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None}
 )
 def flash_attn(q, k, v, scale, left, right, version):
     """out (batch, heads, s, v_dim) and lse (batch, heads, s)."""
-    module = import_module(_MODULES[version])
+    module = _imported(version)
     options = _options(version, scale, left, right)
     tensors = [seq_first(x) for x in (q, k, v)]
     if version == 4:
@@ -100,7 +112,7 @@ def _(q, k, v, scale, left, right, version):
 )
 def flash_attn_backward(dout, q, k, v, out, lse, scale, left, right, version):
     """dq, dk and dv, each shaped like its input."""
-    module = import_module(_MODULES[version])
+    module = _imported(version)
     options = _options(version, scale, left, right)
     dout, q, k, v, out = (seq_first(x) for x in (dout, q, k, v, out))
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
