@@ -29,8 +29,9 @@ from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
 from mosaic.attention.kernels.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
-from mosaic.attention.kernels.kernel import SHORT, Bounds, Case, Gradients, Kernel
+from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
+from mosaic.attention.kernels.measured import BACKWARD, FORWARD, quickest
 from mosaic.attention.merge import Partial
 from mosaic.errors import UnsupportedError
 
@@ -152,14 +153,9 @@ def _piece(q: Tensor, k: Tensor, band: Bounds) -> Piece:
     return Piece(0, q.shape[2], 0, k.shape[2], *band)
 
 
-FORWARD, BACKWARD = 0, 1  # of a kernel's measured times
-
-
 def _choose(case: Case, piece: Piece, direction: int) -> Kernel:
     able = [kernel for kernel in _table() if kernel.does(case, piece)]
     if not able:
         names = ", ".join(kernel.name for kernel in _table()) or "no kernel"
         raise UnsupportedError(f"{names} cannot do this block", case=case, piece=piece)
-    if case.half_on_cuda and max(piece.rows, piece.keys) <= SHORT:
-        return min(able, key=lambda kernel: kernel.short[direction])
-    return able[0]
+    return quickest(able, case, max(piece.rows, piece.keys), direction)
