@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from mosaic import agreement
 from mosaic.capture import Input
 from mosaic.context import World
 from mosaic.errors import ShardingError
+from mosaic.exchange import exchange
 from mosaic.layout import Layout, Place, Shard
 from mosaic.spec import ShardingSpec, binds
 from mosaic.torch_private import broken_guard, guarded_attribute, placeholder_source, size_symbols
@@ -100,7 +100,7 @@ def recorded(node: fx.Node, dim: int) -> Layout | None:
 
 def even(local: int, world: World, group: dist.ProcessGroup | None) -> Layout:
     assert group is not None  # there are several ranks
-    lengths = agreement.exchange(group, str(local))
+    lengths = exchange(group, str(local))
     return Layout.even(sum(int(n) for n in lengths), world.size)
 
 
@@ -152,7 +152,7 @@ def check_decisions(size: torch.SymInt, known: dict[Any, int]) -> None:
 
     Every ``if``, ``range`` and ``int`` of the user's program, and every choice of torch's own that
     the shapes follow from, left a guard when Dynamo traced it at the local length. A rank that
-    raises here tells the others (``agreement.report_failure``), whose own length may have decided
+    raises here tells the others (``exchange.report_failure``), whose own length may have decided
     as the global one does.
     """
     found = broken_guard(size, known)

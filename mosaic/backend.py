@@ -18,6 +18,7 @@ from mosaic.capture import capture, read_inputs
 from mosaic.context import Context, world_of
 from mosaic.data_check import DataCheck
 from mosaic.errors import ShardingError
+from mosaic.exchange import report_failure
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
 from mosaic.notices import announce, resumed_at
@@ -74,16 +75,16 @@ def mosaic(
     try:
         local, context, plan = partitioned(module, chosen, ranks)
     except Exception as error:
-        agreement.report_failure(group, error)
+        report_failure(group, error)
         raise
-    facts = plan_digest(context, chosen, plan)
+    facts = plan_digest(context, chosen, plan, conditions(module))
     agreement.agree(group, facts)
     context.constants = len([*local.parameters(), *local.buffers()])
     lowering = Lowering(context, plan)
     try:
         compiled = INNER[chosen.inner](local, example_inputs, lowering)
     except Exception as error:
-        agreement.report_failure(group, error, agreement.FINISH)
+        report_failure(group, error, agreement.FINISH)
         raise
     agreement.agree_on_collectives(group, lowering.sequences)
     for listener in LISTENERS:
@@ -150,13 +151,21 @@ def text_of(graph: fx.Graph) -> str:
     return re.sub(r"\b(cuda|xpu):\d+", r"\1", "\n".join(lines))
 
 
-def plan_digest(context: Context, options: Options, plan: Plan) -> str:
+def conditions(module: fx.GraphModule) -> str:
+    """What decides, beside the graph, whether there is a backward, and in which dtypes."""
+    inputs = (n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder"))
+    learned = (str(int(getattr(x, "requires_grad", False))) for x in inputs)
+    return f"{Modes.current().encode()} requires_grad:{''.join(learned)}"
+
+
+def plan_digest(context: Context, options: Options, plan: Plan, modes: str) -> str:
     decided = [str(a) for a in plan.attentions] + plan.collective_rows() + context.decided
     decided += [plan.axis, plan.layout]
     return agreement.digest(
         graph=context.graph_text,
         spec=options.spec.encode(),
         plan="\n".join(decided),
+        modes=modes,
         versions=torch.__version__,
     )
 
@@ -184,9 +193,9 @@ def checked(
     """Compare inputs before a run, and mark outputs that stay cut with their layout."""
 
     def run(*args: Any) -> Any:
+        calls.running(spec if context.world.size > 1 else WHOLE)
         if check is not None:
             check(args)
-        calls.running(spec if context.world.size > 1 else WHOLE)
         return marked(compiled(*args), context.output_shards)
 
     return run

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mosaic.capture import Input
 from mosaic.errors import MosaicError, ShardingError
+from mosaic.exchange import SAME, note_run
 from mosaic.fingerprint import fingerprint
 from mosaic.mesh import MosaicContext, current_context
 
@@ -84,6 +85,7 @@ class DataCheck:
         self.runs += 1
         if self.runs > 1 and not self.every_run:
             return
+        note_run(self.group)
         ledger.pending = self._compared(args)
         is_first = self.runs == 1
         if not ledger.is_expected(self.number) or is_first or ledger.pending.event is None:
@@ -139,7 +141,7 @@ class Comparison:
     ) -> Comparison:
         if everyone.device.type != "cuda":
             return cls(everyone.cpu(), None, group, names, run)
-        said = torch.empty(everyone.shape, dtype=everyone.dtype, pin_memory=True)
+        said = torch.empty_like(everyone, device="cpu", pin_memory=True)
         said.copy_(everyone, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -175,9 +177,9 @@ class Comparison:
         }
         return ShardingError(
             "ranks of one sequence-parallel group run different graphs: "
-            "their arguments have other sizes, or their code took another way",
+            "their arguments have other sizes, their modes differ, or their code took another way",
             **facts,
-            fix="every rank must run the same program with inputs of the same sizes; " + SAME_DATA,
+            fix=f"{SAME}; {SAME_DATA}",
         )
 
 

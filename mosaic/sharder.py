@@ -33,6 +33,7 @@ from mosaic.values import (
     Call,
     Collective,
     Value,
+    differentiable,
     is_whole,
     map_values,
     needs_gradient,
@@ -91,7 +92,7 @@ class Sharder:
         shard: another part of them is then cut for free, where a reshard would have to send it."""
         if node in self.arriving:  # nobody has the whole
             return value
-        if isinstance(value, Value) and value.place and not value.val.is_floating_point():
+        if isinstance(value, Value) and value.place and not differentiable(value.val):
             operands = [self.env[n] for n in node.all_input_nodes]
             if all(isinstance(v, Value) and v.origin is not None for v in operands):
                 value.origin = node

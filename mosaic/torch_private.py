@@ -1,4 +1,4 @@
-"""Every private torch name that Mosaic uses, in one place (seen in torch 2.11 and 2.13)."""
+"""Every private torch name that Mosaic uses, in one place (seen in torch 2.11, 2.13, 2.14)."""
 
 from __future__ import annotations
 

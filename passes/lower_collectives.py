@@ -30,7 +30,7 @@ def lower_collectives(graph: fx.Graph, context: Any) -> int:
     programs: dict[Any, Callable[..., Any]] = {
         torch.ops.mosaic.gather.default: _gather,
         torch.ops.mosaic.reshard.default: _reshard,
-        torch.ops.mosaic.reduce_across.default: moves.all_reduce,
+        torch.ops.mosaic.reduce_across.default: moves.reduced,
     }
     found = [node for node in graph.nodes if node.target in programs]
     for node in found:

@@ -28,6 +28,7 @@ from mosaic.passes.propagate import attended, follow
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
 from mosaic.source import where
+from mosaic.strides import shares_elements
 from mosaic.torch_private import is_alias
 from mosaic.values import Axis, Collective, Value, places_of
 from mosaic.writer import Writer
@@ -137,8 +138,8 @@ def result(sharder: Sharder, node: Any, whole: bool) -> tuple[Any, str]:
     if value.place is None or whole:
         out = sharder.node(sharder.gather(value, "an output is whole", node))
         check_share(sharder, out, node)
-        return out, ""
-    out = sharder.node(value)
+        return apart(sharder.writer, out), ""
+    out = apart(sharder.writer, sharder.node(value))
     if shared_input(sharder.writer.graph, out):  # autograd would make it of the whole input
         out = insert(sharder.writer.graph, node, aten.clone.default, (out,))
     return out, sharder.writer.shard(value.place)
@@ -166,6 +167,15 @@ def check_share(sharder: Sharder, out: fx.Node, node: fx.Node) -> None:
             where=where(node),
             fix="return a copy (w.clone()), or leave gradients whole",
         )
+
+
+def apart(writer: Writer, node: fx.Node) -> fx.Node:
+    """An output that was unfolded or expanded, with memory for each element: AOTAutograd lays its
+    gradient out in the same way, and adds up what meets at one place."""
+    if not shares_elements(node.meta["val"]):
+        return node
+    options = {"memory_format": torch.contiguous_format}
+    return writer.op(node, aten.clone.default, (node,), options)
 
 
 def write_back(writer: Writer, updates: list[Any], context: Context) -> None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from types import SimpleNamespace
 
 import contract_cases as cc
 import torch
 
 import mosaic
-from mosaic import agreement, backend, data_check
+from mosaic import backend, data_check, exchange
+from mosaic.torch_private import default_store
 
 
 def message(p: int, build, spec: mosaic.ShardingSpec | None = None) -> str:
     mosaic.init(sp_size=p)
     options = {"inner": "eager", **({"spec": spec} if spec else {})}
     model, x = build()
-    try:
-        torch.compile(model, backend="mosaic", options=options)(x)
-    except Exception as error:
-        return str(getattr(error, "inner_exception", error))
-    return "no error"
+    return caught(lambda: torch.compile(model, backend="mosaic", options=options)(x))
 
 
 def rank() -> int:
@@ -110,10 +110,84 @@ def alternating_lengths(p: int) -> int:
     return len(ledger.follows)
 
 
-def one_is_missing(p: int) -> str:
-    agreement.TIMEOUT = timedelta(seconds=1)
+def one_is_gone(p: int) -> str:
+    """Rank 1 says that it is a process that has ended."""
     mosaic.init(sp_size=p)
-    return "not compiled" if rank() == 1 else message(p, model_and_input)
+    if rank() == 0:
+        return message(p, model_and_input)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    default_store().set("mosaic/process/1", json.dumps([exchange.machine(), ended.pid]))
+    return "not compiled"
+
+
+def one_is_late(p: int) -> tuple[str, list[str]]:
+    """What is said, and what is logged meanwhile."""
+    exchange.SAY_AFTER, logged = 0.5, []
+    exchange.log.warning = lambda text, *args: logged.append(text % args)  # type: ignore
+    if rank() == 1:
+        time.sleep(1)
+    try:
+        said = message(p, model_and_input)
+        return said, [text.rpartition(" (")[0] for text in logged if "waits" in text]
+    finally:
+        exchange.SAY_AFTER = 30.0
+        del exchange.log.warning
+
+
+def each_waits_for_another_thing(p: int) -> str:
+    if rank() == 0:
+        return message(p, model_and_input)
+    mosaic.init(sp_size=p)
+    return caught(lambda: mosaic.gather(torch.ones(2, 3), 1))
+
+
+def one_without_gradients(p: int) -> str:
+    with torch.set_grad_enabled(rank() == 0):
+        return message(p, model_and_input)
+
+
+def caught(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return str(getattr(error, "inner_exception", error))
+    return "no error"
+
+
+def other_compiled_modes(p: int) -> str:
+    """Every rank has compiled both modes, and then they take different ones."""
+    mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"})
+    compiled(x)
+    with torch.no_grad():
+        compiled(x)
+    with torch.set_grad_enabled(rank() == 0):
+        return caught(lambda: compiled(x))
+
+
+def one_compiles_another(p: int) -> None:
+    """Rank 0 goes on with a length that is compiled, rank 1 with a new one."""
+    mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
+    compiled(x)
+    compiled(model_and_input(13 + rank())[1])
+
+
+def keys_are_deleted(p: int) -> list[int]:
+    """How many keys there are in the store after so many questions."""
+    group, store = mosaic.init(sp_size=p).group(), default_store()
+    assert group is not None
+    found = []
+    for _ in range(3):
+        for _ in range(5):
+            assert exchange.exchange(group, str(rank()), "ask") == ["0", "1"]
+        torch.distributed.barrier(group)
+        found.append(store.num_keys())
+        torch.distributed.barrier(group)
+    return found
 
 
 def one_fails(p: int) -> str:

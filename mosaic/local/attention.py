@@ -117,13 +117,18 @@ def whole_makings(s: Sharder, c: Call) -> dict[str, Any]:
 
 
 def unbroadcast(s: Sharder, c: Call) -> Call:
-    """Batches as long as the result's (a method may not broadcast them), and a mask of two dims."""
+    """Batches as long as the result's (a method may not broadcast them), as many heads of keys as
+    of values, and a mask of two dims."""
     changed = {}
     lead = list(c.val.shape[: -3 if c.val.ndim > 3 else -2])
+    kv_heads = {c[name].shape[-3] if c[name].ndim > 2 else 1 for name in QKV[1:]}
     for name in QKV:
         x = c[name]
         heads = [x.shape[-3] if x.ndim > 2 else 1] if c.val.ndim > 3 else []
         if name == "query" and heads:
+            heads = [c.val.shape[-3]]
+        elif heads and len(kv_heads) > 1 and heads[0] not in (0, c.val.shape[-3]):
+            x = changed[name] = repeated(s, c, x, c.val.shape[-3] // heads[0])
             heads = [c.val.shape[-3]]
         want = [*lead, *heads, *x.shape[-2:]]
         if list(x.shape) != want:
@@ -132,6 +137,13 @@ def unbroadcast(s: Sharder, c: Call) -> Call:
     if mask is not None and mask.ndim < 2:
         changed["attn_mask"] = s.call(c, aten.unsqueeze.default, mask, 0)
     return c.replaced(changed)
+
+
+def repeated(s: Sharder, c: Call, x: Value, times: int) -> Value:
+    """Every head of keys or values ``times`` times, as ATen repeats them where it groups heads."""
+    if x.ndim < 3:
+        x = s.call(c, aten.unsqueeze.default, x, 0)
+    return s.call(c, aten.repeat_interleave.self_int, x, times, x.ndim - 3)
 
 
 def gathered(s: Sharder, c: Call, reason: str) -> Value:

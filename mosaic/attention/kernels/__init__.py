@@ -76,7 +76,9 @@ def forward(
     shift: Tensor | None = None,
 ) -> Partial:
     """out and lse of one block."""
+    factor, scale = _above_zero(scale)
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
+    q, k, v = (_in_rows(x) for x in (_times(q, factor), k, v))
     kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band), FORWARD)
     return batches.forward(kernel, q, k, v, **options)
 
@@ -97,10 +99,30 @@ def backward(
     need_dmask: bool = False,
 ) -> Gradients:
     """This block's part of dq, dk, dv (and of the mask's gradient, in the mask's shape)."""
+    factor, scale = _above_zero(scale)
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
+    q = _times(q, factor)
     kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band), BACKWARD)
-    tensors = (dout, q, k, v, out, lse)
-    return batches.backward(kernel, tensors, **options, need_dmask=need_dmask)
+    tensors = (*(_in_rows(x) for x in (dout, q, k, v, out)), lse)
+    grads = batches.backward(kernel, tensors, **options, need_dmask=need_dmask)
+    return _times(grads[0], factor), *grads[1:]
+
+
+def _above_zero(scale: float) -> tuple[float, float]:
+    """(factor of the queries, scale). Kernels look for a row's largest score before they scale, and
+    scale the -inf of a key that is not seen: right for what is above zero."""
+    if scale > 0:
+        return 1.0, scale
+    return (0.0, 1.0) if scale == 0 else (-1.0, -scale)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """With head dims that lie side by side: some kernels read them so without a look at strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
