@@ -27,6 +27,7 @@ from mosaic.modes import Modes
 from mosaic.source import where
 from mosaic.strides import reach
 from mosaic.torch_private import (
+    INLINED,
     FakeTensorMode,
     aot_export_module,
     autograd_function_apply,
@@ -42,7 +43,9 @@ from mosaic.torch_private import (
     rename_afresh,
     set_grad_enabled,
     tag_activation_checkpoint,
+    without_effects,
 )
+from mosaic.unexpected import blamed_on
 from mosaic.vmapped import Region, check_transforms, written_out
 
 
@@ -122,11 +125,14 @@ class _Interpreter(fx.Interpreter):
             return self.vmap()
         # The tracer copies "custom" to every node that this one becomes.
         n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
-        return super().run_node(n)
+        with blamed_on(n):
+            return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is tag_activation_checkpoint:
             return self.checkpoint(*args)
+        if target in INLINED:
+            return _Interpreter(args[0], self.modes).run(*args[INLINED[target] :])
         if target is autograd_function_apply:
             return self.autograd_function(target, args, kwargs)
         if target is enter_autocast:
@@ -247,7 +253,7 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
 
     traced: fx.GraphModule
     try:
-        with no_tracing_context(), preserve_node_meta():
+        with no_tracing_context(), preserve_node_meta(), without_effects():
             traced, signature = aot_export_module(
                 Program(), fakes, trace_joint=False, pre_dispatch=True
             )

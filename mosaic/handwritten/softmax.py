@@ -129,7 +129,8 @@ class ScoresReader:
         if not isinstance(node, fx.Node) or node.op != "call_function" or ends_gradient(node):
             return None
         if node not in self.known:
-            self.known[node] = self.read(node)
+            is_long = self.constants.is_long(node)
+            self.known[node] = None if is_long else self.read(node)
         return self.known[node]
 
     def read(self, node: fx.Node) -> Masked | None:
