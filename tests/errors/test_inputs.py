@@ -307,19 +307,31 @@ def test_a_dim_that_is_not_there(alone: None) -> None:
         message_of(mosaic.shard_tensor, X, 3),
         """\
 there is no dim 3 in the tensor
-  sizes  [2, 13, 8]""",
+  sizes  [2, 13, 8]
+  fix    use one of its 3 dims, from 0 or from -1""",
     )
     assert_expected_inline(
         message_of(mosaic.gather, X, "rows"),
         """\
 there is no dim 'rows' in the tensor
-  sizes  [2, 13, 8]""",
+  sizes  [2, 13, 8]
+  fix    use one of its 3 dims, from 0 or from -1""",
     )
 
 
 def test_no_tensor(alone: None) -> None:
-    assert_expected_inline(message_of(mosaic.shard_tensor, [1, 2], 0), """a list is no tensor""")
-    assert_expected_inline(message_of(mosaic.layout_of, [1, 2]), """a list is no tensor""")
+    assert_expected_inline(
+        message_of(mosaic.shard_tensor, [1, 2], 0),
+        """\
+a list is no tensor
+  fix  pass a torch.Tensor""",
+    )
+    assert_expected_inline(
+        message_of(mosaic.layout_of, [1, 2]),
+        """\
+a list is no tensor
+  fix  pass a torch.Tensor""",
+    )
 
 
 def test_a_layout_that_is_none(alone: None) -> None:
