@@ -1,7 +1,7 @@
 """What each sample sends in forward, for every input (a word) and cut dim of it (a letter).
 
     .  nothing              1 2 3  so many all-reduces      >  an all-to-all between layouts
-    w  an operand is made whole, as it must be              G  falls back to a gather, and warns
+    w  an operand is made whole, as it must be              G  gathers an activation, and says so
     x  refused
 
 Samples that are not here are free along every dim: a new letter here is a promise broken.
@@ -15,7 +15,7 @@ COSTS = {
     "outer": ".w w.",
     "outer equal": ".w w.",
     "rank differs": "... .w",
-    "with its transpose": "ww",
+    "with its transpose": "GG",
     # views
     "view tears": "GG",
     "view empty": "www",
@@ -82,7 +82,7 @@ COSTS = {
     "linear": "..1 .1 .",
     "linear no bias": ".1 .1",
     "linear vector": "1 .1 .",
-    "linear of itself": "w1",
+    "linear of itself": "G1",
     "matmul": "..1 .1.",
     "matmul broadcast": "...1 1.",
     "matmul broadcast batch": "...1 .1.",
@@ -91,8 +91,8 @@ COSTS = {
     "matmul vectors": "1 1",
     "matmul vector right": "..1 1",
     "matmul vector left": "1 .1.",
-    "matmul square": "ww",
-    "matmul transposed": ".w1",
+    "matmul square": "GG",
+    "matmul transposed": ".G1",
     "mm": ".1 1.",
     "bmm": "..1 .1.",
     "mv": ".1 1",
@@ -226,26 +226,31 @@ COSTS = {
     "nll": "2G 2",
     "kl_div": "13 11",
     "hinge": "GG GG",
+    **{
+        f"{name} {how}": "11 11"
+        for name in ("mse", "l1", "smooth_l1", "huber")
+        for how in ("mean", "sum")
+    },
     "cross_entropy none": ".G .",
     "cross_entropy nd none": ".G. ..",
-    "cross_entropy weights none": ".G . w",
-    "cross_entropy smooth none": ".G . w",
+    "cross_entropy weights none": ".G . G",
+    "cross_entropy smooth none": ".G . G",
     "cross_entropy probabilities none": ".G .G",
-    "cross_entropy probabilities nd none": ".G. .G. w",
+    "cross_entropy probabilities nd none": ".G. .G. G",
     "cross_entropy vector none": "G _",
     "cross_entropy mean": "2G 2",
     "cross_entropy nd mean": "2G2 22",
-    "cross_entropy weights mean": "2G 2 w",
-    "cross_entropy smooth mean": "2G 2 w",
+    "cross_entropy weights mean": "2G 2 G",
+    "cross_entropy smooth mean": "2G 2 G",
     "cross_entropy probabilities mean": "1G 1G",
-    "cross_entropy probabilities nd mean": "1G1 1G1 w",
+    "cross_entropy probabilities nd mean": "1G1 1G1 G",
     "cross_entropy vector mean": "G _",
     "cross_entropy sum": "1G 1",
     "cross_entropy nd sum": "1G1 11",
-    "cross_entropy weights sum": "1G 1 w",
-    "cross_entropy smooth sum": "1G 1 w",
+    "cross_entropy weights sum": "1G 1 G",
+    "cross_entropy smooth sum": "1G 1 G",
     "cross_entropy probabilities sum": "1G 1G",
-    "cross_entropy probabilities nd sum": "1G1 1G1 w",
+    "cross_entropy probabilities nd sum": "1G1 1G1 G",
     "cross_entropy vector sum": "G _",
     "cross_entropy vector probabilities": "G G",
     "cross_entropy ignored on some rank": "2G 2",
@@ -302,7 +307,7 @@ COSTS = {
     "attention dropout": "...G",
     "attention dropout of batches": "...G GG",
     "attention raised": "..G ..G ..G",
-    "attention by hand": ".w1",
+    "attention by hand": ".G1",
     "attention broadcast queries": "w..G ...G ...G",
     "attention broadcast heads": ".G.G .G.G .G.G",
     "attention broadcast dropout": "...G w..G",
@@ -312,7 +317,7 @@ COSTS = {
     "whole recipe": ".1 1",
     "whole already written": "1. .",
     "whole in parts and whole": ".. 21",
-    "whole at two places": ".. ww",
+    "whole at two places": ".. GG",
     "sum used by sharded": "21",
     "sum used whole and sharded": "11 1.",
     "select used by sharded": "2.",
@@ -322,7 +327,7 @@ COSTS = {
     "matmul of two layouts": "1. 1.",
     "where of two layouts": ">. ..",
     "stack of two layouts": ">.",
-    "two axes in one": "w1",
+    "two axes in one": "G1",
     "gradient through max": "52",
     "positions": ".. G.",
     "int arithmetic": ".. 1.",

@@ -28,7 +28,7 @@ def index(s: Sharder, c: Call) -> Value:
             return s.gather_for(c, "broadcasts the axis of an index")
         moved = [along(s, v, place, rank, size) for v in lookups]
         new = [moved[at.index(d)] if i is not None else None for d, i in enumerate(indices)]
-        whole = s.gather(x, "is looked up by positions of other ranks", c.like)
+        whole = s.gather_aloud(x, "is looked up by positions of other ranks", c.like)
         return s.emit(c, place.at(first + place.dim), self=whole, indices=new)
     if x.place.dim in at:
         return s.gather_for(c, "looks up positions of other ranks")
@@ -40,7 +40,7 @@ def index(s: Sharder, c: Call) -> Value:
 def along(s: Sharder, v: Value, place, rank: int, size: int) -> Value:
     dim = place.dim - (rank - v.ndim)
     if dim < 0 or v.shape[dim] != size:
-        return s.gather(v, "is broadcast against a sharded index")
+        return s.gather_aloud(v, "is broadcast against a sharded index")
     return s.at(v, place.at(dim))
 
 
@@ -48,7 +48,7 @@ def index_select(s: Sharder, c: Call) -> Value:
     """The axis of the index is free, and so are dims that are not selected from."""
     x, dim = c["self"], c["dim"] % c["self"].ndim
     if c["index"].place is not None:
-        whole = s.gather(x, "is looked up by positions of other ranks", c.like)
+        whole = s.gather_aloud(x, "is looked up by positions of other ranks", c.like)
         return s.emit(c, c["index"].place.at(dim), self=whole)
     if x.place.dim == dim:
         return s.gather_for(c, "looks up positions of other ranks")
