@@ -305,18 +305,18 @@ class Sharder:
         like = like or self.current or value.node
         if value.place is not None and value.origin is None and like is not None:
             name = str(like.target).removesuffix(".default")
-            self.say_gathered(f"an operand of {name} {why}", like, [value])
+            self.say_gathered(name, f"has an operand that {why}", like, [value])
         return self.gather(value, why, like)
 
-    def say_gathered(self, why: str, like: fx.Node, operands: list[Value]) -> None:
+    def say_gathered(self, name: str, why: str, like: fx.Node, operands: list[Value]) -> None:
         """Every gather of an activation is said here, or refused; but for what a rule asks for as
         a part of an exact and cheap form (``gather``), and for whole outputs."""
         if self.probing:
             raise NotLocalError
-        self.gathered.append((why, like))
+        self.gathered.append((f"{name} {why}", like))
         if self.on_gather == "error":
             raise UnsupportedError(
-                f"{why}: on a part of axis {self.axis.name!r} it cannot run",
+                f"{name} cannot run on a part of axis {self.axis.name!r}: {why}",
                 where=where(like),
                 sizes=", ".join(f"{list(v.shape)}" for v in operands),
                 fix='allow it with on_gather="warn" (every rank then computes it whole), '
@@ -347,7 +347,7 @@ class Sharder:
         why = f"{call.name} {reason}"
         if self.has_recipes(call):
             return call.replaced(map_values(lambda v: self.gather(v, why), call.bound))
-        self.say_gathered(why, call.like, call.tensors())
+        self.say_gathered(call.name, reason, call.like, call.tensors())
         return call.replaced(map_values(lambda v: self.gather(v, why, call.like), call.bound))
 
     def has_recipes(self, call: Call) -> bool:

@@ -54,13 +54,24 @@ def begin_again(graph: fx.Graph, planners: list[Sharder], context: Context) -> b
         for node in graph.nodes
         if node.target in ATTENTIONS
         for begin in begins(node)
-        if begin.node in gathered and begin.place.layout.n == axis.layout.n
+        if begin.place.layout.n == axis.layout.n and gathered & before(begin.node)
     }
     if found:
         context.axes = (replace(axis, seeds=(*axis.seeds, *found)),)
         lines = ", ".join(line(node) for node in found.values())
         context.notes.append(f"axis {axis.name!r} is cut again behind what gathers it: {lines}")
     return bool(found)
+
+
+def before(node: fx.Node) -> set[fx.Node]:
+    """A node, and all that it is made of."""
+    todo, found = [node], set()
+    while todo:
+        n = todo.pop()
+        if n not in found:
+            found.add(n)
+            todo += n.all_input_nodes
+    return found
 
 
 def leave_whole(planners: list[Sharder], context: Context) -> bool:

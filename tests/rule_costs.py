@@ -184,6 +184,8 @@ COSTS = {
     "amax ints": "1.",
     "min ints": "11",
     "amax bool": "1.",
+    "amax bool empty": "1.",
+    "amin bool empty": "1.",
     "amax infinite": "2.",
     "amax nan": "2.",
     "any.dim": "1.",
