@@ -232,19 +232,22 @@ def test_the_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("dtype", "length", "forward", "backward"),
+    ("dtype", "length", "dim", "forward", "backward"),
     [
-        (torch.bfloat16, 3, "efficient", "efficient"),
-        (torch.bfloat16, 64, "efficient", "efficient"),
-        (torch.bfloat16, 65, "flash_attn 4", "flash_attn 4"),
-        (torch.float32, 11, "math", "math"),
-        (torch.float32, 12, "efficient", "math"),
-        (torch.float32, 64, "efficient", "efficient"),
-        (torch.float64, 11, "math", "math"),
+        (torch.bfloat16, 3, 24, "efficient", "efficient"),
+        (torch.bfloat16, 64, 24, "efficient", "efficient"),
+        (torch.bfloat16, 65, 24, "cudnn", "cudnn"),
+        (torch.bfloat16, 129, 24, "cudnn", "flash_attn 4"),
+        (torch.bfloat16, 513, 24, "flash_attn 4", "flash_attn 4"),
+        (torch.bfloat16, 11, 64, "flash_attn 4", "flash_attn 4"),
+        (torch.float32, 11, 24, "math", "math"),
+        (torch.float32, 12, 24, "efficient", "math"),
+        (torch.float32, 64, 24, "efficient", "efficient"),
+        (torch.float64, 11, 24, "math", "math"),
     ],
 )
-def test_short_sequences_go_by_what_was_measured(dtype, length, forward, backward) -> None:
-    q = torch.zeros(1, 1, length, 24, dtype=dtype)
+def test_short_sequences_go_by_what_was_measured(dtype, length, dim, forward, backward) -> None:
+    q = torch.zeros(1, 1, length, dim, dtype=dtype)
     case, piece = kernels.Case.of(q, q, q, None, False), kernels._piece(q, q, (None, None))
     chosen = [kernels._choose(case, piece, way).name for way in (FORWARD, BACKWARD)]
     assert chosen == [forward, backward]
@@ -275,6 +278,6 @@ def test_a_package_that_lacks_another_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise ModuleNotFoundError("No module named 'quack'")
 
     monkeypatch.setattr(flash_attn, "import_module", fails)
-    q = torch.zeros(1, 1, 65, 8, dtype=torch.bfloat16)
+    q = torch.zeros(1, 1, 65, 40, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedError, match="flash_attn 4 is installed, and cannot"):
         kernels.forward(q, q, q, band=(None, None), mask=None, scale=1.0, keep=None)
