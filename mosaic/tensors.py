@@ -162,6 +162,29 @@ def shard_tensor(
     return mark(part, shard.encode())
 
 
+def as_shard(part: Tensor, dim: int, *, layout: Layout, mesh_axis: str = "sp") -> Tensor:
+    """Say how a part that this rank has made itself (read from its file, computed from a shard) is
+    cut along ``dim``. The result shares its memory, and its gradient is the part's.
+
+    >>> rows = mosaic.as_shard(read_my_rows(), 0, layout=mosaic.Layout.even(150_000, 4))
+
+    Raises ShardingError where the part is not as long as the layout says.
+    """
+    context = get_context()
+    dim, p, rank = dim_of(part, dim), context.size(mesh_axis), context.rank(mesh_axis)
+    written(layout)  # says so if it is none
+    if layout.p != p or layout.lengths[rank] != part.shape[dim] or not layout.is_partition:
+        raise ShardingError(
+            f"the part is not what the layout says of dim {dim}",
+            sizes=f"{list(part.shape)} on rank {rank} of {p}",
+            layout=layout,
+        )
+    shard = Shard(Place(layout, dim, mesh_axis=mesh_axis), rank, context.group_name(mesh_axis))
+    out = part.view_as(part)
+    may_vary(out, dim)
+    return mark(out, shard.encode())
+
+
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor (labels), cut as ``like`` is along the same dim."""
     shard = shard_of(like)

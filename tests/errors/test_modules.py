@@ -277,9 +277,10 @@ query_documents has more than 2 dims
 
 def test_heads_that_are_no_number() -> None:
     assert_expected_inline(
-        message_of(mosaic.MultiAxisAttention, 8, 2.0, 1), """\
+        message_of(mosaic.MultiAxisAttention, 8, 2.0, 1),
+        """\
 num_heads = 2.0 is no whole number
-  fix  use 1 or more"""
+  fix  use 1 or more""",
     )
     assert_expected_inline(
         message_of(mosaic.MultiAxisAttention, 0, 1, 1),
