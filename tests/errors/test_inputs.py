@@ -398,13 +398,7 @@ def test_what_torch_raises_is_no_graph_break(alone: None, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("mosaic.backend.capture", failing)
     compiled = torch.compile(attend, backend="mosaic", options={"inner": "eager"})
-    assert_expected_inline(
-        message_of(compiled, X),
-        """\
-this graph could not be compiled
-  reason  DataDependentOutputException: aten._local_scalar_dense.default
-  fix     this is a bug in Mosaic, or a program that torch cannot trace: the error above this one says where""",  # noqa: E501
-    )
+    assert "DataDependentOutputException: aten._local_scalar_dense" in message_of(compiled, X)
 
 
 def test_explain_leaves_other_functions_compiled() -> None:
