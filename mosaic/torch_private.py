@@ -238,7 +238,7 @@ def functorch_restored() -> Iterator[None]:
 def without_effects() -> Iterator[None]:
     """Trace checks of linear algebra as plain ops: as effects they would add tokens to the inputs
     and outputs."""
-    effect = getattr(library_registry.find("aten::_linalg_check_errors"), "effect", None)
+    effect: Any = getattr(library_registry.find("aten::_linalg_check_errors"), "effect", None)
     before = getattr(effect, "_effect", None)
     if before is None:  # an older torch, to which it is a plain op
         yield
