@@ -14,7 +14,7 @@ from torch import fx
 
 from mosaic import agreement, calls, shards
 from mosaic.arriving import arriving_shards, global_sizes
-from mosaic.capture import capture, read_inputs
+from mosaic.capture import AUTOGRAD_FUNCTIONS, capture, read_inputs
 from mosaic.context import Context, world_of
 from mosaic.data_check import DataCheck
 from mosaic.errors import MosaicError, ShardingError
@@ -69,11 +69,13 @@ def mosaic(
     """Compile one Dynamo graph for the ranks of ``mosaic.init``.
 
     Raises MosaicError and its subclasses, and nothing else (``unexpected.py``); Dynamo wraps them
-    in BackendCompilerFailed, whose text ends with ours.
+    in BackendCompilerFailed, whose text ends with ours. Some of torch's own errors it would take
+    for a graph break, and run eagerly.
     """
     bake_floats(module)
     try:
-        return compile_graph(module, example_inputs, options)
+        with AUTOGRAD_FUNCTIONS.kept():
+            return compile_graph(module, example_inputs, options)
     except MosaicError:
         raise
     except Exception as error:
@@ -83,6 +85,7 @@ def mosaic(
 def compile_graph(
     module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None
 ) -> Callable[..., Any]:
+    """The passes before and after AOTAutograd; the ranks compare what each has made."""
     unknown = set(options or {}) - {"spec", "inner"}
     if unknown:
         raise ShardingError(
@@ -120,7 +123,6 @@ def partitioned(
 ) -> tuple[fx.GraphModule, Context, Plan]:
     """PIPELINE: from Dynamo's graph to this rank's local program."""
     spec = options.spec
-    group = ranks.group(spec.mesh) if ranks else None
     world = world_of(ranks, spec.mesh)
     if spec.parts and world.size > 1:
         calls.check_one_graph(module, spec)
@@ -129,7 +131,7 @@ def partitioned(
         return shards.passed_through(module, first, spec, world)
     inputs = read_inputs(module)
     refuse_unknown(module, inputs)
-    arriving = arriving_shards(module, inputs, spec, world, group)
+    arriving = arriving_shards(module, inputs, spec, world)
     captured = capture(module, global_sizes(module, arriving))
     context = Context(
         spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from traceback import FrameSummary
+from types import CodeType
 from typing import Any
 
 import sympy
@@ -25,6 +26,7 @@ from torch._dynamo import maybe_mark_dynamic as may_vary
 from torch._dynamo import reset as reset_dynamo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import CatchErrorsWrapper
+from torch._dynamo.eval_frame import reset_code
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as Restart
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
@@ -65,6 +67,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mosaic.real_strides import heeding_strides
+
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
 
 __all__ = [
@@ -87,6 +91,7 @@ __all__ = [
     "bake_floats",
     "break_after",
     "broken_guard",
+    "code_at_hand",
     "compile_by_eager",
     "compile_by_inductor",
     "compiles_left",
@@ -126,6 +131,7 @@ __all__ = [
     "why_eager",
     "without_effects",
     "without_modes",
+    "without_traces",
 ]
 
 #: Whether two tensors are of one memory.
@@ -378,6 +384,29 @@ def break_after(module: fx.GraphModule) -> tuple[str, FrameSummary | None] | Non
     return reason, ended.user_stack[-1] if ended.user_stack else None
 
 
+@contextmanager
+def without_traces() -> Iterator[list[CodeType]]:
+    """Let Dynamo compile whatever it has compiled before, and forget afterwards what it has made of
+    the functions in this list; all others stay compiled."""
+    compiled: list[CodeType] = []
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    with dynamo_config.patch(limits):
+        try:
+            yield compiled
+        finally:
+            for code in compiled:
+                reset_code(code)
+
+
+def code_at_hand() -> CodeType:
+    """Of the function that Dynamo compiles now. Only inside the backend call."""
+    frame: Any = sys._getframe(1)
+    while not isinstance(frame.f_locals.get("self"), CatchErrorsWrapper):
+        frame = frame.f_back
+    code: CodeType = frame.f_locals["frame"].f_code
+    return code
+
+
 def never_compiles() -> bool:
     """Whether torch.compile gives every function back as it is."""
     return os.environ.get("TORCHDYNAMO_DISABLE", "") == "1"
@@ -392,7 +421,7 @@ def why_eager() -> str:
     if dynamo_config.disable:
         return "torch._dynamo.config.disable"
     return (
-        "Dynamo skipped it, or has compiled "
+        "Dynamo skipped it (as FullyShardedDataParallel without use_orig_params=True), or compiled "
         f"torch._dynamo.config.recompile_limit = {dynamo_config.recompile_limit} versions of it "
         "(TORCH_LOGS=dynamo,recompiles says which)"
     )
@@ -462,7 +491,7 @@ def compile_by_eager(
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
             lower(graph.graph, kind)
-            return make_boxed_func(fx.GraphModule(graph, with_free_views(graph.graph)).forward)
+            return make_boxed_func(fx.GraphModule(graph, heeding_strides(graph.graph)).forward)
 
         return compile_graph
 
@@ -476,16 +505,6 @@ def compile_by_eager(
             bw_compiler=compiler("backward"),
             partition_fn=split,
         )(module, inputs)
-
-
-def with_free_views(graph: fx.Graph) -> fx.Graph:
-    """The graph to be run: a view of what is laid out otherwise than torch's description of the op
-    says (``huber_loss_backward``'s, say) is a copy, where it would be an error."""
-    run = fx.Graph()
-    run.output(run.graph_copy(graph, {}))
-    for node in run.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
-    return run
 
 
 def torch_version() -> tuple[int, int]:

@@ -124,7 +124,9 @@ def dim_of_only_input(tensors: list, dim: int) -> list[tuple[fx.Node, int, int]]
     ndim = node.meta["val"].ndim
     if not -ndim <= dim < ndim:
         raise ShardingError(
-            f"there is no dim {dim} in {tensors[0][1].name}", sizes=list(node.meta["val"].shape)
+            f"there is no dim {dim} in {tensors[0][1].name}",
+            sizes=list(node.meta["val"].shape),
+            fix=f"use one of its {ndim} dims, from 0 or from -1",
         )
     return [(node, dim % ndim, node.meta["val"].shape[dim])]
 
@@ -140,6 +142,7 @@ def sized(node: fx.Node, path: str, dims: str, dim: int) -> tuple[fx.Node, int, 
             f"{path} has {len(shape)} dims, and {len(dims.split())} names were given",
             names=dims,
             sizes=shape,
+            fix="give each dim a name, and _ to those that do not matter",
         )
     return node, dim, shape[dim]
 
