@@ -20,7 +20,6 @@ def two() -> Iterator[FuzzRanks]:
     ranks.pool.close()
 
 
-@pytest.mark.full
 def test_forty_wrong_calls(two) -> None:
     fuzz(two, 40)
 
