@@ -29,7 +29,9 @@ from mosaic.local import (
     normalization,
     randomness,
     reductions,
+    scans,
     views,
+    writes,
 )
 from mosaic.local.decomposed import decomposed
 from mosaic.local.pointwise import pointwise
@@ -151,6 +153,7 @@ TABLE: dict[str, LocalForm] = {
     "bmm": rule("b m k, b k n -> b m n"),
     "mv": rule("m k, k -> m"),
     "dot": rule("k, k ->"),
+    "cdist": rule("... m k, ... n k -> ... m n", whole="k"),
     # normalisation and probabilities
     "layer_norm": normalization.layer_norm,
     "rms_norm": normalization.layer_norm,
@@ -171,6 +174,17 @@ TABLE: dict[str, LocalForm] = {
     "index.Tensor": indexing.index,
     "index_select": indexing.index_select,
     "gather": indexing.gather,
+    "index_put": writes.index_put,
+    "index_add": writes.index_write,
+    "index_copy": writes.index_write,
+    "index_fill.int_Scalar": writes.index_write,
+    "index_fill.int_Tensor": writes.index_write,
+    "scatter.src": writes.scatter,
+    "scatter.value": writes.scatter,
+    "scatter.value_reduce": writes.scatter,
+    "scatter_add": writes.scatter,
+    "scatter_reduce.two": writes.scatter,
+    "bucketize.Tensor": rule("..., v -> ...", whole="v"),
     "tril": indexing.triangle,
     "triu": indexing.triangle,
     # views
@@ -197,6 +211,8 @@ TABLE: dict[str, LocalForm] = {
     "pad": views.pad,
     "roll": views.roll,
     "flip": views.flip,
+    "view_as_complex": views.as_complex,
+    "view_as_real": views.same_place,
     "slice_scatter": views.slice_scatter,
     "select_scatter": views.select_scatter,
     # reductions
@@ -223,16 +239,32 @@ TABLE: dict[str, LocalForm] = {
     "all.dim": reductions.all_,
     "all.dims": reductions.all_,
     "logsumexp": reductions.logsumexp,
-    "linalg_vector_norm": reductions.along_dims,
-    "norm.ScalarOpt_dim": reductions.along_dims,
-    "prod.dim_int": along("dim"),
-    "max.dim": along("dim"),
-    "min.dim": along("dim"),
-    "argmax": along("dim"),
-    "argmin": along("dim"),
-    "cumsum": along("dim"),
-    "cumprod": along("dim"),
-    "logcumsumexp": along("dim"),
+    "linalg_vector_norm": reductions.norm,
+    "norm.ScalarOpt_dim": reductions.norm,
+    "prod": reductions.product,
+    "prod.dim_int": reductions.product,
+    "nansum": reductions.nansum,
+    "nanmean": reductions.nanmean,
+    "cosine_similarity": reductions.cosine_similarity,
+    "max.dim": scans.extreme_along,
+    "min.dim": scans.extreme_along,
+    "argmax": scans.arg_extreme,
+    "argmin": scans.arg_extreme,
+    "cumsum": scans.scan,
+    "cumprod": scans.scan,
+    "logcumsumexp": scans.scan,
+    "cummax": along("dim"),
+    "cummin": along("dim"),
+    "kthvalue": along("dim"),
+    "mode": along("dim"),
+    "nanmedian.dim": along("dim"),
+    "quantile": reductions.quantile,
+    "quantile.scalar": reductions.quantile,
+    "nanquantile": reductions.quantile,
+    "nanquantile.scalar": reductions.quantile,
+    "_fft_r2c": reductions.transform,
+    "_fft_c2c": reductions.transform,
+    "_fft_c2r": reductions.transform,
     "sort": along("dim"),
     "sort.stable": along("dim"),
     "argsort": along("dim"),
@@ -256,8 +288,8 @@ TABLE: dict[str, LocalForm] = {
 #: Pointwise ops that torch does not tag so.
 POINTWISE = frozenset(
     "__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor "
-    "_to_copy alias clone detach detach_copy empty_like fill.Scalar fill.Tensor full_like "
-    "masked_fill.Scalar masked_fill.Tensor ones_like type_as where.self where.ScalarOther "
+    "_conj _to_copy alias clone complex detach detach_copy empty_like fill.Scalar fill.Tensor full_like "
+    "masked_fill.Scalar masked_fill.Tensor ones_like polar resolve_conj type_as where.self where.ScalarOther "
     "where.ScalarSelf where.Scalar zeros_like".split()
 )
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})

@@ -15,6 +15,7 @@ from torch import fx
 from mosaic import collectives, random
 from mosaic.layout import Place, Shard
 from mosaic.local.functions import call_autograd_function
+from mosaic.local.indexing import held_rows, local_rows
 from mosaic.local.randomness import keep_mask
 from mosaic.local.reductions import local_extreme
 from mosaic.local.views import view
@@ -113,6 +114,8 @@ HELPERS: dict[Any, HelperRule] = {
     torch.ops.mosaic.gather.default: moved,
     torch.ops.mosaic.reshard.default: moved,
     local_extreme: extreme,
+    local_rows: elementwise,
+    held_rows: elementwise,
     keep_mask: kept,
     random.draw_seed: drawn,
     call_autograd_function: users_function,
