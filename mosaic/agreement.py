@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from mosaic.mesh import MosaicContext
 from mosaic.torch_private import default_store
 
 TIMEOUT = timedelta(seconds=30)
+FINISH = "finish compiling this graph"
 FAILED = "failed: "
 _compiles: dict[str, int] = defaultdict(int)
 
@@ -79,11 +81,13 @@ def _key(group: dist.ProcessGroup, doing: str = "compile this graph") -> str:
     return f"mosaic/{doing}/" + "-".join(map(str, dist.get_process_group_ranks(group)))
 
 
-def report_failure(group: dist.ProcessGroup | None, error: BaseException) -> None:
+def report_failure(
+    group: dist.ProcessGroup | None, error: BaseException, doing: str = "compile this graph"
+) -> None:
     """Tell the others at once, so that they do not wait for this rank."""
     if group is None or dist.get_backend(group) == "fake":
         return
-    prefix = _key(group)
+    prefix = _key(group, doing)
     _compiles[prefix] += 1
     store = default_store()
     store.set(f"{prefix}/{_compiles[prefix]}/{dist.get_rank()}", f"{FAILED}{error}")
@@ -100,6 +104,44 @@ def _compare(said: dict[int, str], mine: str) -> None:
         differs=", ".join(parts),
         fix="give every rank the same model, spec, versions, and inputs of the same sizes",
     )
+
+
+def agree_on_collectives(
+    group: dist.ProcessGroup | None, sequences: Mapping[str, Sequence[tuple[str, str]]]
+) -> None:
+    """Raise MosaicError, naming both sides, unless every rank's forward and backward graph start
+    the same collectives in the same order. ``sequences``: those of ``mosaic.sequence``, by graph.
+
+    Also tells a rank that failed to lower or to compile its graph from one that is slow.
+    """
+    if group is None or dist.get_backend(group) == "fake":
+        return
+    kinds = {kind: [what for what, _ in steps] for kind, steps in sequences.items()}
+    mine = digest(**{kind: "\n".join(steps) for kind, steps in kinds.items()})
+    if set(exchange(group, mine, FINISH)) == {mine}:
+        return
+    # Every rank has seen the difference, and comes here.
+    said = [json.loads(text) for text in exchange(group, json.dumps(sequences), FINISH)]
+    ranks = dist.get_process_group_ranks(group)
+    raise _different(dict(zip(ranks, said, strict=True)))
+
+
+def _different(said: dict[int, dict[str, list[list[str]]]]) -> MosaicError:
+    """The first step at which a rank does something else than the first rank."""
+    (first, own), *others = said.items()
+    for kind in own:
+        for rank, theirs in others:
+            pairs = zip_longest(own[kind], theirs.get(kind, []), fillvalue=["nothing", ""])
+            for step, (mine, other) in enumerate(pairs, 1):
+                if mine[0] != other[0]:
+                    return MosaicError(
+                        f"the ranks' {kind} graphs do not start the same collectives",
+                        **{f"rank {first}, collective {step}": " ".join(mine)},
+                        **{f"rank {rank}, collective {step}": " ".join(other)},
+                        fix="this is a bug in Mosaic: please report the program; "
+                        "without the op at that line it may work",
+                    )
+    return MosaicError("the ranks compiled different graphs", graphs=[*map(list, said.values())])
 
 
 def check_data(group: dist.ProcessGroup, given: Sequence[tuple[Input, Any]]) -> None:

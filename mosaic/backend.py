@@ -1,4 +1,5 @@
-"""The Dynamo backend ``mosaic``: capture, PIPELINE, AOTAutograd, LOWERING, an inner compiler."""
+"""The Dynamo backend ``mosaic``: capture, PIPELINE, AOTAutograd with JOINT and LOWERING, and an
+inner compiler."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ from mosaic.errors import ShardingError
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
 from mosaic.notices import announce, resumed_at
-from mosaic.passes import LOWERING, PIPELINE
+from mosaic.passes import JOINT, LOWERING, PIPELINE
 from mosaic.pipeline import run_passes
 from mosaic.plan import Plan, plan_of
+from mosaic.sequence import sequence
 from mosaic.spec import ShardingSpec
 from mosaic.tensors import mark
 from mosaic.torch_private import compile_by_eager, compile_by_inductor
@@ -79,9 +81,13 @@ def mosaic(
         raise
     agreement.agree(group, plan_digest(context, chosen, plan))
     context.constants = len([*local.parameters(), *local.buffers()])
-    compiled = INNER[chosen.inner](
-        local, example_inputs, lambda g, kind: lower(g, kind, context, plan)
-    )
+    lowering = Lowering(context, plan)
+    try:
+        compiled = INNER[chosen.inner](local, example_inputs, lowering)
+    except Exception as error:
+        agreement.report_failure(group, error, agreement.FINISH)
+        raise
+    agreement.agree_on_collectives(group, lowering.sequences)
     for listener in LISTENERS:
         listener(plan)
     return checked(compiled, context, chosen.spec, group)
@@ -115,10 +121,23 @@ def partitioned(
     return local, context, plan
 
 
-def lower(graph: fx.Graph, kind: str, context: Context, plan: Plan) -> None:
-    """LOWERING, on the forward or the backward graph that AOTAutograd made."""
-    plan.passes += run_passes(LOWERING, graph, context, kind)
-    plan.graphs[kind] = graph
+@dataclass
+class Lowering:
+    """Our passes on the graphs that AOTAutograd makes: joint, then forward and backward. Notes
+    which collectives forward and backward then start."""
+
+    context: Context
+    plan: Plan
+    sequences: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def __call__(self, graph: fx.Graph, kind: str) -> None:
+        if kind == "joint":
+            self.plan.passes += run_passes(JOINT, graph, self.context, kind)
+            return
+        self.plan.passes += run_passes(LOWERING, graph, self.context, kind)
+        self.plan.graphs[kind] = graph
+        worlds = (self.context.world, *self.context.worlds.values())
+        self.sequences[kind] = sequence(graph, {w.group: w.mesh_axis for w in worlds})
 
 
 def text_of(graph: fx.Graph) -> str:

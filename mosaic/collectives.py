@@ -11,9 +11,10 @@
 The gradient of a whole tensor is whole. (torch's own autograd for functional collectives answers
 another question, every rank's loss being a share, and would multiply by p.)
 
-``gather`` and ``reshard`` are registered ops, opaque until the lowering: a collective that
-AOTAutograd's partitioner can see is always saved for backward. What they do is one plain function
-each in ``mosaic/moves.py``, which the op runs and the lowering traces.
+``gather``, ``reshard`` and ``reduce_across`` are registered ops, opaque until the lowering: a
+collective that AOTAutograd's partitioner can see is always saved for backward. What they do is one
+plain function each in ``mosaic/moves.py``, which the op runs and the lowering traces. ``number``
+means nothing to them: ``passes/pin_collectives.py`` says what it is for.
 """
 
 from __future__ import annotations
@@ -24,15 +25,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mosaic import moves
 from mosaic.layout import Shard
-from mosaic.moves import (
-    all_reduce,
-    fresh,
-    gather_program,
-    local_slice,
-    reshard_program,
-    spread,
-)
+from mosaic.moves import fresh, gather_program, local_slice, reshard_program, spread
 
 _decode = lru_cache(maxsize=None)(Shard.decode)
 
@@ -40,19 +35,21 @@ _decode = lru_cache(maxsize=None)(Shard.decode)
 # --- the registered ops -----------------------------------------------------------------------
 
 
-@torch.library.custom_op("mosaic::gather", mutates_args=(), schema="(Tensor x, str spec) -> Tensor")
-def gather(x: Tensor, spec: str) -> Tensor:
+@torch.library.custom_op(
+    "mosaic::gather", mutates_args=(), schema="(Tensor x, str spec, *, int number=0) -> Tensor"
+)
+def gather(x: Tensor, spec: str, *, number: int = 0) -> Tensor:
     """Sharded -> whole."""
     return fresh([gather_program(x, _decode(spec))], [x])[0]
 
 
 @gather.register_fake
-def _(x: Tensor, spec: str) -> Tensor:
+def _(x: Tensor, spec: str, *, number: int = 0) -> Tensor:
     place = _decode(spec).place
     return x.new_empty([place.size if d == place.dim else size for d, size in enumerate(x.shape)])
 
 
-def _gather_context(ctx, inputs, output) -> None:
+def _gather_context(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.spec = inputs[1]
 
 
@@ -62,20 +59,22 @@ gather.register_autograd(
 
 
 @torch.library.custom_op(
-    "mosaic::reshard", mutates_args=(), schema="(Tensor x, str source, str target) -> Tensor"
+    "mosaic::reshard",
+    mutates_args=(),
+    schema="(Tensor x, str source, str target, *, int number=0) -> Tensor",
 )
-def reshard(x: Tensor, source: str, target: str) -> Tensor:
+def reshard(x: Tensor, source: str, target: str, *, number: int = 0) -> Tensor:
     """One partition of an axis to another."""
     return fresh([reshard_program(x, _decode(source), _decode(target))], [x])[0]
 
 
 @reshard.register_fake
-def _(x: Tensor, source: str, target: str) -> Tensor:
+def _(x: Tensor, source: str, target: str, *, number: int = 0) -> Tensor:
     shard = _decode(target)
     return x.new_empty(shard.place.local_shape(x.shape, shard.rank))
 
 
-def _reshard_context(ctx, inputs, output) -> None:
+def _reshard_context(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.source, ctx.target = inputs[1:]
 
 
@@ -83,6 +82,22 @@ reshard.register_autograd(
     lambda ctx, grad: (torch.ops.mosaic.reshard(grad, ctx.target, ctx.source), None, None),
     setup_context=_reshard_context,
 )
+
+
+@torch.library.custom_op(
+    "mosaic::reduce_across",
+    mutates_args=(),
+    schema="(Tensor x, str group, str op, *, int number=0) -> Tensor",
+)
+def reduce_across(x: Tensor, group: str, op: str, *, number: int = 0) -> Tensor:
+    """The ranks' partial results -> their sum, max or min. ``sum_across`` is its differentiable
+    form."""
+    return fresh([moves.all_reduce(x, group, op)], [x])[0]
+
+
+@reduce_across.register_fake
+def _(x: Tensor, group: str, op: str, *, number: int = 0) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 # --- the traced-through functions ---------------------------------------------------------------
@@ -103,7 +118,7 @@ class _SumAcross(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: str) -> Tensor:
         ctx.group = group
-        return all_reduce(x, group)
+        return torch.ops.mosaic.reduce_across(x, group, "sum")
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -121,7 +136,7 @@ class _Slice(torch.autograd.Function):
         shard = _decode(ctx.spec)
         if shard.place.layout.is_partition:
             return torch.ops.mosaic.gather(grad, ctx.spec), None
-        return all_reduce(spread(grad, shard), shard.group), None
+        return sum_across(spread(grad, shard), shard.group), None
 
 
 @torch.compiler.allow_in_graph
@@ -158,7 +173,9 @@ def sum_across(x: Tensor, group: str, op: str = "sum") -> Tensor:
     sends it to one winner."""
     if not group:
         return x
-    return _SumAcross.apply(x, group) if op == "sum" else all_reduce(x.detach(), group, op)
+    if op == "sum":
+        return _SumAcross.apply(x, group)
+    return torch.ops.mosaic.reduce_across(x.detach(), group, op)
 
 
 @torch.compiler.allow_in_graph

@@ -55,10 +55,17 @@ def insert(
     return node
 
 
-def splice(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def splice(
+    graph: fx.Graph,
+    node: fx.Node,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    meta: dict[str, Any] | None = None,
+) -> Any:
     """Trace ``fn(*args)`` at the fake values of the nodes in ``args``; write it before ``node``.
 
-    Gives what ``fn`` gives, with nodes for tensors. ``fn`` may make no tensor constants.
+    Gives what ``fn`` gives, with nodes for tensors. ``fn`` may make no tensor constants. ``meta``:
+    what the new nodes have beside their value and ``node``'s source.
     """
     inputs = [x for x in pytree.tree_leaves(args) if isinstance(x, fx.Node)]
     program = traced(fn, args)
@@ -72,8 +79,9 @@ def splice(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], args: tuple[A
                 return map_arg(step.args[0], copies.__getitem__)
             else:
                 step_args, step_kwargs = map_arg((step.args, step.kwargs), copies.__getitem__)
+                val = step.meta["val"]
                 copies[step] = insert(
-                    graph, node, step.target, step_args, step_kwargs, val=step.meta["val"]
+                    graph, node, step.target, step_args, step_kwargs, val=val, meta=meta
                 )
     raise AssertionError("a traced graph has an output")
 

@@ -31,6 +31,7 @@ from torch._functorch.predispatch import _vmap_increment_nesting as VMAP_BEGINS
 from torch._functorch.predispatch import lazy_load_decompositions as VMAP_PREPARES
 from torch._guards import CompileContext, tracing
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
@@ -232,7 +233,28 @@ def compiles_left() -> int | None:
 
 #: The cache does not see our lowering; and both graphs are compiled at once, on all ranks alike.
 AOT_CONFIG = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
-Lower = Callable[[fx.Graph, str], None]
+Lower = Callable[[fx.Graph, str], None]  # of the "joint", "forward" and "backward" graph
+
+
+def bind_to_backward(node: fx.Node) -> None:
+    """Keep a node of the joint graph that backward traced out of forward."""
+    if node.meta.get("partitioner_tag") == "is_backward":
+        node.meta["partitioner_tag"] = "must_be_in_backward"
+
+
+class JointPass(CustomGraphPass):
+    """Our work on the joint graph as Inductor wants it."""
+
+    def __init__(self, work: Lower):
+        self.work = work
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.work(graph, "joint")
+
+    def uuid(self) -> str:
+        return (
+            "mosaic"  # what comes out is in the lowered graph, on which Inductor's cache is keyed
+        )
 
 
 def compile_by_inductor(
@@ -251,10 +273,9 @@ def compile_by_inductor(
         graph.recompile()
         return compile_fx_inner(graph, examples, **kwargs)
 
+    patches = {"reorder_for_peak_memory": False, "joint_custom_pre_pass": JointPass(lower)}
     with functorch_config.patch(AOT_CONFIG):
-        compiled: Any = compile_fx(
-            module, inputs, inner_compile=inner, config_patches={"reorder_for_peak_memory": False}
-        )
+        compiled: Any = compile_fx(module, inputs, inner_compile=inner, config_patches=patches)
     return compiled
 
 
@@ -271,11 +292,15 @@ def compile_by_eager(
 
         return compile_graph
 
+    def split(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        lower(joint.graph, "joint")
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
     with functorch_config.patch(AOT_CONFIG):
         return aot_autograd(
             fw_compiler=compiler("forward"),
             bw_compiler=compiler("backward"),
-            partition_fn=min_cut_rematerialization_partition,
+            partition_fn=split,
         )(module, inputs)
 
 

@@ -12,6 +12,7 @@ from mosaic.passes.lower_collectives import lower_collectives
 from mosaic.passes.normalize import normalize
 from mosaic.passes.overlap import overlap
 from mosaic.passes.partition import partition
+from mosaic.passes.pin_collectives import pin_collectives
 from mosaic.passes.propagate import propagate
 from mosaic.passes.raise_attention import raise_attention
 from mosaic.passes.rewrite_attention import rewrite_attention
@@ -28,6 +29,9 @@ PIPELINE = (
     partition,  # the only pass that sees the rank
     rewrite_attention,
 )
+
+#: On the joint graph, before AOTAutograd's partitioner cuts it into forward and backward.
+JOINT = (pin_collectives,)
 
 #: On the forward and on the backward graph, after AOTAutograd's partitioner.
 LOWERING = (

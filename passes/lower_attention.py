@@ -27,7 +27,7 @@ def lower_attention(graph: fx.Graph, context: Any) -> int:
     }
     found = [node for node in graph.nodes if node.target in programs]
     for node in found:
-        results = splice(graph, node, programs[node.target], node.args)
+        results = splice(graph, node, programs[node.target], node.args, dict(node.kwargs))
         for user in list(node.users):
             if user.target is not operator.getitem:
                 raise AssertionError(f"{node} is used as a tuple by {user}")

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from mosaic.rewrite import insert
+from mosaic.sequence import is_start
 
 #: A bucket is closed when it holds this much: the first must start while others are computed.
 BUCKET_BYTES = 32 << 20
@@ -36,17 +37,12 @@ def overlap(graph: fx.Graph, context: Any) -> int:
     return moved + _wait_late(graph)
 
 
-def _is_start(node: fx.Node) -> bool:
-    namespace = getattr(node.target, "namespace", "")
-    return namespace == "_c10d_functional" and not _is_wait(node)
-
-
 def _is_wait(node: fx.Node) -> bool:
     return node.target is _c10d.wait_tensor.default
 
 
 def _starts(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if _is_start(node)]
+    return [node for node in graph.nodes if is_start(node)]
 
 
 # --- order ----------------------------------------------------------------------------------
@@ -121,7 +117,9 @@ def _coalesce(graph: fx.Graph, bucket: list[fx.Node]) -> int:
     with graph.inserting_before(last):
         inputs = [start.args[0] for start in bucket]
         target = _c10d.all_reduce_coalesced.default
-        together = insert(graph, last, target, (inputs, *last.args[1:]))
+        numbers = [start.meta.get("number") for start in bucket]
+        args = (inputs, *last.args[1:])
+        together = insert(graph, last, target, args, meta={"number": numbers})
         for index, (start, wait) in enumerate(zip(bucket, waits, strict=True)):
             part = insert(graph, start, operator.getitem, (together, index))
             done = insert(graph, wait, _c10d.wait_tensor.default, (part,))

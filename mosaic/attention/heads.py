@@ -155,20 +155,20 @@ def _sum(blocks: list[Tensor]) -> Tensor:
 @torch.library.custom_op(
     "mosaic::exchange_heads",
     mutates_args=(),
-    schema="(Tensor[] xs, str spec, bool to_heads) -> Tensor[]",
+    schema="(Tensor[] xs, str spec, bool to_heads, *, int number=0) -> Tensor[]",
 )
-def exchange_heads(xs, spec, to_heads):
+def exchange_heads(xs, spec, to_heads, *, number=0):
     """Sequence for heads (or back), for several tensors (batch, heads, seq, dim) at once."""
     return list(fresh([x.contiguous() for x in program(xs, spec, to_heads)], xs))
 
 
 @exchange_heads.register_fake
-def _(xs, spec, to_heads):
+def _(xs, spec, to_heads, *, number=0):
     exchange = decode(spec)
     return [x.new_empty(exchange.shape(x, i, to_heads)) for i, x in enumerate(xs)]
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx, inputs, keyword_only_inputs, output) -> None:
     _, ctx.spec, ctx.to_heads = inputs
 
 

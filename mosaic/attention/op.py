@@ -80,9 +80,10 @@ def backward_program(dout, q, k, v, *rest) -> list[Tensor]:
     "mosaic::attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? query_documents, "
-    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, str plan) -> (Tensor, Tensor)",
+    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, str plan, *, "
+    "int number=0) -> (Tensor, Tensor)",
 )
-def attention(q, k, v, mask, query_documents, key_documents, seed, leaves, plan):
+def attention(q, k, v, mask, query_documents, key_documents, seed, leaves, plan, *, number=0):
     """Attention of this rank's queries over all ranks' keys.
 
     q (batch, heads, seq, head_dim), k (batch, kv_heads, keys, head_dim), v (batch, kv_heads, keys,
@@ -97,7 +98,7 @@ def attention(q, k, v, mask, query_documents, key_documents, seed, leaves, plan)
 
 
 @attention.register_fake
-def _(q, k, v, *rest):
+def _(q, k, v, *rest, number=0):
     out = q.new_empty([*q.shape[:3], v.shape[3]])
     return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
@@ -107,22 +108,19 @@ def _(q, k, v, *rest):
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? query_documents, "
     "Tensor? key_documents, Tensor? seed, Tensor[] leaves, Tensor out, Tensor lse, str plan, "
-    "bool need_dmask) -> Tensor[]",
+    "bool need_dmask, *, int number=0) -> Tensor[]",
 )
-def attention_backward(
-    dout, q, k, v, mask, query_documents, key_documents, seed, leaves, out, lse, plan, need_dmask
-):
+def attention_backward(dout, q, k, v, *rest, number=0):
     """dq, dk, dv, each like its input; with ``need_dmask`` that of the mask, or one for each leaf
     (of no element where it is not learned)."""
-    inputs = (q, k, v, mask, query_documents, key_documents, seed, leaves, out, lse)
-    grads = backward_program(dout, *inputs, plan, need_dmask)
-    return list(fresh(grads, (dout, *(x for x in inputs if x is not leaves), *leaves)))
+    mask, query_documents, key_documents, seed, leaves, out, lse, _, _ = rest
+    given = (dout, q, k, v, mask, query_documents, key_documents, seed, *leaves, out, lse)
+    return list(fresh(backward_program(dout, q, k, v, *rest), given))
 
 
 @attention_backward.register_fake
-def _(
-    dout, q, k, v, mask, query_documents, key_documents, seed, leaves, out, lse, plan, need_dmask
-):
+def _(dout, q, k, v, mask, *rest, number=0):
+    *_, leaves, _, _, plan, need_dmask = rest
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     if not need_dmask:
         return grads
@@ -133,7 +131,7 @@ def _(
     return [*grads, *(x.new_empty(shape) for x, shape in zip(leaves, shapes, strict=True))]
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx, inputs, keyword_only_inputs, output) -> None:
     *tensors, leaves, ctx.plan = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)

@@ -310,15 +310,15 @@ def test_lower_collectives(planned, check):
         plan.diffs["lower_collectives"],
         """\
  attention: (f64[2, 1, 3, 8], f64[2, 1, 3]) = mosaic.attention(x[:, 3:6], x[:, 3:6], x[:, 3:6],
-     plan(all_gather q,k=11=0:3|3:6|6:9|9:11 scale=0.3536))
+     plan(all_gather q,k=11=0:3|3:6|6:9|9:11 scale=0.3536), number=1)
 -reshard: f64[2, 3, 8] = mosaic.reshard(attention[0], shard(10=0:3|3:6|6:9|9:10 dim=1),
--    shard(10=0:2|2:5|5:8|8:10 dim=1))
+-    shard(10=0:2|2:5|5:8|8:10 dim=1), number=2)
 +cat: f64[3, 2, 1, 1, 8] = cat([attention[0][:2], attention[0][2:3]])
 +all_to_all: f64[3, 2, 1, 1, 8] = all_to_all(cat, receive=[1, 2, 0, 0], send=[0, 2, 1, 0], sp)
 +wait: f64[3, 2, 1, 1, 8] = wait(all_to_all)
  # return y[:, 1:] - y[:, :-1]
 -sub: f64[2, 3, 8] = sub(attention[0], reshard)
--gather: f64[2, 10, 8] = mosaic.gather(sub, shard(10=0:2|2:5|5:8|8:10 dim=1))
+-gather: f64[2, 10, 8] = mosaic.gather(sub, shard(10=0:2|2:5|5:8|8:10 dim=1), number=3)
 -return [gather, x[:, 3:6], attention[1], attention[0]]
 +sub: f64[2, 3, 8] = sub(attention[0], wait)
 +all_gather: f64[12, 2, 1, 1, 8] = all_gather(sub, 4, sp)
