@@ -29,8 +29,10 @@ from mosaic.local import (
     normalization,
     randomness,
     reductions,
+    routing,
     scans,
     views,
+    windows,
     writes,
 )
 from mosaic.local.decomposed import decomposed
@@ -265,20 +267,38 @@ TABLE: dict[str, LocalForm] = {
     "_fft_r2c": reductions.transform,
     "_fft_c2c": reductions.transform,
     "_fft_c2r": reductions.transform,
-    "sort": along("dim"),
-    "sort.stable": along("dim"),
-    "argsort": along("dim"),
+    "sort": partial(routing.sort, along=along("dim")),
+    "sort.stable": partial(routing.sort, along=along("dim")),
+    "argsort": partial(routing.sort, along=along("dim")),
     "topk": along("dim"),
     "median.dim": along("dim"),
     "glu": along("dim"),
     # losses
     "cross_entropy_loss": losses.cross_entropy,
     "nll_loss_nd": losses.cross_entropy,
-    # convolutions: batches are free
-    "conv1d": normalization.convolution,
-    "conv2d": normalization.convolution,
-    "conv3d": normalization.convolution,
-    "convolution": normalization.convolution,
+    # windows that slide: batches are free
+    "conv1d": windows.convolution,
+    "conv2d": windows.convolution,
+    "conv3d": windows.convolution,
+    "conv1d.padding": windows.convolution,
+    "conv2d.padding": windows.convolution,
+    "conv3d.padding": windows.convolution,
+    "convolution": windows.convolution,
+    "avg_pool1d": windows.pool,
+    "avg_pool2d": windows.pool,
+    "avg_pool3d": windows.pool,
+    "max_pool1d": windows.pool,
+    "max_pool2d": windows.pool,
+    "max_pool3d": windows.pool,
+    "max_pool2d_with_indices": windows.pool,
+    "max_pool3d_with_indices": windows.pool,
+    "adaptive_avg_pool1d": windows.adaptive_pool,
+    "adaptive_avg_pool2d": windows.adaptive_pool,
+    "adaptive_avg_pool3d": windows.adaptive_pool,
+    "adaptive_max_pool1d": windows.adaptive_pool,
+    "adaptive_max_pool2d": windows.adaptive_pool,
+    "adaptive_max_pool3d": windows.adaptive_pool,
+    "unfold": windows.unfold,
     # randomness
     "dropout": randomness.dropout,
     # the user's own
@@ -288,9 +308,9 @@ TABLE: dict[str, LocalForm] = {
 #: Pointwise ops that torch does not tag so.
 POINTWISE = frozenset(
     "__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor "
-    "_conj _to_copy alias clone complex detach detach_copy empty_like fill.Scalar fill.Tensor full_like "
-    "masked_fill.Scalar masked_fill.Tensor ones_like polar resolve_conj type_as where.self where.ScalarOther "
-    "where.ScalarSelf where.Scalar zeros_like".split()
+    "_conj _to_copy alias clone complex detach detach_copy empty_like fill.Scalar fill.Tensor "
+    "full_like masked_fill.Scalar masked_fill.Tensor ones_like polar type_as "
+    "where.self where.ScalarOther where.ScalarSelf where.Scalar zeros_like".split()
 )
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
 NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function", "mosaic::sdpa"})

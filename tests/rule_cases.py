@@ -9,6 +9,7 @@ import rule_cases_pointwise
 import rule_cases_programs
 import rule_cases_values
 import rule_cases_views
+import rule_cases_windows
 import rule_cases_writes
 from rule_case import Case
 
@@ -21,6 +22,7 @@ for module in (
     rule_cases_attention,
     rule_cases_programs,
     rule_cases_along,
+    rule_cases_windows,
     rule_cases_writes,
 ):
     repeated = CASES.keys() & module.CASES.keys()

@@ -57,13 +57,29 @@ add("norm -inf", lambda x: torch.linalg.vector_norm(x - 1, -float("inf"), dim=0)
 add("norm 0", lambda x: torch.linalg.vector_norm(x, 0, dim=0), f(7, 2))
 add("normalized", lambda x: F.normalize(x, dim=0), f(7, 2))
 add("cosine_similarity first", lambda x, y: F.cosine_similarity(x, y, dim=0), f(5, 4), f(5, 4))
-add("cosine_similarity small", lambda x, y: F.cosine_similarity(x * 1e-9, y, dim=-1), f(4, 3), f(4, 3))
-add("cosine_similarity broadcast", lambda x, y: F.cosine_similarity(x[:, None], y, dim=-1),
-    f(4, 3), f(5, 3))  # fmt: skip
-add("layer_norm of all", lambda x, w, c: F.layer_norm(x, x.shape[1:], w, c), f(2, 5, 4), f(5, 4), f(5, 4))
+add(
+    "cosine_similarity small",
+    lambda x, y: F.cosine_similarity(x * 1e-9, y, dim=-1),
+    f(4, 3),
+    f(4, 3),
+)
+add(
+    "cosine_similarity broadcast",
+    lambda x, y: F.cosine_similarity(x[:, None], y, dim=-1),
+    f(4, 3),
+    f(5, 3),
+)
+add(
+    "layer_norm of all",
+    lambda x, w, c: F.layer_norm(x, x.shape[1:], w, c),
+    f(2, 5, 4),
+    f(5, 4),
+    f(5, 4),
+)
 add("layer_norm bare", lambda x: F.layer_norm(x, (5,)), f(2, 5))
 add("rms_norm of all", lambda x, w: F.rms_norm(x, x.shape[1:], w), f(2, 5, 4), f(5, 4))
 add("rms_norm bare", lambda x: F.rms_norm(x, (5,), eps=1e-3), f(2, 5))
+
 
 # complex numbers
 def rotated(x, t):
@@ -75,7 +91,11 @@ def rotated(x, t):
 add("complex rope", rotated, f(2, 5, 4), constant(5, 2))
 add("view_as_complex", lambda x: torch.view_as_real(torch.view_as_complex(x).conj() * 2), f(5, 2))
 add("complex", lambda x, y: torch.complex(x, y).abs(), f(5, 2), f(5, 2))
-add("real and imag", lambda x: (torch.view_as_complex(x).real, torch.view_as_complex(x).imag), f(5, 2))
+add(
+    "real and imag",
+    lambda x: (torch.view_as_complex(x).real, torch.view_as_complex(x).imag),
+    f(5, 2),
+)
 add("resolve_conj", lambda x: torch.view_as_complex(x).conj().resolve_conj().imag, f(5, 2))
 
 # transforms
@@ -95,12 +115,15 @@ add("bucketize", lambda x, v: torch.bucketize(x.clone(), v.sort()[0]), f(5, 4), 
 # ends
 add("flip halves", lambda x: (x.flip(0) * x).sin(), f(7, 2))
 add("flip all", lambda x: x.flip(0, 1).sin(), f(7, 4))
-add("flip merged", lambda x: (x.reshape(10, 2).flip(0) * x.reshape(10, 2)), f(2, 5, 2))
+add("flip merged", lambda x: x.reshape(10, 2).flip(0) * x.reshape(10, 2), f(2, 5, 2))
 add("pad reflect 2d", lambda x: F.pad(x, (1, 2, 2, 1), mode="reflect").sin(), f(1, 1, 5, 4))
 add("pad replicate 2d", lambda x: F.pad(x, (0, 2, 3, 1), mode="replicate").sin(), f(1, 1, 5, 4))
 add("pad circular 2d", lambda x: F.pad(x, (1, 0, 2, 4), mode="circular").sin(), f(1, 1, 5, 4))
 add("pad replicate and add", lambda x: F.pad(x, (2, 0), mode="replicate")[..., :-2] * x, f(1, 2, 5))
 add("pad reflect and fold", lambda x: F.pad(x, (3, 1), mode="reflect").sum(-1), f(1, 2, 5))
 add("view split uneven", lambda x: x.view(2, 3, 4, 2).mean(2).sin(), f(2, 12, 2))
-add("unpatchify", lambda x: x.view(2, 2, 3, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(2, 4, 4, 6).sin(),
-    f(2, 6, 16))  # fmt: skip
+add(
+    "unpatchify",
+    lambda x: x.view(2, 2, 3, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(2, 4, 4, 6).sin(),
+    f(2, 6, 16),
+)

@@ -36,12 +36,12 @@ def rows_of(s: Sharder, c: Call, value: Value, place: Place) -> Value:
     return Value(value.val, place, s.writer.op(c.like, aten.slice.Tensor, cut, {}))
 
 
-def emit(s: Sharder, c: Call, place: Place, **changed: Any) -> Any:
-    """``s.emit`` of an op that refuses an empty ``self``."""
-    x = c["self"]
+def emit(s: Sharder, c: Call, place: Place, name: str = "self", **changed: Any) -> Any:
+    """``s.emit`` of an op that refuses an empty operand ``name``."""
+    x = c[name]
     if not s.writer or x.place.local_size(s.writer.rank):
         return s.emit(c, place, **changed)
-    out = s.emit(c, place, **{**changed, "self": not_empty(s, c, x, x.place)})
+    out = s.emit(c, place, **{**changed, name: not_empty(s, c, x, x.place)})
     if isinstance(out, tuple):
         return tuple(rows_of(s, c, v, place) for v in out)
     return rows_of(s, c, out, place)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -93,7 +95,7 @@ def index_asked(s: Sharder, c: Call, behind: int) -> Value:
     return asked(s, c, held, self=not_empty(s, c, c["self"], place), indices=new)
 
 
-def asked(s: Sharder, c: Call, held: Value, **changed: object) -> Value:
+def asked(s: Sharder, c: Call, held: Value, **changed: Any) -> Value:
     found = s.emit(c, None, **changed)
     found = s.call(c, aten.where.self, held, found, s.call(c, aten.zeros_like.default, found))
     return s.sum_across(found, c, "rows that are looked up, each from its owner")
@@ -102,14 +104,17 @@ def asked(s: Sharder, c: Call, held: Value, **changed: object) -> Value:
 def rows_here(s: Sharder, c: Call, rows: Value, place: Place, spare: int | None) -> Value:
     """Global indices as those of this rank's memory; ``spare`` (None: one behind the last) where
     another rank holds them."""
-    spec = s.on_rank(lambda _: s.writer.shard(place.at(0)))
-    return s.function(c, local_rows, (s.gather(rows, "an index that all ranks need"), spec, spare),
-                      rows.val)  # fmt: skip
+    rows = s.gather(rows, "an index that all ranks need", c.like)
+    return s.function(c, local_rows, (rows, encoded(s, place), spare), rows.val)
 
 
 def held_here(s: Sharder, c: Call, rows: Value, place: Place) -> Value:
-    spec = s.on_rank(lambda _: s.writer.shard(place.at(0)))
-    return s.function(c, held_rows, (s.gather(rows, ""), spec), rows.val.bool())
+    """Which of these global indices this rank holds."""
+    return s.function(c, held_rows, (rows, encoded(s, place)), rows.val.bool())
+
+
+def encoded(s: Sharder, place: Place) -> str:
+    return s.writer.shard(place.at(0)) if s.writer else ""
 
 
 def local_rows(rows: Tensor, spec: str, spare: int | None) -> Tensor:

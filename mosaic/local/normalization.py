@@ -141,11 +141,3 @@ def running(s: Sharder, c: Call, old: Value, new: Value) -> Value:
     kept = s.call(c, aten.mul.Tensor, old, 1 - c["momentum"])
     new = s.call(c, aten.detach.default, new)
     return s.call(c, aten.add.Tensor, kept, s.call(c, aten.mul.Tensor, new, c["momentum"]))
-
-
-def convolution(s: Sharder, c: Call) -> Value:
-    """Batches are free; no halo yet along the axis."""
-    x = c["input"]
-    if x.place is None or x.place.dim != 0 or x.ndim < 3:
-        return s.gather_for(c, "slides over the axis")
-    return s.emit(c, x.place, **others_whole(s, c))

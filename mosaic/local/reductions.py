@@ -59,7 +59,9 @@ def quantile(s: Sharder, c: Call) -> Value:
     if c["dim"] is None or x.place is None or x.place.dim == c["dim"] % x.ndim:
         return s.gather_for(c, "works along the axis")
     several = int(isinstance(q, Value) and q.ndim == 1)
-    new = {"q": s.gather(q, "quantiles that all ranks need")} if isinstance(q, Value) else {}
+    new: dict[str, Any] = {}
+    if isinstance(q, Value):
+        new["q"] = s.gather(q, "quantiles that all ranks need")
     place = kept(x.place, [c["dim"] % x.ndim], c["keepdim"])
     return empty.emit(s, c, place.at(place.dim + several), **new)
 

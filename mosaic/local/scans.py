@@ -32,13 +32,16 @@ def scan(s: Sharder, c: Call) -> Value:
     if x.val.dtype != wide(c.val.dtype):
         x = s.call(c, aten._to_copy.default, x, dtype=wide(c.val.dtype))
     join, nothing = JOINED[c.name.removeprefix("aten.")]
-    inside, last = each_interval(s, c, x, place)
+    pieces = place.with_layout(place.layout.pieces)
+    inside, last = each_interval(s, c, x, place, pieces)
     every = s.gather(last, "what all parts of the axis come to", c.like)
     every = s.call(c, c.target, every, dim)
-    first = s.call(c, aten.full_like.default, s.call(c, aten.slice.Tensor, every, dim, 0, 1), nothing)
+    first = s.call(
+        c, aten.full_like.default, s.call(c, aten.slice.Tensor, every, dim, 0, 1), nothing
+    )
     before = [first, s.call(c, aten.slice.Tensor, every, dim, 0, every.shape[dim] - 1)]
-    before = s.at(s.call(c, aten.cat.default, before, dim), last.place)
-    return cast(s, c, s.call(c, join, inside, repeated(s, c, before, inside)))
+    mine = s.at(s.call(c, aten.cat.default, before, dim), pieces)
+    return cast(s, c, s.call(c, join, inside, repeated(s, c, mine, place)))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -48,9 +51,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
-def each_interval(s: Sharder, c: Call, x: Value, place: Place) -> tuple[Value, Value]:
+def each_interval(
+    s: Sharder, c: Call, x: Value, place: Place, pieces: Place
+) -> tuple[Value, Value]:
     """The scan of every interval of this rank by itself, and the last element of each."""
-    pieces = place.with_layout(place.layout.pieces)
     dim, shape = place.dim, [*x.shape]
     shape[dim] = pieces.size
     ends = x.val.new_empty(shape)
@@ -61,20 +65,21 @@ def each_interval(s: Sharder, c: Call, x: Value, place: Place) -> tuple[Value, V
         part = write(s, c, aten.slice.Tensor, s.node(x), dim, *run)
         scans.append(write(s, c, c.target, part, dim))
         lasts.append(write(s, c, aten.slice.Tensor, scans[-1], dim, max(0, run[1] - run[0] - 1)))
-    return Value(x.val, place, joined(s, c, scans, dim)), Value(ends, pieces, joined(s, c, lasts, dim))
+    inside, last = (joined(s, c, parts, dim) for parts in (scans, lasts))
+    return Value(x.val, place, inside), Value(ends, pieces, last)
 
 
-def repeated(s: Sharder, c: Call, value: Value, like: Value) -> Value:
+def repeated(s: Sharder, c: Call, value: Value, place: Place) -> Value:
     """One row for each interval of this rank, for all of its elements."""
     if not s.writer:
-        return Value(like.val, like.place)
-    parts, dim = [], like.place.dim
-    for k, (start, stop) in enumerate(runs_of(s, like.place) or [(0, 0)]):
+        return Value(c.val, place)
+    parts, dim = [], place.dim
+    for k, (start, stop) in enumerate(runs_of(s, place) or [(0, 0)]):
         row = write(s, c, aten.slice.Tensor, s.node(value), dim, k, k + 1)
         shape = [stop - start if d == dim else n for d, n in enumerate(row.meta["val"].shape)]
         empty = start == stop  # there is no row, and nothing to repeat
         parts.append(row if empty else write(s, c, aten.expand.default, row, shape))
-    return Value(like.val, like.place, joined(s, c, parts, dim))
+    return Value(c.val, place, joined(s, c, parts, dim))
 
 
 def runs_of(s: Sharder, place: Place) -> list[tuple[int, int]]:
@@ -116,7 +121,9 @@ def first_place(s: Sharder, c: Call, dims: list[int]) -> Value:
     best = extreme_value(s, c, x, dims, largest)
     beaten = s.call(c, aten.lt.Tensor if largest else aten.gt.Tensor, x, best)
     later = s.call(c, aten.add.Tensor, position, count)
-    rank = s.call(c, aten.where.ScalarOther, s.call(c, aten.logical_not.default, beaten), later, 2 * count)
+    rank = s.call(
+        c, aten.where.ScalarOther, s.call(c, aten.logical_not.default, beaten), later, 2 * count
+    )
     if x.val.is_floating_point():
         rank = s.call(c, aten.where.self, s.call(c, aten.isnan.default, x), position, rank)
     first = extreme_value(s, c, rank, dims, largest=False)
@@ -126,6 +133,7 @@ def first_place(s: Sharder, c: Call, dims: list[int]) -> Value:
 def positions_over(s: Sharder, c: Call, x: Value, dims: list[int]) -> tuple[Value, int]:
     """Where each element stands among those of these dims, flattened; and how many there are."""
     position, count = None, 1
+    assert x.place is not None
     for dim in reversed(dims):
         if dim == x.place.dim:
             mine = s.positions(c, x.place)

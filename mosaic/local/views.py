@@ -328,7 +328,11 @@ def flip(s: Sharder, c: Call) -> Value:
 def as_complex(s: Sharder, c: Call) -> Value:
     """The place stays; the last dim holds the two parts of a number."""
     x = c["self"]
-    return s.gather_for(c, "joins the axis to numbers") if x.place.dim == c.val.ndim else s.emit(c, x.place)
+    return (
+        s.gather_for(c, "joins the axis to numbers")
+        if x.place.dim == c.val.ndim
+        else s.emit(c, x.place)
+    )
 
 
 def same_place(s: Sharder, c: Call) -> Value:

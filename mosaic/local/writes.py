@@ -74,6 +74,7 @@ def put_cut(s: Sharder, c: Call) -> Value:
 def values_place(x: Value, values: Value, indices: list[Value | None]) -> Place | None:
     """Where x is cut if its new values are; None where they are cut along what is indexed."""
     written = x.ndim - sum(i is not None for i in indices) + index_dims(indices)[0]
+    assert values.place is not None
     there = values.place.dim + written - values.ndim
     for dim in range(x.ndim):
         free = dim >= len(indices) or indices[dim] is None
@@ -104,10 +105,10 @@ def index_write(s: Sharder, c: Call) -> Value:
     place = x.place or (source.place if source else None)
     if c["index"].place is not None or (x.place is None and place is not None and place.dim == dim):
         return index_added(s, c, x, source, dim)
-    new = {} if source is None else {"source": source}
     assert place is not None
     if place.dim != dim:
-        return s.emit(c, place, self=s.at(x, place), **{n: s.at(v, place) for n, v in new.items()})
+        new: dict[str, Any] = {} if source is None else {"source": s.at(source, place)}
+        return s.emit(c, place, self=s.at(x, place), **new)
     if source is not None and source.place is not None:
         return s.gather_for(c, OF_OTHERS)
     return spared(s, c, x, place, index=rows_here(s, c, c["index"], place, spare=None))
@@ -124,12 +125,13 @@ def index_added(s: Sharder, c: Call, x: Value, source: Value | None, dim: int) -
 def scatter(s: Sharder, c: Call) -> Value:
     """scatter, scatter_add and scatter_reduce."""
     x, dim = c["self"], c["dim"] % c["self"].ndim
-    given = {n: c[n] for n in ("index", "src") if isinstance(c.bound.get(n), Value)}
+    given: dict[str, Any] = {n: c[n] for n in ("index", "src") if isinstance(c.bound.get(n), Value)}
     place = x.place or next(v.place for v in given.values() if v.place)
     if place.dim != dim:
         if any(v.shape[place.dim] != place.size for v in (x, *given.values())):
             return s.gather_for(c, "writes to only a part of the axis")
-        return s.emit(c, place, self=s.at(x, place), **{n: s.at(v, place) for n, v in given.items()})
+        there: dict[str, Any] = {n: s.at(v, place) for n, v in given.items()}
+        return s.emit(c, place, self=s.at(x, place), **there)
     if x.place is None:
         return scatter_added(s, c, given, place)
     if any(v.place for v in given.values()) or "reduce" in c.bound:
@@ -137,7 +139,7 @@ def scatter(s: Sharder, c: Call) -> Value:
     return spared(s, c, x, place, index=rows_here(s, c, c["index"], place, spare=None))
 
 
-def scatter_added(s: Sharder, c: Call, given: dict[str, Value], place: Place) -> Value:
+def scatter_added(s: Sharder, c: Call, given: dict[str, Any], place: Place) -> Value:
     """Cut elements that are added to a whole."""
     sizes = {v.shape[place.dim] for v in given.values()}
     if name_of(c) not in SUMS or sizes != {place.size}:

@@ -101,6 +101,7 @@ COLLECTIVES = {
     collectives.slice_to,
     torch.ops.mosaic.gather.default,
     torch.ops.mosaic.reshard.default,
+    torch.ops.mosaic.halo.default,
 }
 
 HELPERS: dict[Any, HelperRule] = {
@@ -113,6 +114,7 @@ HELPERS: dict[Any, HelperRule] = {
     collectives.slice_share: moved,
     torch.ops.mosaic.gather.default: moved,
     torch.ops.mosaic.reshard.default: moved,
+    torch.ops.mosaic.halo.default: moved,
     local_extreme: extreme,
     local_rows: elementwise,
     held_rows: elementwise,
