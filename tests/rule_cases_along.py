@@ -107,10 +107,10 @@ add("fft2", lambda x: torch.fft.fft2(x).real, f(4, 3, 5))
 add("rfftn", lambda x: torch.fft.irfftn(torch.fft.rfftn(x, dim=(1, 2)), dim=(1, 2)), f(4, 3, 4))
 
 # distances
-add("torch.cdist", torch.cdist, f(2, 5, 4), f(2, 7, 4))
-add("torch.cdist 1", lambda x, y: torch.cdist(x, y, p=1), f(5, 4), f(7, 4))
-add("torch.cdist broadcast", lambda x, y: torch.cdist(x, y), f(3, 5, 4), f(7, 4))
-add("bucketize", lambda x, v: torch.bucketize(x.clone(), v.sort()[0]), f(5, 4), constant(3))
+add("cdist", torch.cdist, f(2, 5, 4), f(2, 7, 4))
+add("cdist 1", lambda x, y: torch.cdist(x, y, p=1), f(5, 4), f(7, 4))
+add("cdist broadcast", lambda x, y: torch.cdist(x, y), f(3, 5, 4), f(7, 4))
+add("bucketize.Tensor", lambda x, v: torch.bucketize(x.clone(), v.sort()[0]), f(5, 4), constant(3))
 
 # ends
 add("flip halves", lambda x: (x.flip(0) * x).sin(), f(7, 2))
