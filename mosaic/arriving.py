@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from mosaic import agreement
 from mosaic.capture import Input
 from mosaic.context import World
 from mosaic.errors import ShardingError
+from mosaic.exchange import exchange
 from mosaic.layout import Layout, Place, Shard
-from mosaic.notices import resumed_at
 from mosaic.spec import ShardingSpec, binds
 from mosaic.torch_private import broken_guard, guarded_attribute, placeholder_source, size_symbols
 
@@ -39,7 +38,6 @@ def arriving_shards(
     """The place of every input that arrives cut, by the input's number; {} when all are whole."""
     if spec.inputs_are == "whole" or world.size == 1:
         return {}
-    check_unbroken(module)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     return {
         given.index: place_of(placeholders[given.index], path, dim, world, group)
@@ -47,19 +45,6 @@ def arriving_shards(
         for given in inputs
         if not given.is_state and binds(path, given.source)
     }
-
-
-def check_unbroken(module: fx.GraphModule) -> None:
-    """Between two graphs Python sees parts beside what is whole again, and decides by their length;
-    what it decided there has left no guard."""
-    resumed = resumed_at(module.graph)
-    if resumed is not None:
-        raise ShardingError(
-            f"graph break in {resumed}, and inputs arrive cut: "
-            "what Python sees of them there is this rank's part",
-            fix="remove the break (torch.compile(..., fullgraph=True) names its reason), "
-            'or pass whole inputs (inputs_are="whole")',
-        )
 
 
 def cut_dims(spec: ShardingSpec) -> list[tuple[str, int]]:
@@ -115,7 +100,7 @@ def recorded(node: fx.Node, dim: int) -> Layout | None:
 
 def even(local: int, world: World, group: dist.ProcessGroup | None) -> Layout:
     assert group is not None  # there are several ranks
-    lengths = agreement.exchange(group, str(local))
+    lengths = exchange(group, str(local))
     return Layout.even(sum(int(n) for n in lengths), world.size)
 
 
@@ -167,7 +152,7 @@ def check_decisions(size: torch.SymInt, known: dict[Any, int]) -> None:
 
     Every ``if``, ``range`` and ``int`` of the user's program, and every choice of torch's own that
     the shapes follow from, left a guard when Dynamo traced it at the local length. A rank that
-    raises here tells the others (``agreement.report_failure``), whose own length may have decided
+    raises here tells the others (``exchange.report_failure``), whose own length may have decided
     as the global one does.
     """
     found = broken_guard(size, known)

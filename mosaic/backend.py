@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from mosaic import agreement, shards
+from mosaic import agreement, calls, shards
 from mosaic.arriving import arriving_shards, global_sizes
 from mosaic.capture import capture, read_inputs
 from mosaic.context import Context, world_of
+from mosaic.data_check import DataCheck
 from mosaic.errors import ShardingError
+from mosaic.exchange import report_failure
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
 from mosaic.notices import announce, resumed_at
@@ -26,15 +28,13 @@ from mosaic.plan import Plan, plan_of
 from mosaic.sequence import sequence
 from mosaic.spec import ShardingSpec
 from mosaic.tensors import mark
-from mosaic.torch_private import compile_by_eager, compile_by_inductor
+from mosaic.torch_private import around_each_call, compile_by_eager, compile_by_inductor
 
+WHOLE = ShardingSpec()
 INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
 
 #: Called with every plan that is made; ``explain`` listens here.
 LISTENERS: list[Callable[[Plan], None]] = []
-
-#: The options of every torch.compile that has come here; kept alive, so that no id comes twice.
-_seen: dict[int, dict[str, Any] | None] = {}
 
 
 @dataclass(frozen=True)
@@ -69,28 +69,31 @@ def mosaic(
         raise ShardingError(
             f"unknown options: {', '.join(sorted(unknown))}", fix="options are 'spec' and 'inner'"
         )
-    first = id(options) not in _seen
-    _seen[id(options)] = options
-    chosen = Options(**(options or {}), is_first_graph=first)
+    chosen = Options(**(options or {}), is_first_graph=calls.counted() == 1)
     ranks = context_or_world_of_one()
     group = ranks.group(chosen.spec.mesh) if ranks else None
     try:
         local, context, plan = partitioned(module, chosen, ranks)
     except Exception as error:
-        agreement.report_failure(group, error)
+        report_failure(group, error)
         raise
-    agreement.agree(group, plan_digest(context, chosen, plan))
+    facts = plan_digest(context, chosen, plan, conditions(module))
+    agreement.agree(group, facts)
     context.constants = len([*local.parameters(), *local.buffers()])
     lowering = Lowering(context, plan)
     try:
         compiled = INNER[chosen.inner](local, example_inputs, lowering)
     except Exception as error:
-        agreement.report_failure(group, error, agreement.FINISH)
+        report_failure(group, error, agreement.FINISH)
         raise
     agreement.agree_on_collectives(group, lowering.sequences)
     for listener in LISTENERS:
         listener(plan)
-    return checked(compiled, context, chosen.spec, group)
+    check = data_check(context, chosen.spec, ranks, facts, any(lowering.sequences.values()))
+    return checked(compiled, context, chosen.spec, check)
+
+
+around_each_call(mosaic, calls.watch)
 
 
 def partitioned(
@@ -100,6 +103,8 @@ def partitioned(
     spec = options.spec
     group = ranks.group(spec.mesh) if ranks else None
     world = world_of(ranks, spec.mesh)
+    if spec.parts and world.size > 1:
+        calls.check_one_graph(module, spec)
     first = shards.first_call(module)
     if first is not None:
         return shards.passed_through(module, first, spec, world)
@@ -146,39 +151,65 @@ def text_of(graph: fx.Graph) -> str:
     return re.sub(r"\b(cuda|xpu):\d+", r"\1", "\n".join(lines))
 
 
-def plan_digest(context: Context, options: Options, plan: Plan) -> str:
+def conditions(module: fx.GraphModule) -> str:
+    """What decides, beside the graph, whether there is a backward, and in which dtypes."""
+    inputs = (n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder"))
+    learned = (str(int(getattr(x, "requires_grad", False))) for x in inputs)
+    return f"{Modes.current().encode()} requires_grad:{''.join(learned)}"
+
+
+def plan_digest(context: Context, options: Options, plan: Plan, modes: str) -> str:
     decided = [str(a) for a in plan.attentions] + plan.collective_rows() + context.decided
     decided += [plan.axis, plan.layout]
     return agreement.digest(
         graph=context.graph_text,
         spec=options.spec.encode(),
         plan="\n".join(decided),
+        modes=modes,
         versions=torch.__version__,
     )
 
 
+def data_check(
+    context: Context, spec: ShardingSpec, ranks: MosaicContext | None, facts: str, sends: bool
+) -> DataCheck | None:
+    """What compares this graph's whole inputs across ranks, if anything does. A graph without
+    collectives is looked at once: nothing waits for it on other ranks."""
+    group = ranks.group(spec.mesh) if ranks else None
+    if ranks is None or group is None or context.world.size == 1 or not spec.check_inputs:
+        return None
+    if dist.get_backend(group) == "fake":
+        return None
+    whole = [i for i in context.inputs if i.index not in context.arriving]
+    arguments = [i for i in whole if not i.is_state and not context.holds_shards]
+    state = [i for i in whole if i.is_state]
+    every_run = spec.check_inputs == "always" and sends
+    return DataCheck(ranks, group, facts, arguments, state, every_run)
+
+
 def checked(
-    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, group: Any
+    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, check: DataCheck | None
 ) -> Callable[..., Any]:
-    """Compare whole inputs across ranks on the first run (or on every run, or never), and mark
-    outputs that stay cut with their layout."""
-    alone = context.world.size == 1 or dist.get_backend(group) == "fake"
-    pending = bool(spec.check_inputs) and not alone
+    """Compare inputs before a run, and mark outputs that stay cut with their layout."""
 
     def run(*args: Any) -> Any:
-        nonlocal pending
-        if pending:
-            whole = [
-                (i, a)
-                for i, a in zip(context.inputs, args, strict=True)
-                if i.index not in context.arriving and (i.is_state or not context.holds_shards)
-            ]
-            agreement.check_data(group, whole)
-            pending = spec.check_inputs == "always"
-        outputs = compiled(*args)
-        for out, shard in zip(outputs, context.output_shards, strict=False):
-            if shard:
-                mark(out, shard)
-        return outputs
+        calls.running(spec if context.world.size > 1 else WHOLE)
+        if check is not None:
+            check(args)
+        return marked(compiled(*args), context.output_shards)
 
     return run
+
+
+def marked(outputs: Sequence[Any], shards: Sequence[str]) -> Sequence[Any]:
+    """Outputs that stay cut, with their layout on each. Two may be one tensor on some rank (``y``
+    and ``y[:, 1:]`` where all its rows are kept): the second is then an alias, with its own."""
+    if not any(shards):
+        return outputs
+    found = list(outputs)
+    for index, shard in enumerate(shards):
+        if shard and any(found[index] is other for other in found[:index]):
+            found[index] = found[index].view_as(found[index])
+        if shard:
+            mark(found[index], shard)
+    return found

@@ -25,6 +25,7 @@ from mosaic.errors import UnsupportedError
 from mosaic.fused import UNFUSED
 from mosaic.modes import Modes
 from mosaic.source import where
+from mosaic.strides import reach
 from mosaic.torch_private import (
     FakeTensorMode,
     aot_export_module,
@@ -32,9 +33,11 @@ from mosaic.torch_private import (
     enter_autocast,
     exit_autocast,
     get_data,
+    is_alias,
     no_tracing_context,
     placeholder_source,
     preserve_node_meta,
+    pytree,
     recompute_marks,
     rename_afresh,
     set_grad_enabled,
@@ -132,7 +135,10 @@ class _Interpreter(fx.Interpreter):
             return self.switch(replace(self.outer.pop(), grad=self.modes.grad))
         if target is set_grad_enabled:
             return self.switch(replace(self.modes, grad=args[0]))
-        return super().call_function(UNFUSED.get(target, target), args, kwargs)
+        target = UNFUSED.get(target, target)
+        if kwargs.get("out") is not None:
+            return written_to(kwargs["out"], target(*args, **{**kwargs, "out": None}))
+        return super().call_function(target, args, kwargs)
 
     def vmap(self) -> None:
         region = self.mapped
@@ -166,6 +172,19 @@ class _Interpreter(fx.Interpreter):
     def switch(self, modes: Modes) -> None:
         self.modes = modes
         modes.autocast_on()
+
+
+def written_to(out: Any, result: Any) -> Any:
+    """``out=`` as a write that the tracer sees, with no gradient: torch has none for it."""
+    for into, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(result), strict=True):
+        if into.shape != value.shape:
+            raise UnsupportedError(
+                "out= of another shape than the result would be resized",
+                sizes=f"{list(into.shape)}, {list(value.shape)}",
+                fix="give an out= of the result's shape, or use the result",
+            )
+        into.copy_(value.detach())
+    return out
 
 
 def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
@@ -246,6 +265,7 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
     )
     mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
     refuse_learned(traced.graph, inputs, mutated)
+    refuse_shared(module, traced.graph, inputs, mutated)
     return Captured(traced.graph, traced, inputs, mutated)
 
 
@@ -270,6 +290,30 @@ def refuse_learned(graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[in
                 fix="change it outside of the compiled model (after an optimiser's step), "
                 "or use a changed copy: w.clamp(-1, 1), not w.clamp_(-1, 1) or max_norm",
             )
+
+
+def refuse_shared(
+    module: fx.GraphModule, graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[int, ...]
+) -> None:
+    """Raise UnsupportedError where an input is written to whose memory another one shares: they are
+    captured as two tensors, and the other would not change."""
+    values = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
+    for index, new in zip(mutated, graph.output_node().args[0], strict=False):
+        for other, value in enumerate(values):
+            if other != index and is_alias(value, values[index]) and touch(value, values[index]):
+                raise UnsupportedError(
+                    f"{inputs[index].name} is written to, and {inputs[other].name} shares its "
+                    "memory",
+                    where=where(new),
+                    fix=f"pass a copy of one of them: {inputs[other].name}.clone()",
+                )
+
+
+def touch(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the stretches of memory in which a and b lie meet."""
+    starts = [int(x.storage_offset()) for x in (a, b)]
+    stops = [n + reach(x.shape, x.stride()) for n, x in zip(starts, (a, b), strict=True)]
+    return max(starts) < min(map(int, stops))
 
 
 def identifier(name: str) -> str:

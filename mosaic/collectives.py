@@ -130,7 +130,7 @@ halo_sum.register_autograd(
 def reduce_across(x: Tensor, group: str, op: str, *, number: int = 0) -> Tensor:
     """The ranks' partial results -> their sum, max or min. ``sum_across`` is its differentiable
     form."""
-    return fresh([moves.all_reduce(x, group, op)], [x])[0]
+    return fresh([moves.reduced(x, group, op)], [x])[0]
 
 
 @reduce_across.register_fake

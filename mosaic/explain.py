@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from mosaic import backend, mesh, pipeline
+from mosaic import backend, calls, mesh, pipeline
 from mosaic.context import Context
 from mosaic.errors import ShardingError
 from mosaic.plan import Plan
@@ -50,7 +50,8 @@ def explain(
             f"cannot explain {fn!r}: it is no function",
             fix="pass the model, then its arguments: mosaic.explain(model, x, sp_size=4)",
         )
-    with ranks(Ranks(sp_size, mesh_shape, mesh_axes), rank), listening(found):
+    wanted = Ranks(sp_size, mesh_shape, mesh_axes)
+    with ranks(wanted, rank), listening(found), calls.planned(options):
         compiled = torch.compile(fn, backend=_planning, options=options, dynamic=False)
         reset_dynamo()
         compiled(*args, **kwargs)

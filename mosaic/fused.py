@@ -1,7 +1,8 @@
-"""torch's fused inference ops for transformers, said in ops that attention can be found in.
+"""torch's fused ops, said in ops that show what they do: attention, and writes to buffers.
 
 In eval mode and without gradients ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call
-one fused op each, which hides the attention. These are the same computations, op by op.
+one fused op each, which hides the attention; ``instance_norm`` hides that it writes to its running
+statistics. These are the same computations, op by op.
 """
 
 from __future__ import annotations
@@ -78,8 +79,30 @@ def encoder_layer(
     return norm_2(x + feed_forward(x))
 
 
+def instance_norm(
+    input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """``F.instance_norm``: a batch norm in which every sample has channels of its own."""
+    if running_mean is None or running_var is None:
+        stats = (running_mean, running_var, weight, bias)
+        return F.instance_norm(input, *stats, use_input_stats, momentum, eps)
+    batch, channels = input.shape[:2]
+    mean, var = running_mean.repeat(batch), running_var.repeat(batch)
+    scale, shift = (x if x is None else x.repeat(batch) for x in (weight, bias))
+    flat = input.reshape(1, batch * channels, *input.shape[2:])
+    out = F.batch_norm(flat, mean, var, scale, shift, use_input_stats, momentum, eps)
+    if use_input_stats:
+        for kept, new in ((running_mean, mean), (running_var, var)):
+            kept.copy_(new.view(batch, channels).mean(0))
+    return out.reshape(input.shape)
+
+
 #: What capture runs in place of a fused op.
 UNFUSED: dict[Any, Any] = {
     encoder_layer_op: encoder_layer,
     multi_head_attention_op: multi_head_attention,
+    F.instance_norm: instance_norm,
+    torch.instance_norm: lambda *args: instance_norm(*args[:8]),
 }

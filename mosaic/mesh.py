@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mosaic.errors import ShardingError
+from mosaic.exchange import introduce
 from mosaic.torch_private import flattened, reset_dynamo
 
 log = logging.getLogger("mosaic")
@@ -58,6 +59,7 @@ class MosaicContext:
     _request: _Request = field(repr=False)
     _owns_group: bool = field(repr=False)
     alike: set[object] = field(repr=False, compare=False, default_factory=set)  # shards compared
+    ledgers: dict[Any, Any] = field(repr=False, compare=False, default_factory=dict)  # data_check's
     _joint: dict[str, DeviceMesh] = field(repr=False, default_factory=dict)
 
     def size(self, mesh_axis: str = "sp") -> int:
@@ -254,6 +256,7 @@ def _make(request: _Request) -> MosaicContext:
     if owns_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     mesh = request.mesh or init_device_mesh(device.type, shape, mesh_dim_names=axes)
+    introduce()
     context = MosaicContext(mesh, device, axes, request, owns_group)
     if "sp" in axes and context.size("sp") == 1 and math.prod(shape) == context.dp_size:
         log.warning("sp_size = 1 in a world of %d ranks: mosaic shards nothing", world)

@@ -34,6 +34,17 @@ def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
     )
 
 
+def reduced(x: Tensor, group: str, op: str) -> Tensor:
+    """``all_reduce``; a max or min is nan where any rank's is, which gloo and NCCL may lose."""
+    if op == "sum" or not x.is_floating_point():
+        return all_reduce(x, group, op)
+    sign = 1 if op == "max" else -1
+    numbers = torch.where(x.isnan(), -sign * math.inf, x)
+    both = torch.stack([numbers, sign * x.isnan().to(x.dtype)])
+    best, nans = all_reduce(both, group, op).unbind(0)
+    return torch.where(nans == 0, best, math.nan)
+
+
 def broadcast(x: Tensor, group: str) -> Tensor:
     """Rank 0's values on every rank; they have no gradient."""
     if not group:

@@ -33,6 +33,7 @@ from mosaic.values import (
     Call,
     Collective,
     Value,
+    differentiable,
     is_whole,
     map_values,
     needs_gradient,
@@ -92,7 +93,7 @@ class Sharder:
         shard: another part of them is then cut for free, where a reshard would have to send it."""
         if node in self.arriving:  # nobody has the whole
             return value
-        if isinstance(value, Value) and value.place and not value.val.is_floating_point():
+        if isinstance(value, Value) and value.place and not differentiable(value.val):
             operands = [self.env[n] for n in node.all_input_nodes]
             if all(isinstance(v, Value) and v.origin is not None for v in operands):
                 value.origin = node
@@ -247,8 +248,9 @@ class Sharder:
         return not self.is_second or (leaf is not None and leaf.op == "placeholder")
 
     def gives_shares(self, value: Value) -> bool:
-        """A parameter (or input) whose gradient stays this rank's share, for an outer reducer."""
-        leaf = value.origin is not None and value.origin.op == "placeholder"
+        """A parameter whose gradient stays this rank's share, for an outer reducer. An input's is
+        whole: what made it outside goes by whole gradients."""
+        leaf = value.origin is not None and value.origin.meta.get("is_state", False)
         return self.gradients == "shares" and leaf and self.axis.p > 1 and needs_gradient(value)
 
     def node(self, value: Value) -> fx.Node:

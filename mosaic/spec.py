@@ -30,13 +30,17 @@ class ShardingSpec:
     inputs_are: "whole" on every rank, or "shards": the inputs that name a cut axis arrive as this
         rank's part, made by ``mosaic.shard_tensor`` or cut as ``torch.chunk`` does.
     outputs: "whole" (every rank has the single-device result) or "shards" (what holds the axis
-        stays cut; ``mosaic.layout_of`` and ``mosaic.gather`` read it).
+        stays cut, and is a tensor of its own; ``mosaic.layout_of`` and ``mosaic.gather`` read it).
     on_gather: what to do with an op that has no exact local form: "warn" and run it whole on every
         rank, or "error".
-    gradients: "whole" (the single-device gradient on every rank) or "shares" (the sum over the mesh
-        axis is the gradient: for an outer reducer that sums over it).
-    check_inputs: compare whole inputs and parameters across ranks on the "first" run of each graph,
-        "always", or never (False).
+    gradients: "whole" (the single-device gradient on every rank) or "shares" (of a parameter, the
+        sum over the mesh axis is the gradient: for an outer reducer that sums over it, and does
+        not average, as DistributedDataParallel does). Inputs' gradients are whole.
+    With "shards" or "shares" the program must be one graph, and no call may run eagerly.
+    check_inputs: "always" (before every run of a graph whole inputs are compared across ranks, and
+        which graph it is; before its first run parameters and buffers, too), "first" (both before
+        the first run only), or False. One all-gather of half a kilobyte a run; on a GPU a
+        difference in data is an error when the next run begins.
     mesh_axis: the mesh axis of methods given as strings, and of an axis that Mosaic finds itself.
 
     Raises ShardingError for names and methods that do not fit together.
@@ -48,7 +52,7 @@ class ShardingSpec:
     outputs: Literal["whole", "shards"] = "whole"
     on_gather: Literal["warn", "error"] = "warn"
     gradients: Literal["whole", "shares"] = "whole"
-    check_inputs: Literal["first", "always", False] = "first"
+    check_inputs: Literal["always", "first", False] = "always"
     mesh_axis: str = field(default="sp", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -108,6 +112,16 @@ class ShardingSpec:
         names = [n for m in self.sharded.values() for n in m.mesh.replace(" ", "").split(",")]
         return ",".join(dict.fromkeys(names)) or self.mesh_axis
 
+    @property
+    def parts(self) -> str:
+        """What this contract leaves in parts, in words; "" where all is whole."""
+        left = {
+            "inputs arrive cut": self.inputs_are == "shards",
+            "outputs stay cut": self.outputs == "shards",
+            "gradients are shares": self.gradients == "shares",
+        }
+        return " and ".join(words for words, is_so in left.items() if is_so)
+
     def __hash__(self) -> int:
         return hash(self.encode())
 
@@ -164,7 +178,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "outputs": ("whole", "shards"),
     "on_gather": ("warn", "error"),
     "gradients": ("whole", "shares"),
-    "check_inputs": ("first", "always", False),
+    "check_inputs": ("always", "first", False),
 }
 
 

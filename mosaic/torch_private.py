@@ -1,11 +1,15 @@
-"""Every private torch name that Mosaic uses, in one place (seen in torch 2.11 and 2.13)."""
+"""Every private torch name that Mosaic uses, in one place (seen in torch 2.11, 2.13, 2.14)."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
+from traceback import FrameSummary
 from typing import Any
 
 import sympy
@@ -16,9 +20,11 @@ from torch._C import _functorch as functorch
 from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._decomp import decomposition_table
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import eval_frame
 from torch._dynamo import maybe_mark_dynamic as may_vary
 from torch._dynamo import reset as reset_dynamo
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
 from torch._dynamo.source import AttrSource
@@ -40,6 +46,7 @@ from torch.distributed.distributed_c10d import _get_default_store as default_sto
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._sympy.printers import PythonPrinter
@@ -56,8 +63,11 @@ __all__ = [
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",
+    "active_ddp",
     "aot_export_module",
+    "around_each_call",
     "autograd_function_apply",
+    "break_after",
     "broken_guard",
     "compile_by_eager",
     "compile_by_inductor",
@@ -74,23 +84,32 @@ __all__ = [
     "get_data",
     "guarded_attribute",
     "has_decomposition",
+    "is_alias",
     "is_of_functorch",
+    "is_whole_function",
     "make_fx",
     "may_vary",
     "multi_head_attention_op",
+    "never_compiles",
     "no_tracing_context",
+    "one_graph_under_ddp",
     "placeholder_source",
     "preserve_node_meta",
     "pytree",
     "recompute_marks",
     "rename_afresh",
     "reset_dynamo",
+    "result_of_call",
     "set_grad_enabled",
     "size_symbols",
     "tag_activation_checkpoint",
     "torch_version",
+    "why_eager",
     "without_modes",
 ]
+
+#: Whether two tensors are of one memory.
+is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 #: What Dynamo writes for ``x.data``.
 get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
@@ -223,6 +242,105 @@ encoder_layer_op = torch._transformer_encoder_layer_fwd
 multi_head_attention_op = torch._native_multi_head_attention
 
 
+def around_each_call(
+    backend: Callable[..., Any], entered: Callable[[Any], Callable[[], AbstractContextManager[Any]]]
+) -> None:
+    """Enter ``entered(options)()`` around each call of what torch.compile makes with ``backend``.
+
+    Dynamo does so for the ``backend_ctx_ctor`` of a backend; torch.compile wraps the backend in an
+    object without it, which is given it here. ``entered`` is called once for each torch.compile.
+    """
+    wrapper: Any = torch._TorchCompileWrapper  # type: ignore[attr-defined]
+    made = wrapper.__init__
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self.compiler_fn is backend:
+            self.backend_ctx_ctor = entered(self.kwargs.get("options"))
+
+    wrapper.__init__ = init
+
+
+def result_of_call() -> Any:
+    """What the function that the user compiled has returned. Only where Dynamo leaves what
+    ``around_each_call`` entered."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("result")
+
+
+def one_graph_under_ddp() -> Callable[[], None]:
+    """Until the returned function is called, Dynamo gives the backend the whole graph of a model
+    in DistributedDataParallel, not the pieces that its own reducer would like."""
+    patch = dynamo_config.patch(optimize_ddp=False)
+    patch.__enter__()
+    return functools.partial(patch.__exit__, None, None, None)
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is under way."""
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+#: What stands between the user's function and its graph; between torch.compile's wrapper and it.
+WRAPPERS = (os.path.dirname(eval_frame.__file__), os.path.dirname(__file__))
+CALLERS = (
+    os.path.dirname(eval_frame.__file__),
+    torch.nn.modules.module.__file__,
+    torch.nn.parallel.distributed.__file__,
+)
+
+
+def is_whole_function(is_compiled: bool) -> bool:
+    """Whether the graph that Dynamo compiles now (or runs: ``is_compiled``) is of the very function
+    that the user gave to torch.compile, from its beginning; not of one that it calls, or of what is
+    left of it behind a break. Only inside the backend call, or in what it returned."""
+    frame: Any = sys._getframe(1)
+    if is_compiled:
+        while frame.f_code.co_filename.startswith(WRAPPERS):
+            frame = frame.f_back
+        frame = frame.f_back  # the user's function, as Dynamo has written it anew
+    else:
+        while frame is not None and not isinstance(frame.f_locals.get("self"), CatchErrorsWrapper):
+            frame = frame.f_back  # Dynamo's own, down to where it took the user's frame over
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        if not frame.f_code.co_filename.startswith(CALLERS):
+            return False
+        frame = frame.f_back
+    return frame is not None
+
+
+def break_after(module: fx.GraphModule) -> tuple[str, FrameSummary | None] | None:
+    """Why the program breaks behind Dynamo's graph, and the user's line; None: it returns."""
+    ended = getattr(module, "compile_subgraph_reason", None)
+    if ended is None or not ended.graph_break:
+        return None
+    reason = next(iter(ended.reason.strip().splitlines()), "")
+    return reason, ended.user_stack[-1] if ended.user_stack else None
+
+
+def never_compiles() -> bool:
+    """Whether torch.compile gives every function back as it is."""
+    return os.environ.get("TORCHDYNAMO_DISABLE", "") == "1"
+
+
+def why_eager() -> str:
+    """Why Dynamo has run a function eagerly, as far as it says so."""
+    if never_compiles():
+        return "TORCHDYNAMO_DISABLE=1"
+    if eval_frame._stance.stance != "default":
+        return f"torch.compiler.set_stance({eval_frame._stance.stance!r})"
+    if dynamo_config.disable:
+        return "torch._dynamo.config.disable"
+    return (
+        "Dynamo skipped it, or has compiled "
+        f"torch._dynamo.config.recompile_limit = {dynamo_config.recompile_limit} versions of it "
+        "(TORCH_LOGS=dynamo,recompiles says which)"
+    )
+
+
 def compiles_left() -> int | None:
     """How many more versions Dynamo will compile of the function at hand; None if not known."""
     compile_id = CompileContext.current_compile_id()
@@ -287,8 +405,7 @@ def compile_by_eager(
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
             lower(graph.graph, kind)
-            graph.recompile()
-            return make_boxed_func(graph.forward)
+            return make_boxed_func(fx.GraphModule(graph, with_free_views(graph.graph)).forward)
 
         return compile_graph
 
@@ -302,6 +419,16 @@ def compile_by_eager(
             bw_compiler=compiler("backward"),
             partition_fn=split,
         )(module, inputs)
+
+
+def with_free_views(graph: fx.Graph) -> fx.Graph:
+    """The graph to be run: a view of what is laid out otherwise than torch's description of the op
+    says (``huber_loss_backward``'s, say) is a copy, where it would be an error."""
+    run = fx.Graph()
+    run.output(run.graph_copy(graph, {}))
+    for node in run.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    return run
 
 
 def torch_version() -> tuple[int, int]:

@@ -162,10 +162,15 @@ def candidates(shape: Iterable[int], place: Place) -> list[Place]:
     return found
 
 
+def differentiable(x: torch.Tensor) -> bool:
+    """Whether x may have a gradient: complex numbers may, too."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def needs_gradient(value: Value) -> bool:
     """Whether a gradient flows into this value; one that is no recipe is assumed to have it."""
     if value.origin is None:
-        return value.val.is_floating_point()
+        return differentiable(value.val)
     return bool(value.origin.meta.get("needs_gradient"))
 
 

@@ -40,7 +40,7 @@ def lower_collectives(graph: fx.Graph, context: Any) -> int:
         torch.ops.mosaic.reshard.default: _reshard,
         torch.ops.mosaic.halo.default: _halo,
         torch.ops.mosaic.halo_sum.default: _halo_sum,
-        torch.ops.mosaic.reduce_across.default: moves.all_reduce,
+        torch.ops.mosaic.reduce_across.default: moves.reduced,
     }
     found = [node for node in graph.nodes if node.target in programs]
     for node in found:

@@ -3,6 +3,7 @@
     _assert_tensor_metadata(x)            ->  (gone)
     a = x[0:3]; b = x[0:3]                ->  a = x[0:3]            common subexpressions, once
     copy(dst, src)                        ->  expand(_to_copy(src)) copy has no derivative
+    as_strided(x, ...)                    ->  as_strided(clone(x), ...) of strides that are known
     sdpa(q, view(clone(expand(unsqueeze(k)))), ...)  ->  sdpa(q, k, ..., enable_gqa=True)
 
 It also marks what later passes ask for: which nodes a gradient flows through, and a number for
@@ -20,6 +21,8 @@ from torch import fx
 from mosaic.context import Context
 from mosaic.masks.op import PLAIN
 from mosaic.rewrite import insert
+from mosaic.strides import pin_strides
+from mosaic.values import differentiable
 
 aten = torch.ops.aten
 DROPPED = {aten._assert_tensor_metadata.default}
@@ -28,6 +31,7 @@ DROPPED = {aten._assert_tensor_metadata.default}
 def normalize(graph: fx.Graph, context: Context) -> int:
     changed = drop_assertions(graph)
     changed += undo_copies(graph)
+    changed += pin_strides(graph)
     changed += undo_repeat_kv(graph)
     changed += merge_common(graph)
     before = len(graph.nodes)
@@ -62,7 +66,7 @@ def undo_repeat_kv(graph: fx.Graph) -> int:
     count = 0
     for node in graph.find_nodes(op="call_function", target=PLAIN):
         k, v = (unexpanded(x) for x in node.args[1:3])
-        if k is None or v is None:
+        if k is None or v is None or not is_grouped(*node.args[:3], k, v):
             continue
         node.args = (node.args[0], k, v, *node.args[3:])
         node.kwargs = {**node.kwargs, "enable_gqa": True}
@@ -70,9 +74,19 @@ def undo_repeat_kv(graph: fx.Graph) -> int:
     return count
 
 
+def is_grouped(q: fx.Node, k: fx.Node, v: fx.Node, *small: fx.Node) -> bool:
+    """Whether equal groups of q's heads see one head of ``small``: keys and values of as many."""
+    heads, *repeated = (x.meta["val"].shape[1] for x in (q, k, v))
+    kv_heads = [x.meta["val"].shape[1] for x in small]
+    alike = len(set(kv_heads)) == 1 and len(set(repeated)) == 1
+    return alike and bool(repeated[0]) and heads % repeated[0] == 0
+
+
 def unexpanded(x: fx.Node) -> fx.Node | None:
     """``(b, kv, s, d)`` whose repetition to ``(b, kv * g, s, d)`` is x, if x is one."""
     shape = x.meta["val"].shape
+    if len(shape) != 4:
+        return None
     if x.target == aten.repeat_interleave.self_int and x.args[2:] and x.args[2] in (1, -3):
         return x.args[0]
     while x.target in (aten.view.default, aten._unsafe_view.default, aten.clone.default):
@@ -130,8 +144,7 @@ def needs_gradient(node: fx.Node) -> bool:
         return bool(node.meta.get("requires_grad"))
     if node.op != "call_function" or node.target == aten.detach.default:
         return False
-    floating = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in as_tuple(val))
-    if not floating:
+    if not any(isinstance(v, torch.Tensor) and differentiable(v) for v in as_tuple(val)):
         return False
     inside = node.target == operator.getitem or node.meta["modes"].grad
     return inside and any(n.meta.get("needs_gradient") for n in node.all_input_nodes)

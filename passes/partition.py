@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from mosaic.context import Context
+from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout
 from mosaic.methods import Local
 from mosaic.modes import Modes
@@ -26,6 +27,9 @@ from mosaic.passes.normalize import mark_gradients
 from mosaic.passes.propagate import attended, follow
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
+from mosaic.source import where
+from mosaic.strides import shares_elements
+from mosaic.torch_private import is_alias
 from mosaic.values import Axis, Collective, Value, places_of
 from mosaic.writer import Writer
 
@@ -130,10 +134,48 @@ def result(sharder: Sharder, node: Any, whole: bool) -> tuple[Any, str]:
     value = sharder.env[node] if isinstance(node, fx.Node) else None
     if not isinstance(value, Value):
         return node, ""
-    if value.place is None or whole:
-        return sharder.node(sharder.gather(value, "an output is whole", node)), ""
     assert sharder.writer
-    return sharder.node(value), sharder.writer.shard(value.place)
+    if value.place is None or whole:
+        out = sharder.node(sharder.gather(value, "an output is whole", node))
+        check_share(sharder, out, node)
+        return apart(sharder.writer, out), ""
+    out = apart(sharder.writer, sharder.node(value))
+    if shared_input(sharder.writer.graph, out):  # autograd would make it of the whole input
+        out = insert(sharder.writer.graph, node, aten.clone.default, (out,))
+    return out, sharder.writer.shard(value.place)
+
+
+def shared_input(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """The input whose memory a node's value is in. AOTAutograd makes such an output by a view of
+    the input, outside of the graph: what the graph does with the gradient is lost."""
+    val = node.meta["val"]
+    inputs = (n for n in graph.nodes if n.op == "placeholder")
+    tensors = (n for n in inputs if isinstance(n.meta["val"], torch.Tensor))
+    return next((n for n in tensors if is_alias(n.meta["val"], val)), None)
+
+
+def check_share(sharder: Sharder, out: fx.Node, node: fx.Node) -> None:
+    """Raise UnsupportedError for a parameter, or a view of it, as an output: its gradient comes
+    from outside whole, where others give shares."""
+    if sharder.gradients == "whole" or sharder.axis.p == 1 or sharder.writer is None:
+        return
+    shared = shared_input(sharder.writer.graph, out)
+    if shared is not None and shared.meta.get("is_state") and shared.meta.get("requires_grad"):
+        raise UnsupportedError(
+            f"the program returns parameter {shared.name} or a view of it, and gradients are "
+            "shares: what comes back for it is a whole gradient",
+            where=where(node),
+            fix="return a copy (w.clone()), or leave gradients whole",
+        )
+
+
+def apart(writer: Writer, node: fx.Node) -> fx.Node:
+    """An output that was unfolded or expanded, with memory for each element: AOTAutograd lays its
+    gradient out in the same way, and adds up what meets at one place."""
+    if not shares_elements(node.meta["val"]):
+        return node
+    options = {"memory_format": torch.contiguous_format}
+    return writer.op(node, aten.clone.default, (node,), options)
 
 
 def write_back(writer: Writer, updates: list[Any], context: Context) -> None:

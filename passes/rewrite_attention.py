@@ -93,8 +93,8 @@ def mask_of(graph: fx.Graph, node: fx.Node, mask: fx.Node | None, q: fx.Node) ->
     if mask is None:
         return None
     ndim, shape = q.meta["val"].ndim, list(mask.meta["val"].shape)
-    shape = [1] * (ndim - len(shape)) + shape
-    if ndim == 3:
+    shape = [1] * (max(ndim, 3) - len(shape)) + shape
+    if ndim <= 3:
         return reshaped(graph, node, mask, [shape[0], 1, *shape[1:]])
     if ndim > 4 and prod(shape[:-3]) != 1:
         full = [*q.meta["val"].shape[:-3], *shape[-3:]]

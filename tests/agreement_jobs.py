@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import contract_cases as cc
 import torch
 
 import mosaic
-from mosaic import agreement
+from mosaic import backend, data_check, exchange
+from mosaic.torch_private import default_store
 
 
 def message(p: int, build, spec: mosaic.ShardingSpec | None = None) -> str:
     mosaic.init(sp_size=p)
     options = {"inner": "eager", **({"spec": spec} if spec else {})}
     model, x = build()
-    try:
-        torch.compile(model, backend="mosaic", options=options)(x)
-    except Exception as error:
-        return str(getattr(error, "inner_exception", error))
-    return "no error"
+    return caught(lambda: torch.compile(model, backend="mosaic", options=options)(x))
 
 
 def rank() -> int:
@@ -60,12 +62,156 @@ def other_parameters(p: int) -> str:
     return message(p, build)
 
 
-def one_is_missing(p: int) -> str:
-    agreement.TIMEOUT = timedelta(seconds=1)
+def at_step_three(p: int, spec: mosaic.ShardingSpec | None = None) -> tuple[int, str]:
+    """How many steps went well, and the message; rank 1 is given another batch in the third."""
     mosaic.init(sp_size=p)
-    return "not compiled" if rank() == 1 else message(p, model_and_input)
+    options = {"inner": "eager", **({"spec": spec} if spec else {})}
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options=options)
+    for step in range(4):
+        batch = x + step + (rank() if step == 2 else 0)
+        try:
+            compiled(batch).sum().backward()
+        except Exception as error:
+            return step, str(error)
+    return 4, "no error"
+
+
+def another_compiled_length(p: int) -> str:
+    """Every rank has compiled both lengths, and in the third step they take different ones."""
+    mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
+    try:
+        for n in (13, 11, 13 - 2 * rank()):
+            compiled(x[:, :n])
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def at_step_three_of_a_gpu(p: int) -> tuple[int, str]:
+    """As if a comparison came to the host later."""
+    there = data_check.Comparison.of
+    event = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
+    later = staticmethod(lambda *given: replace(there(*given), event=event))
+    data_check.Comparison.of = later  # these ranks serve one test
+    return at_step_three(p)
+
+
+def alternating_lengths(p: int) -> int:
+    """Nothing is wrong. How many graphs follow another."""
+    context = mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
+    for step in range(6):
+        compiled(x[:, : 13 - step % 2])
+    (ledger,) = context.ledgers.values()
+    return len(ledger.follows)
+
+
+def one_is_gone(p: int) -> str:
+    """Rank 1 says that it is a process that has ended."""
+    mosaic.init(sp_size=p)
+    if rank() == 0:
+        return message(p, model_and_input)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    default_store().set("mosaic/process/1", json.dumps([exchange.machine(), ended.pid]))
+    return "not compiled"
+
+
+def one_is_late(p: int) -> tuple[str, list[str]]:
+    """What is said, and what is logged meanwhile."""
+    exchange.SAY_AFTER, logged = 0.5, []
+    exchange.log.warning = lambda text, *args: logged.append(text % args)  # type: ignore
+    if rank() == 1:
+        time.sleep(1)
+    try:
+        said = message(p, model_and_input)
+        return said, [text.rpartition(" (")[0] for text in logged if "waits" in text]
+    finally:
+        exchange.SAY_AFTER = 30.0
+        del exchange.log.warning
+
+
+def each_waits_for_another_thing(p: int) -> str:
+    if rank() == 0:
+        return message(p, model_and_input)
+    mosaic.init(sp_size=p)
+    return caught(lambda: mosaic.gather(torch.ones(2, 3), 1))
+
+
+def one_without_gradients(p: int) -> str:
+    with torch.set_grad_enabled(rank() == 0):
+        return message(p, model_and_input)
+
+
+def caught(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return str(getattr(error, "inner_exception", error))
+    return "no error"
+
+
+def other_compiled_modes(p: int) -> str:
+    """Every rank has compiled both modes, and then they take different ones."""
+    mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"})
+    compiled(x)
+    with torch.no_grad():
+        compiled(x)
+    with torch.set_grad_enabled(rank() == 0):
+        return caught(lambda: compiled(x))
+
+
+def one_compiles_another(p: int) -> None:
+    """Rank 0 goes on with a length that is compiled, rank 1 with a new one."""
+    mosaic.init(sp_size=p)
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
+    compiled(x)
+    compiled(model_and_input(13 + rank())[1])
+
+
+def keys_are_deleted(p: int) -> list[int]:
+    """How many keys there are in the store after so many questions."""
+    group, store = mosaic.init(sp_size=p).group(), default_store()
+    assert group is not None
+    found = []
+    for _ in range(3):
+        for _ in range(5):
+            assert exchange.exchange(group, str(rank()), "ask") == ["0", "1"]
+        torch.distributed.barrier(group)
+        found.append(store.num_keys())
+        torch.distributed.barrier(group)
+    return found
 
 
 def one_fails(p: int) -> str:
     spec = mosaic.ShardingSpec(inputs={"y" if rank() else "x": "b t f"}, axes={"t": "ring"})
     return message(p, model_and_input, spec)
+
+
+def other_collectives(p: int) -> str:
+    """As if a pass of torch's had dropped a collective on rank 1."""
+    kept = backend.sequence
+
+    def dropped(*args):
+        steps = kept(*args)
+        return steps[:-1] if rank() else steps
+
+    backend.sequence = dropped
+    return message(p, model_and_input)
+
+
+def one_fails_late(p: int) -> str:
+    """As Inductor may, after the ranks have agreed on what they do."""
+
+    def failing(*args):
+        raise RuntimeError("the C++ compiler is missing")
+
+    backend.INNER = {"eager": failing} if rank() else backend.INNER
+    return message(p, model_and_input)

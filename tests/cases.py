@@ -137,6 +137,12 @@ def hf_llama(batch: int = 3, n: int = 37, checkpointing: bool = False) -> Built:
                        "attention_mask": padding(batch, n)}  # fmt: skip
 
 
+def hf_llama_alone(batch: int = 3, n: int = 37) -> Built:
+    """Only ids, and so a mask that the model makes itself."""
+    model, args, inputs = hf_llama(batch, n)
+    return model, args, {"input_ids": inputs["input_ids"], "labels": inputs["labels"]}
+
+
 def hf_bert(batch: int = 3, n: int = 37) -> Built:
     from transformers import BertConfig, BertForMaskedLM
 

@@ -198,6 +198,53 @@ def built(kind: type[nn.Module], dtype: torch.dtype = torch.float64, n: int = N)
     return model, (torch.randn(2, n, E, dtype=dtype, requires_grad=True),), {}
 
 
+class EqualOnOneRank(nn.Module):
+    """Rows that a rank has none of, and slices that are the same rows on a rank: calls that are
+    equal there, and differ on others."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(x)
+        rows = y[:, 0] + 2 * y[:, 1] + 3 * y[:, -2] + 4 * y[:, -1]
+        starts = (y[:, :5].mean(1), 2 * y[:, :6].mean(1), y[:, :-5].std(1), 3 * y[:, :-6].std(1))
+        return (rows * sum(starts)).square().mean()
+
+
+class Recurrence(nn.Module):
+    """One step after another along the axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, h = self.attention(x), torch.zeros_like(x[:, 0])
+        states = []
+        for t in range(x.shape[1]):
+            h = torch.tanh(h + y[:, t])
+            states.append(h)
+        return torch.stack(states, 1).square().mean()
+
+
+class ZeroGradient(nn.Module):
+    """The sign's gradient is zeros that depend on no tangent, and is summed across the ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x.cos(), is_causal=True)
+        y = torch.copysign(y, x[..., None, :])
+        y = F.pad(y.movedim(2, -1), (1, 1, 0, 0), mode="replicate").movedim(-1, 2)
+        return y.square().mean()
+
+
+def zero_gradient() -> Built:
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 6, dtype=torch.float64, requires_grad=True)
+    return ZeroGradient(), (x,), {}
+
+
 class Encoder(nn.Module):
     """In eval mode without gradients torch takes a fused path that hides the attention."""
 

@@ -145,7 +145,7 @@ add(
     ),
     constant(5, 4),
 )
-add("amax nan", lambda x: (x - 0.5).sqrt().amax(0), constant(5, 4))
+add("amax nan", lambda x: (x - 0.5).sqrt().amax(0), f(5, 4))
 add("any.dim", lambda x: x.any(0), b(5, 2))
 add("any.dims", lambda x: torch.any(x, (0, 1)), b(5, 2))
 add("any floats", lambda x: (x > 0.5).to(x.dtype).any(-1, keepdim=True), constant(5, 2))

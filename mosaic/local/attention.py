@@ -12,7 +12,6 @@ from torch import fx
 
 from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
-from mosaic.attention.kernels.efficient import MOST_BATCHES
 from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout, Place
 from mosaic.local.views import viewed
@@ -118,13 +117,18 @@ def whole_makings(s: Sharder, c: Call) -> dict[str, Any]:
 
 
 def unbroadcast(s: Sharder, c: Call) -> Call:
-    """Batches as long as the result's (a method may not broadcast them), and a mask of two dims."""
+    """Batches as long as the result's (a method may not broadcast them), as many heads of keys as
+    of values, and a mask of two dims."""
     changed = {}
     lead = list(c.val.shape[: -3 if c.val.ndim > 3 else -2])
+    kv_heads = {c[name].shape[-3] if c[name].ndim > 2 else 1 for name in QKV[1:]}
     for name in QKV:
         x = c[name]
         heads = [x.shape[-3] if x.ndim > 2 else 1] if c.val.ndim > 3 else []
         if name == "query" and heads:
+            heads = [c.val.shape[-3]]
+        elif heads and len(kv_heads) > 1 and heads[0] not in (0, c.val.shape[-3]):
+            x = changed[name] = repeated(s, c, x, c.val.shape[-3] // heads[0])
             heads = [c.val.shape[-3]]
         want = [*lead, *heads, *x.shape[-2:]]
         if list(x.shape) != want:
@@ -135,6 +139,13 @@ def unbroadcast(s: Sharder, c: Call) -> Call:
     return c.replaced(changed)
 
 
+def repeated(s: Sharder, c: Call, x: Value, times: int) -> Value:
+    """Every head of keys or values ``times`` times, as ATen repeats them where it groups heads."""
+    if x.ndim < 3:
+        x = s.call(c, aten.unsqueeze.default, x, 0)
+    return s.call(c, aten.repeat_interleave.self_int, x, times, x.ndim - 3)
+
+
 def gathered(s: Sharder, c: Call, reason: str) -> Value:
     """Whole on every rank, and with dropout every rank must drop the same elements."""
     c = s.with_whole_operands(c, reason)
@@ -142,7 +153,7 @@ def gathered(s: Sharder, c: Call, reason: str) -> Value:
 
 
 def whole(s: Sharder, c: Call) -> Value:
-    if is_plain(c):
+    if is_left_to_aten(c):
         return s.emit(c, None, enter=False)
     c = unbroadcast(s, c)
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
@@ -156,6 +167,12 @@ def is_plain(c: Call) -> bool:
     decided need ours; so do rows of finfo.min that a written-out softmax kept apart from -inf."""
     needs_ours = "attention" in c.like.meta or c.like.meta.get("keeps_low_rows")
     return c.target is PLAIN and not c["dropout_p"] and not needs_ours
+
+
+def is_left_to_aten(c: Call) -> bool:
+    """Not on a GPU: there ATen's op fails with many batches, and its choice among kernels knows
+    nothing of short sequences."""
+    return is_plain(c) and c.val.device.type != "cuda"
 
 
 def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
@@ -208,10 +225,8 @@ def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
     parts = cut_makings(s, c, place)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
-    # A plain attention of an empty shard loses its gradients, and with them their collectives; one
-    # of very many batches has a backward that Inductor does not take, where ours does it in parts.
-    batches = max(place.local_shape(q.shape, rank)[0] for rank in range(s.axis.p))
-    if is_plain(c) and all(place.layout.lengths) and batches <= MOST_BATCHES:
+    # A plain attention of an empty shard loses its gradients, and with them their collectives.
+    if is_left_to_aten(c) and all(place.layout.lengths):
         s.attentions.append((found, c))
         return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
     return marked(s, c, found, place, (q, k, v, mask), parts)

@@ -10,6 +10,7 @@ from torch import fx
 
 from mosaic.modes import modes_of
 from mosaic.sharder import NotLocalError, Sharder
+from mosaic.strides import STRIDED
 from mosaic.torch_private import decompose_op, fake_mode_of, make_fx, pytree
 from mosaic.values import Call, Value
 
@@ -48,10 +49,14 @@ def is_local(s: Sharder, c: Call, graph: fx.Graph, tensors: list[Value]) -> bool
 
 
 def is_usable(target: Any, whole: Any) -> bool:
-    """prims have no derivative; an op that writes into its operand would miss the other shards."""
+    """prims have no derivative; an op that writes into its operand would miss the other shards; one
+    that reads memory was traced with other strides than it will find."""
     schema = getattr(target, "_schema", None)
     return schema is None or not (
-        target is whole or schema.is_mutable or schema.name.startswith("prims::")
+        target is whole
+        or target in STRIDED
+        or schema.is_mutable
+        or schema.name.startswith("prims::")
     )
 
 

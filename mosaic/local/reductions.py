@@ -181,6 +181,8 @@ def variance(s: Sharder, c: Call) -> Value:
     x, dims, keepdim = c["self"], reduced_dims(c), bool(c.bound.get("keepdim"))
     centre = s.call(c, aten.mean.dim, x, dims, True)
     apart = s.call(c, aten.sub.Tensor, x, centre)
+    if x.val.is_complex():
+        apart = s.call(c, aten.abs.default, apart)
     squares = summed(s, c, s.call(c, aten.mul.Tensor, apart, apart), dims, keepdim)
     left = max(0, count(x, dims) - correction(c))
     # Zero degrees of freedom give nan, as on one device.
@@ -227,16 +229,28 @@ def extreme(s: Sharder, c: Call) -> Value:
     best = extreme_value(s, c, x, dims, largest)
     if not x.val.is_floating_point():
         return reshaped(s, c, best)
-    # Not beaten, rather than equal: so a nan takes part, and with it the result is nan.
-    beaten = s.call(c, aten.lt.Tensor if largest else aten.gt.Tensor, x, best)
-    wins = s.call(c, aten.logical_not.default, beaten)
-    number = summed(s, c, s.call(c, aten._to_copy.default, wins, dtype=x.val.dtype), dims, True)
-    zero = s.call(c, aten.zeros_like.default, x)
-    share = summed(s, c, s.call(c, aten.where.self, wins, x, zero), dims, True)
-    mean = s.call(c, aten.div.Tensor, share, number)
-    # The value is the exact one; the mean over the winners carries its gradient.
-    same = s.call(c, aten.sub.Tensor, mean, s.call(c, aten.detach.default, mean))
-    return reshaped(s, c, s.call(c, aten.add.Tensor, best, same))
+    wins = s.call(c, aten.eq.Tensor, x, best)
+    if "dim" not in c.bound:  # of max and min a nan may win; of amax and amin nobody then
+        wins = s.call(c, aten.logical_or.default, wins, s.call(c, aten.ne.Tensor, x, x))
+    number = s.call(c, aten.sum.dim_IntList, wins, dims, True)
+    return reshaped(s, c, s.function(c, won, (x, best, wins, number), best.val))
+
+
+class _Won(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, best, wins, number):
+        ctx.save_for_backward(wins, number)
+        return best.view_as(best)
+
+    @staticmethod
+    def backward(ctx, grad):
+        wins, number = ctx.saved_tensors
+        return grad * wins / number, None, None, None
+
+
+def won(x: torch.Tensor, best: torch.Tensor, wins: torch.Tensor, number: torch.Tensor):
+    """``best``, whose gradient goes to the ``number`` elements of x (on all ranks) that win."""
+    return _Won.apply(x, best, wins, number)
 
 
 def reshaped(s: Sharder, c: Call, x: Value) -> Value:
@@ -289,6 +303,8 @@ def logsumexp(s: Sharder, c: Call) -> Value:
     dims = reduced_dims(c)
     if c["self"].place.dim not in dims:
         return free(s, c, dims)
+    if c["self"].val.is_complex():
+        return s.gather_for(c, "has complex numbers")
     top = extreme_value(s, c, c["self"], dims, largest=True)
     finite = s.call(c, aten.lt.Scalar, s.call(c, aten.abs.default, top), float("inf"))
     top = s.call(c, aten.where.ScalarOther, finite, top, 0.0)  # -inf - -inf would be nan

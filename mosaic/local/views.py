@@ -10,7 +10,7 @@ import torch
 
 from mosaic.layout import Layout, Place
 from mosaic.sharder import Sharder
-from mosaic.values import Call, Value
+from mosaic.values import Call, Value, differentiable
 
 aten = torch.ops.aten
 
@@ -213,7 +213,7 @@ def select(s: Sharder, c: Call) -> Value:
     # elsewhere, and the all-reduce is a broadcast whose backward reaches the owner alone.
     index = c["index"] % n
     row = s.call(c, aten.slice.Tensor, x, dim, index, index + 1, 1)
-    if not row.val.is_floating_point():
+    if not differentiable(row.val):
         return s.call(c, aten.select.int, s.gather(row, "one row is needed by all"), dim, 0)
     return s.call(c, aten.sum.dim_IntList, row, [dim], False)
 

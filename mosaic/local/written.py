@@ -17,7 +17,7 @@ from mosaic.layout import Place, Shard
 from mosaic.local.functions import call_autograd_function
 from mosaic.local.indexing import held_rows, local_rows
 from mosaic.local.randomness import keep_mask
-from mosaic.local.reductions import local_extreme
+from mosaic.local.reductions import local_extreme, won
 from mosaic.local.views import view
 from mosaic.moves import broadcast
 from mosaic.sharder import Sharder
@@ -56,6 +56,19 @@ def extreme(s: Sharder, node: fx.Node) -> Value:
         return again(s, node, (x, dims, largest), x.place)
     part = again(s, node, (x, dims, largest), None)
     return s.joined(part, node, "largest or smallest over the axis", "max" if largest else "min")
+
+
+def shared_out(s: Sharder, node: fx.Node) -> Value:
+    """The gradient of a maximum: as far as the second axis is reduced too, it is whole."""
+    x, best, wins, number = (s.env[n] for n in node.args)
+    place = next(v.place for v in (x, wins, best, number) if v.place)
+    x, wins = s.at(x, place), s.at(wins, place)
+    is_kept = best.shape[place.dim] == x.shape[place.dim]
+    if is_kept:
+        best, number = s.at(best, place), s.at(number, place)
+    else:
+        best, number = (s.gather(v, "a maximum is whole", node) for v in (best, number))
+    return again(s, node, (x, best, wins, number), place if is_kept else None)
 
 
 def kept(s: Sharder, node: fx.Node) -> Value:
@@ -118,6 +131,7 @@ HELPERS: dict[Any, HelperRule] = {
     local_extreme: extreme,
     local_rows: elementwise,
     held_rows: elementwise,
+    won: shared_out,
     keep_mask: kept,
     random.draw_seed: drawn,
     call_autograd_function: users_function,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -64,19 +65,53 @@ COMPARED = {
 
 @dataclass(frozen=True)
 class Linear:
-    """A sum of integer vectors, each times a number. A coordinate is 0, 1, 2 ... along itself."""
+    """A sum of integer vectors, each times a number. A coordinate is 0, 1, 2 ... along itself.
+
+    All its elements are in ``least ... most``: what a dtype cannot hold would wrap.
+    """
 
     weights: Counter[int | Term] = field(default_factory=Counter)
     constant: int = 0
+    least: int = 0
+    most: int = 0
+
+    @classmethod
+    def number(cls, x: int) -> Linear:
+        return cls(constant=x, least=x, most=x)
 
     def __add__(self, other: Linear) -> Linear:
         weights = Counter(self.weights)
         weights.update(other.weights)  # unlike +, keeps what is negative
         kept = Counter({v: w for v, w in weights.items() if w})
-        return Linear(kept, self.constant + other.constant)
+        bounds = self.least + other.least, self.most + other.most
+        return Linear(kept, self.constant + other.constant, *bounds)
 
     def __neg__(self) -> Linear:
-        return Linear(Counter({v: -w for v, w in self.weights.items()}), -self.constant)
+        weights = Counter({v: -w for v, w in self.weights.items()})
+        return Linear(weights, -self.constant, -self.most, -self.least)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether each element is the same number in ``dtype``."""
+        return limits(dtype)[0] <= self.least and self.most <= limits(dtype)[1]
+
+
+def limits(dtype: torch.dtype) -> tuple[int, int]:
+    """The least and the greatest number."""
+    if dtype == torch.bool:
+        return 0, 1
+    info = torch.iinfo(dtype)
+    return info.min, info.max
+
+
+#: Positions and ids of int64 that come as data are taken to be no larger, so that a window's few
+#: hundred may be added to them. Of narrower dtypes anything may come, up to their limits.
+LARGEST = 2**62
+
+
+def of_data(term: Term) -> Linear:
+    """A vector whose numbers are not known."""
+    least, most = limits(term.node.meta["val"].dtype)
+    return Linear(Counter([term]), 0, max(least, -LARGEST), min(most, LARGEST))
 
 
 def linear(term: Term, constants: Constants) -> Linear | None:
@@ -88,12 +123,22 @@ def linear(term: Term, constants: Constants) -> Linear | None:
     found = of_constant(term, constants)
     if found is not None:
         return found
-    if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
-        a, b = (side(term, x, constants) for x in node.args)
-        if a is None or b is None:
-            return None
-        return a + (b if node.target == aten.add.Tensor else -b)
-    return None if term.is_pairwise else Linear(Counter([term]))
+    if node.target in SUMS and not node.kwargs and dtype != torch.bool:
+        return exact_sum(term, constants)
+    return None if term.is_pairwise else of_data(term)
+
+
+SUMS = {aten.add.Tensor, aten.sub.Tensor}
+
+
+def exact_sum(term: Term, constants: Constants) -> Linear | None:
+    """A sum or difference in whose dtype no number wraps; None where one might."""
+    dtype = term.node.meta["val"].dtype
+    a, b = (side(term, x, constants) for x in term.node.args)
+    if a is None or b is None:
+        return None
+    total = a + (b if term.node.target == aten.add.Tensor else -b)
+    return total if all(x.fits(dtype) for x in (a, b, total)) else None
 
 
 def of_constant(term: Term, constants: Constants) -> Linear | None:
@@ -103,9 +148,10 @@ def of_constant(term: Term, constants: Constants) -> Linear | None:
     differs, values = known[0], known[1].reshape(-1)
     first = int(values[0])
     if not differs:
-        return Linear(constant=first)
-    if torch.equal(values, torch.arange(first, first + len(values), dtype=values.dtype)):
-        return Linear(Counter(differs), first)
+        return Linear.number(first)
+    last = first + len(values) - 1
+    if last < LARGEST and torch.equal(values.long(), torch.arange(first, last + 1)):
+        return Linear(Counter(differs), first, first, last)
     return None
 
 
@@ -113,7 +159,7 @@ def side(term: Term, x: object, constants: Constants) -> Linear | None:
     """One operand of the elementwise op ``term.node``."""
     if isinstance(x, fx.Node):
         return linear(operand(term, x), constants)
-    return Linear(constant=x) if isinstance(x, int) else None
+    return Linear.number(x) if isinstance(x, int) else None
 
 
 def comparison(given: Allowed, constants: Constants) -> list[Condition]:
@@ -124,13 +170,26 @@ def comparison(given: Allowed, constants: Constants) -> list[Condition]:
     if isinstance(a, fx.Node) and a.target == aten.abs.default and op in ("lt", "le"):
         inside = linear(operand(operand(term, a), a.args[0]), constants)
         most = side(term, b, constants)
-        if inside is None or most is None:
+        if inside is None or most is None or not (-inside).fits(a.meta["val"].dtype):
+            return [given]
+        if not (most.fits(common := compared_as(a, b)) and inside.fits(common)):
             return [given]
         return [c for x in (inside, -inside) for c in related(given, op, x + -most)]
     left, right = side(term, a, constants), side(term, b, constants)
     if left is None or right is None:
         return [given]
+    if not (left.fits(common := compared_as(a, b)) and right.fits(common)):
+        return [given]
     return related(given, op, left + -right)
+
+
+def compared_as(*sides: object) -> torch.dtype:
+    """The dtype in which two operands are compared: 300 is 44 beside uint8."""
+    vals = (x.meta["val"] if isinstance(x, fx.Node) else x for x in sides)
+    like: list[Any] = [
+        torch.empty([1] * x.ndim, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in vals
+    ]
+    return torch.result_type(*like)
 
 
 def related(given: Allowed, op: str, difference: Linear) -> list[Condition]:
@@ -151,7 +210,8 @@ def related(given: Allowed, op: str, difference: Linear) -> list[Condition]:
         if op == "eq" and constant == 0:
             return [Documents(queries, keys, given)]
         is_same = queries == as_queries(keys)
-        return [Relative(queries, band, given)] if band and is_same else [given]
+        wide = queries.node.meta["val"].dtype == torch.int64
+        return [Relative(queries, band, given)] if band and is_same and wide else [given]
     return [given] if band is None or keys != KEY or queries != QUERY else [band]
 
 

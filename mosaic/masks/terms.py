@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from mosaic.masks.constants import Constants
 from mosaic.rewrite import insert
+from mosaic.values import differentiable
 
 aten = torch.ops.aten
 #: Coordinates. Scores of three dims have no heads; those of five or more have several batch dims,
@@ -136,9 +137,11 @@ def indexed(term: Term, constants: Constants) -> Term | None:
     for index, n in zip(indices, shape, strict=True):
         seen = operand(term, index)
         value = constants(index)
-        if value is None or value.dtype == torch.bool or len(seen.coordinates) > 1:
+        if value is None or len(seen.coordinates) > 1:
             return None
-        if not torch.equal(value.reshape(-1), torch.arange(n)):
+        if value.dtype not in (torch.int64, torch.int32):  # bool and uint8 select
+            return None
+        if not torch.equal(value.long().reshape(-1), torch.arange(n)):
             return None
         dims.append(next(iter(seen.coordinates), 0))
     is_diagonal = len([d for d in dims if d]) > len(set(dims) - {0})
@@ -167,7 +170,7 @@ def made(graph: fx.Graph, target: Callable[..., Any], *args: Any, **options: Any
     like = next(a for a in args if isinstance(a, fx.Node))
     node = insert(graph, like, target, args, options)
     needed = any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
-    node.meta["needs_gradient"] = needed and node.meta["val"].is_floating_point()
+    node.meta["needs_gradient"] = needed and differentiable(node.meta["val"])
     return node
 
 

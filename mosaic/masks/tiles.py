@@ -17,6 +17,7 @@ from mosaic.attention.tiles import Ref, Step, TileProgram
 from mosaic.masks.constants import Constants, filling, is_filled
 from mosaic.masks.terms import BATCH, HEAD, KEY, QUERY, Term, arranged, made, operand, peeled
 from mosaic.rules import is_pointwise
+from mosaic.values import differentiable
 
 aten = torch.ops.aten
 ORDER = (BATCH, HEAD, QUERY, KEY)
@@ -198,9 +199,9 @@ def name_of(target: Any) -> str:
 
 def cuts_gradient(node: fx.Node) -> bool:
     """Whether a node was made where no gradients are recorded."""
-    is_float = node.meta["val"].is_floating_point()
+    able = differentiable(node.meta["val"])
     into = any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
-    return is_float and into and not node.meta.get("needs_gradient")
+    return able and into and not node.meta.get("needs_gradient")
 
 
 def is_autocast(node: fx.Node) -> bool:

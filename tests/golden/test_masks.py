@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable
-from typing import Any
 
 import cases
 import torch
@@ -33,144 +32,141 @@ def read(plan: Plan) -> str:
     return "\n".join([head, *(f"- {line}" for line in ops), *new])
 
 
-def one_layer(config: type, model: type, **options: Any) -> nn.Module:
-    return model(config(**{**cases.CAUSAL_LM, "num_hidden_layers": 1, **options}))
+# --- masks as transformers builds them, in programs of our own -----------------------------------
+# What is read of the library's own models is in test_library_masks.py: their text is not ours.
+
+PADDING = cases.padding(2, 11)
 
 
-def ids(n: int = 11) -> Tensor:
-    return torch.randint(0, 29, (2, n))
+def attended(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda q, *inputs: F.scaled_dot_product_attention(q, q, q, make(*inputs))
 
 
-# --- unmodified models --------------------------------------------------------------------------
+def vectors(n: int = 11) -> tuple[Tensor, Tensor, Tensor]:
+    """Of batch, queries and keys: masks are written as functions of three indices."""
+    return torch.arange(2).view(2, 1, 1, 1), torch.arange(n)[:, None], torch.arange(n)
 
 
-def test_llama_without_a_mask(planned, check):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def packed(positions: Tensor) -> Tensor:
+    """A text begins where positions do not go on."""
+    texts = (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+    b, q, k = vectors()
+    return (k <= q) & (texts[b, q] == texts[b, k])
 
+
+def test_packed_without_positions(planned, check):
+    """Positions of the program itself: there is one text, and nothing is left of it."""
     check(
-        read(planned(one_layer(LlamaConfig, LlamaForCausalLM), ids())),
+        read(planned(attended(lambda: packed(torch.arange(11).expand(2, 11))), Q)),
         """\
 causal: 11 x 11 of 11=0:2|2:4|4:6,10:11|6:10
-- expand expand sub diff ne cumsum arange unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze
-- unsqueeze new_ones index index eq __and__ index index le __and__ expand sdpa
-+sdpa: f32[2, 4, 11, 8] = sdpa(add_4, add_5, transpose_2, is_causal=True, scale=0.3536,
-    enable_gqa=True)  # causal
+- arange expand expand sub diff ne cumsum arange view unsqueeze le index index eq __and__ sdpa
++sdpa: f64[2, 3, 11, 4] = sdpa(q, q, q, is_causal=True)  # causal
 """,
     )
 
 
-def test_llama_with_padding(planned, check):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = one_layer(LlamaConfig, LlamaForCausalLM)
-    check(
-        read(planned(model, ids(), attention_mask=cases.padding(2, 11))),
-        """\
-causal, padding: 11 x 11 of 11=0:2|2:4|4:6,10:11|6:10
-- _to_copy arange unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze new_ones le __and__
-- index __and__ expand sdpa
-+unsqueeze_15: i64[2, 1, 11] = unsqueeze(kwargs_attention_mask, 1)
-+unsqueeze_16: i64[2, 1, 1, 11] = unsqueeze(unsqueeze_15, 2)
-+ne: b8[2, 1, 1, 11] = ne(unsqueeze_16, 0)
-+sdpa: f32[2, 4, 11, 8] = mosaic.sdpa(add_4, add_5, transpose_2, ne, scale=0.3536,
-    enable_gqa=True, right=0)  # causal, padding
-""",
-    )
-
-
-def test_llama_packed(planned, check):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = one_layer(LlamaConfig, LlamaForCausalLM)
+def test_packed(planned, check):
     positions = torch.cat([torch.arange(4), torch.arange(7)]).repeat(2, 1)
     check(
-        read(planned(model, ids(), position_ids=positions)),
+        read(planned(attended(packed), Q, positions)),
         """\
 causal, documents: 11 x 11 of 11=0:2|2:4|4:6,10:11|6:10
-- expand arange arange add unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze
-- new_ones index index eq __and__ index index le __and__ expand sdpa
-+sdpa: f32[2, 4, 11, 8] = mosaic.sdpa(add_3, add_4, transpose_2, scale=0.3536, enable_gqa=True,
-    right=0, query_documents=cumsum, key_documents=cumsum)  # causal, documents
+- arange view arange unsqueeze le index index eq __and__ sdpa
++sdpa: f64[2, 3, 11, 4] = mosaic.sdpa(q, q, q, right=0, query_documents=cumsum,
+    key_documents=cumsum)  # causal, documents
 """,
     )
 
 
-def test_mistral(planned, check):
-    from transformers import MistralConfig, MistralForCausalLM
+def test_window_and_packed(planned, check):
+    def mask() -> Tensor:
+        _, q, k = vectors()
+        return packed(torch.arange(11).expand(2, 11)) & (k > q - 2)
 
     check(
-        read(planned(one_layer(MistralConfig, MistralForCausalLM, sliding_window=2), ids())),
+        read(planned(attended(mask), Q)),
         """\
 causal, window 2: 11 x 11 of 11=0:3|3:6|6:9|9:11
-- expand expand sub diff ne cumsum arange unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze
-- unsqueeze new_ones index index eq __and__ index index new_ones sub gt __and__ le __and__ __and__
-- expand sdpa
-+sdpa: f32[2, 4, 11, 8] = mosaic.sdpa(add_4, add_5, transpose_2, scale=0.3536, enable_gqa=True,
-    left=1, right=0)  # causal, window 2
+- arange unsqueeze expand expand sub diff ne cumsum arange view le index index eq __and__ sub gt
+- __and__ sdpa
++sdpa: f64[2, 3, 11, 4] = mosaic.sdpa(q, q, q, left=1, right=0)  # causal, window 2
 """,
     )
 
 
-def test_bert(planned, check):
-    model, _, inputs = cases.hf_bert(2, 11)
+def test_padding_of_integers(planned, check):
+    def mask(padding: Tensor) -> Tensor:
+        b, q, k = vectors()
+        return (k <= q) & padding.bool()[b, k]
+
     check(
-        read(planned(model, **inputs)),
+        read(planned(attended(mask), Q, PADDING)),
+        """\
+causal, padding: 11 x 11 of 11=0:2|2:4|4:6,10:11|6:10
+- arange view arange unsqueeze le _to_copy index __and__ sdpa
++unsqueeze_1: i64[2, 1, 11] = unsqueeze(inputs_0, 1)
++unsqueeze_2: i64[2, 1, 1, 11] = unsqueeze(unsqueeze_1, 2)
++ne: b8[2, 1, 1, 11] = ne(unsqueeze_2, 0)
++sdpa: f64[2, 3, 11, 4] = mosaic.sdpa(q, q, q, ne, right=0)  # causal, padding
+""",
+    )
+
+
+def test_two_attentions_share_a_mask(planned, check):
+    def twice(q: Tensor, padding: Tensor) -> Tensor:
+        b, rows, k = vectors()
+        mask = (rows >= 0) & padding.bool()[b, k]
+        q = F.scaled_dot_product_attention(q, q, q, mask)
+        return F.scaled_dot_product_attention(q, q, q, mask)
+
+    check(
+        read(planned(twice, Q, PADDING)),
         """\
 padding: 11 x 11 of 11=0:3|3:6|6:9|9:11
-- _to_copy arange arange add unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze unsqueeze
-- new_ones ge __and__ index __and__ expand sdpa sdpa
-+unsqueeze_9: i64[2, 1, 11] = unsqueeze(kwargs_attention_mask, 1)
-+unsqueeze_10: i64[2, 1, 1, 11] = unsqueeze(unsqueeze_9, 2)
-+ne: b8[2, 1, 1, 11] = ne(unsqueeze_10, 0)
-+sdpa: f32[2, 4, 11, 8] = sdpa(transpose, transpose_1, transpose_2, ne, scale=0.3536)  # padding
-+sdpa_1: f32[2, 4, 11, 8] = sdpa(transpose_4, transpose_5, transpose_6, ne, scale=0.3536)  #
-    padding
+- arange view arange unsqueeze ge _to_copy index __and__ sdpa sdpa
++unsqueeze_1: i64[2, 1, 11] = unsqueeze(padding, 1)
++unsqueeze_2: i64[2, 1, 1, 11] = unsqueeze(unsqueeze_1, 2)
++ne: b8[2, 1, 1, 11] = ne(unsqueeze_2, 0)
++sdpa: f64[2, 3, 11, 4] = sdpa(q, q, q, ne)  # padding
++sdpa_1: f64[2, 3, 11, 4] = sdpa(sdpa, sdpa, sdpa, ne)  # padding
 """,
     )
 
 
-def test_t5_with_a_learned_bias(planned, check):
-    """The bias is made tile by tile: of positions, and of the table that is learned (``d%2``)."""
-    from transformers import T5EncoderModel
+def test_learned_bias(planned, check):
+    """In the way of T5; made tile by tile: of positions, and of the table that is learned
+    (``d%1``)."""
 
-    config = cases.hf_t5(2, 11)[0].config
-    config.num_layers = 1
-    model = T5EncoderModel(config)
-    plan = planned(model, ids(), attention_mask=cases.padding(2, 11))
+    def mask(padding: Tensor, table: Tensor) -> Tensor:
+        distance = torch.arange(11) - torch.arange(11)[:, None]
+        buckets = torch.where(distance.abs() < 4, distance.abs(), 4)
+        bias = F.embedding(buckets + 5 * (distance > 0), table).permute(2, 0, 1)
+        return bias.where(padding.bool()[:, None, None], torch.finfo(bias.dtype).min)
+
+    table = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
     check(
-        read(plan),
+        read(planned(attended(mask), Q, PADDING, table)),
         """\
 float by tiles: 11 x 11 of 11=0:3|3:6|6:9|9:11
-- __and__ expand sub gt _to_copy mul add abs lt _to_copy div log div mul _to_copy add full_like min
-- where add embedding permute unsqueeze where clone sdpa
-+squeeze: i64[11] = squeeze(unsqueeze_10, [0])
-+unsqueeze_12: i64[1, 11] = unsqueeze(squeeze, 0)
-+unsqueeze_13: i64[1, 1, 11] = unsqueeze(unsqueeze_12, 1)
-+unsqueeze_14: i64[1, 1, 1, 11] = unsqueeze(unsqueeze_13, 2)
-+# context_position = torch.arange(query_length, dtype=torch.long, device=device)[:, None] +
-    past_seen_tokens
-+squeeze_1: i64[11] = squeeze(add_3, [1])
-+unsqueeze_15: i64[1, 11] = unsqueeze(squeeze_1, 0)
-+unsqueeze_16: i64[1, 1, 11] = unsqueeze(unsqueeze_15, 1)
-+unsqueeze_17: i64[1, 1, 11, 1] = unsqueeze(unsqueeze_16, 3)
-+sdpa: f32[2, 4, 11, 8] = mosaic.sdpa(transpose, transpose_1, transpose_2, scale=1, leaves=[and_1,
-    index, encoder_block_0_layer_0_SelfAttention_relative_attention_bias_weight, unsqueeze_14,
-    unsqueeze_17], tile='float32 d%2: __and__.Tensor(%0, %1); sub.Tensor(%3, %4); gt.Scalar(%6,
-    0); _to_copy(%7, dtype=torch.int64); mul.Tensor(%8, 16); add.Tensor(%9, 0); abs(%6);
-    lt.Scalar(%11, 8); _to_copy(%11, dtype=torch.float32); div.Tensor(%13, 8); log(%14);
-    div.Tensor(%15, 2.772588722239781); mul.Tensor(%16, 8); _to_copy(%17, dtype=torch.int64);
-    add.Tensor(%18, 8); filled(15, torch.int64); min.other(%19, %20); where.self(%12, %11, %21);
-    add.Tensor(%10, %22); embedding(%2, %23); where.ScalarOther(%5, %24,
-    -3.4028234663852886e+38)')  # float by tiles
+- sub abs lt where gt mul add embedding permute where sdpa
++# distance = torch.arange(11) - torch.arange(11)[:, None]
++unsqueeze_3: i64[1, 11] = unsqueeze(arange, 0)
++unsqueeze_4: i64[1, 1, 11] = unsqueeze(unsqueeze_3, 1)
++unsqueeze_5: i64[1, 1, 1, 11] = unsqueeze(unsqueeze_4, 2)
++squeeze: i64[11] = squeeze(unsqueeze, [1])
++unsqueeze_6: i64[1, 11] = unsqueeze(squeeze, 0)
++unsqueeze_7: i64[1, 1, 11] = unsqueeze(unsqueeze_6, 1)
++unsqueeze_8: i64[1, 1, 11, 1] = unsqueeze(unsqueeze_7, 3)
++sdpa: f64[2, 3, 11, 4] = mosaic.sdpa(q, q, q, leaves=[unsqueeze_2, inputs_1, unsqueeze_5,
+    unsqueeze_8], tile='float64 d%1: sub.Tensor(%2, %3); abs(%4); lt.Scalar(%5, 4);
+    where.ScalarOther(%6, %5, 4); gt.Scalar(%4, 0); mul.Tensor(%8, 5); add.Tensor(%7, %9);
+    embedding(%1, %10); where.ScalarOther(%0, %11, -1.7976931348623157e+308)')  # float by tiles
 """,
     )
 
 
 # --- masks that users write ---------------------------------------------------------------------
-
-
-def attended(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda q, *inputs: F.scaled_dot_product_attention(q, q, q, make(*inputs))
 
 
 def test_tril(planned, check):

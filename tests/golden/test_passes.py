@@ -304,6 +304,43 @@ def test_rewrite_attention(planned, check):
 # --- LOWERING -----------------------------------------------------------------------------------
 
 
+def test_pin_collectives(planned, check):
+    """So that AOTAutograd takes no two of them for one; backward's are numbered, too."""
+    plan = planned(projected, torch.randn(2, 11, 8).double(), random(6, 8), random(5, 6), random(5))
+    check(
+        plan.diffs["pin_collectives"],
+        """\
+ # return F.linear(sdpa(y, y, y), outer, bias)
+-attention: (f64[2, 1, 3, 6], f64[2, 1, 3]) = mosaic.attention(mm, mm, mm, plan(all_gather
+-    q,k=11=0:3|3:6|6:9|9:11 scale=0.4082))
++attention: (f64[2, 1, 3, 6], f64[2, 1, 3]) = mosaic.attention(mm, mm, mm, plan(all_gather
++    q,k=11=0:3|3:6|6:9|9:11 scale=0.4082), number=1)
+ addmm: f64[6, 5] = addmm(bias, attention[0], outer)
+-gather: f64[2, 11, 5] = mosaic.gather(addmm, shard(11=0:3|3:6|6:9|9:11 dim=1))
++gather: f64[2, 11, 5] = mosaic.gather(addmm, shard(11=0:3|3:6|6:9|9:11 dim=1), number=2)
+ mm_1: f64[6, 6] = mm(tangents_1[:, 3:6], outer)
+...
+ sum_1: f64[1, 5] = sum(tangents_1[:, 3:6], [0], True)
+-reduce_across: f64[5] = mosaic.reduce_across(sum_1, sp, 'sum')
+-reduce_across_1: f64[5, 6] = mosaic.reduce_across(mm_2, sp, 'sum')
+-attention_backward: (f64[2, 1, 3, 6], f64[2, 1, 3, 6], f64[2, 1, 3, 6]) =
+-    mosaic.attention_backward(mm_1, mm, mm, mm, out=attention[0], lse=attention[1],
+-    plan(all_gather q,k=11=0:3|3:6|6:9|9:11 scale=0.4082), need_dmask=False)
++reduce_across: f64[5] = mosaic.reduce_across(sum_1, sp, 'sum', number=3)
++reduce_across_1: f64[5, 6] = mosaic.reduce_across(mm_2, sp, 'sum', number=4)
++attention_backward: (f64[2, 1, 3, 6], f64[2, 1, 3, 6], f64[2, 1, 3, 6]) =
++    mosaic.attention_backward(mm_1, mm, mm, mm, out=attention[0], lse=attention[1],
++    plan(all_gather q,k=11=0:3|3:6|6:9|9:11 scale=0.4082), need_dmask=False, number=5)
+ add_1: f64[2, 3, 6] = fused[add add](attention_backward)
+...
+ mm_3: f64[6, 8] = mm(add_1, x[:, 3:6])
+-reduce_across_2: f64[6, 8] = mosaic.reduce_across(mm_3, sp, 'sum')
++reduce_across_2: f64[6, 8] = mosaic.reduce_across(mm_3, sp, 'sum', number=6)
+ return [gather, None, reduce_across_2, reduce_across_1, reduce_across]
+""",
+    )
+
+
 def test_lower_collectives(planned, check):
     plan = planned(differences, random(2, 11, 8))
     check(

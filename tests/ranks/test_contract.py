@@ -20,6 +20,8 @@ CASES = {
     "in_place": cc.InPlace,
     "reductions": cc.Reductions,
     "graph_break": cc.GraphBreak,
+    "equal_on_one_rank": cc.EqualOnOneRank,
+    "recurrence": cc.Recurrence,
 }
 
 
@@ -35,6 +37,15 @@ def check(ranks, build, p: int, tol: float, inner: str = "eager") -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_against_eager(ranks, name: str) -> None:
     check(ranks, partial(cc.built, CASES[name]), 3, 1e-10)
+
+
+def test_backward_keeps_a_collective_of_zeros(ranks) -> None:
+    check(ranks, cc.zero_gradient, 2, 1e-10)
+
+
+@pytest.mark.full
+def test_collectives_stay_apart_by_inductor(ranks) -> None:
+    check(ranks, partial(cc.built, cc.EqualOnOneRank), 3, 1e-10, "inductor")
 
 
 def test_inner_autocast_rounds_where_eager_does(ranks) -> None:

@@ -78,8 +78,11 @@ def test_a_graph_break(ranks) -> None:
     assert_expected_inline(
         text,
         """\
-graph break in tests/shard_jobs.py, before line 46, and inputs arrive cut: what Python sees of them there is this rank's part
-  fix  remove the break (torch.compile(..., fullgraph=True) names its reason), or pass whole inputs (inputs_are="whole")""",  # noqa: E501
+the graph breaks, and inputs arrive cut: what Python sees there is not the whole
+  tests/shard_jobs.py:43 in forward
+    torch._dynamo.graph_break()
+  reason  Call to `torch._dynamo.graph_break()`
+  fix     remove the break (torch.compile(..., fullgraph=True) names its reason), compile the model inside of its wrapper (DDP(torch.compile(model))), or use whole inputs, outputs and gradients""",  # noqa: E501
     )
 
 

@@ -7,7 +7,6 @@ flash_attn packages, and the checks of ``gpu/check_kernels.py`` are run on them.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -230,15 +229,27 @@ def test_the_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("batches", [1, 3])
-def test_many_batches_go_in_parts(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    """With a mask for each batch, and with one for all, whose gradient is then a sum."""
-    torch.manual_seed(0)
-    q, k, v, dout = (torch.randn(3, 2, 9, 8) for _ in range(4))
-    given = options(q, k, bias=torch.randn(batches, 2, 9, 9), scale=0.5)
-    out, lse = efficient.EFFICIENT.forward(q, k, v, **given)
-    backward = partial(efficient.EFFICIENT.backward, dout, q, k, v, out, lse, need_dmask=True)
-    want = backward(**given)
-    monkeypatch.setattr(efficient, "MOST_BATCHES", 2)
-    for a, b in zip(backward(**given), want, strict=True):
-        torch.testing.assert_close(a, b)
+def test_short_sequences_go_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(n: int, direction: int, dtype=torch.bfloat16) -> str:
+        q = torch.zeros(1, 1, n, 24, dtype=dtype)
+        case = kernels.Case.of(q, q, q, None, False)
+        return kernels._choose(case, kernels._piece(q, q, (None, None)), direction).name
+
+    assert [chosen(n, kernels.FORWARD) for n in (11, 64, 65)] == [
+        "efficient",
+        "efficient",
+        "flash_attn 4",
+    ]
+    slow = efficient.EFFICIENT._replace(short=(1.0, 9.0))
+    table = tuple(slow if k is efficient.EFFICIENT else k for k in kernels.KERNELS)
+    monkeypatch.setattr(kernels, "_table", table)
+    assert (chosen(11, kernels.FORWARD), chosen(11, kernels.BACKWARD)) == ("efficient", "cudnn")
+    assert chosen(11, kernels.FORWARD, torch.float64) == "math"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_kernels_of_a_gpu_have_a_limit() -> None:
+    """Of batches: a grid has no more in its second and third dims."""
+    limits = {kernel.name: kernel.most_batches for kernel in kernels.KERNELS}
+    assert {limits[name] for name in NAMES} == {65535}
+    assert {limits[name] for name in ("math", "cpu flash")} == {None}

@@ -190,6 +190,54 @@ def test_reads(name: str) -> None:
     assert words(make, *inputs) == expected
 
 
+def narrow(dtype: torch.dtype, start: int = 0) -> Tensor:
+    return arange(start, start + N, dtype=dtype)
+
+
+U8, I8, I16 = torch.uint8, torch.int8, torch.int16
+
+#: Integers that wrap, or are compared in a dtype that does not hold them; and some that do fit.
+WRAPPING: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
+    "uint8 difference": (lambda: narrow(U8)[:, None] - narrow(U8) >= 0, [], "boolean by tiles"),
+    "uint8 distance": (lambda: narrow(U8)[:, None] - narrow(U8) <= 2, [], "causal, window 3"),
+    "int8 offset": (lambda: narrow(I8)[:, None] + 125 >= narrow(I8) + 125, [], "boolean by tiles"),
+    "int8 fits": (lambda: narrow(I8)[:, None] + 5 >= narrow(I8) + 5, [], "causal"),
+    "int8 abs": (lambda: (narrow(I8)[:, None] - narrow(I8)).abs() < 3, [], "window -2 to +2"),
+    "int8 lowest abs": (
+        lambda: (narrow(I8, -128)[:, None] - narrow(I8) * 0).abs() < 3,
+        [],
+        "boolean by tiles",
+    ),
+    "uint8 scalar": (lambda: (narrow(U8)[:, None] + narrow(U8)) < 300, [], "boolean by tiles"),
+    "uint8 and a number of int64": (
+        lambda: narrow(U8)[:, None] < narrow(U8) + torch.tensor(250),
+        [],
+        "boolean by tiles",
+    ),
+    "bool sum": (lambda x: x[:, None] + x > 0, [IDS[0] > 0], "boolean by tiles"),
+    "uint8 data": (lambda x: x[:, None] - x >= 0, [IDS[0].to(U8)], "boolean by tiles"),
+    "uint8 ids": (lambda x: x[:, None] == x, [IDS[0].to(U8)], "documents"),
+    "packed int8": (
+        lambda x: packed(x),
+        [torch.tensor([[125, 126, 127, -128, -127, 0, 1], [5, 6, 7, 7, 8, 1, 2]], dtype=I8)],
+        "documents, boolean by tiles",
+    ),
+    "remainder": (lambda: (arange(N)[:, None] - arange(N)) % 3 == 0, [], "boolean by tiles"),
+    "divided": (lambda: arange(N)[:, None] // 2 >= arange(N) // 2, [], "boolean by tiles"),
+    "float16 positions": (
+        lambda: (2047 + arange(N).half())[:, None] >= 2047 + arange(N).half(),
+        [],
+        "boolean by tiles",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPING)
+def test_integers_that_wrap(name: str) -> None:
+    make, inputs, expected = WRAPPING[name]
+    assert words(make, *inputs) == expected
+
+
 def test_more_keys_than_queries() -> None:
     """ATen's ``is_causal`` starts at the first key, a cache's continuation at a later one."""
     first = words(lambda: arange(9)[None] <= arange(N)[:, None], keys=9)

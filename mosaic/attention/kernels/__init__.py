@@ -24,18 +24,20 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from mosaic.attention.blocks import Piece, row_blocks, simple
+from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
 from mosaic.attention.kernels.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
-from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
+from mosaic.attention.kernels.kernel import SHORT, Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.merge import Partial
 from mosaic.errors import UnsupportedError
 
 __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "using"]
 
-#: Which kernel does a block: the first that fits; the fastest stands first. ``MATH`` is right for
-#: everything, and alone does dropout and blocks without rows or keys.
+#: Which kernel does a block: the first that fits; the fastest stands first (for short sequences it
+#: is looked up). ``MATH`` is right for everything, and alone does dropout and blocks without rows
+#: or keys.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
@@ -74,9 +76,11 @@ def forward(
     shift: Tensor | None = None,
 ) -> Partial:
     """out and lse of one block."""
+    factor, scale = _above_zero(scale)
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
-    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band))
-    return kernel.forward(q, k, v, **options)
+    q, k, v = (_in_rows(x) for x in (_times(q, factor), k, v))
+    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band), FORWARD)
+    return batches.forward(kernel, q, k, v, **options)
 
 
 def backward(
@@ -95,16 +99,30 @@ def backward(
     need_dmask: bool = False,
 ) -> Gradients:
     """This block's part of dq, dk, dv (and of the mask's gradient, in the mask's shape)."""
-    options = {
-        "band": band,
-        "mask": mask,
-        "scale": scale,
-        "keep": keep,
-        "shift": shift,
-        "need_dmask": need_dmask,
-    }
-    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band))
-    return kernel.backward(dout, q, k, v, out, lse, **options)
+    factor, scale = _above_zero(scale)
+    options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
+    q = _times(q, factor)
+    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band), BACKWARD)
+    tensors = (*(_in_rows(x) for x in (dout, q, k, v, out)), lse)
+    grads = batches.backward(kernel, tensors, **options, need_dmask=need_dmask)
+    return _times(grads[0], factor), *grads[1:]
+
+
+def _above_zero(scale: float) -> tuple[float, float]:
+    """(factor of the queries, scale). Kernels look for a row's largest score before they scale, and
+    scale the -inf of a key that is not seen: right for what is above zero."""
+    if scale > 0:
+        return 1.0, scale
+    return (0.0, 1.0) if scale == 0 else (-1.0, -scale)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """With head dims that lie side by side: some kernels read them so without a look at strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
@@ -128,9 +146,14 @@ def _piece(q: Tensor, k: Tensor, band: Bounds) -> Piece:
     return Piece(0, q.shape[2], 0, k.shape[2], *band)
 
 
-def _choose(case: Case, piece: Piece) -> Kernel:
-    for kernel in _table:
-        if kernel.does(case, piece):
-            return kernel
-    names = ", ".join(kernel.name for kernel in _table)
-    raise UnsupportedError(f"{names or 'no kernel'} cannot do this block", case=case, piece=piece)
+FORWARD, BACKWARD = 0, 1  # of a kernel's measured times
+
+
+def _choose(case: Case, piece: Piece, direction: int) -> Kernel:
+    able = [kernel for kernel in _table if kernel.does(case, piece)]
+    if not able:
+        names = ", ".join(kernel.name for kernel in _table) or "no kernel"
+        raise UnsupportedError(f"{names} cannot do this block", case=case, piece=piece)
+    if case.half_on_cuda and max(piece.rows, piece.keys) <= SHORT:
+        return min(able, key=lambda kernel: kernel.short[direction])
+    return able[0]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mosaic.attention.kernels.kernel import (
+    MOST_BATCHES,
     Bounds,
     Case,
     Gradients,
@@ -117,5 +118,9 @@ def _fits_cudnn(case: Case) -> bool:
 
 
 CPU_FLASH = Kernel("cpu flash", _fits_cpu_flash, "square", _cpu_forward, _cpu_backward)
-FLASH = Kernel("flash", _fits_flash, "short", _flash_forward, _flash_backward)
-CUDNN = Kernel("cudnn", _fits_cudnn, "square", _cudnn_forward, _cudnn_backward)
+FLASH = Kernel(
+    "flash", _fits_flash, "short", _flash_forward, _flash_backward, MOST_BATCHES, short=(3.6, 11.3)
+)
+CUDNN = Kernel(
+    "cudnn", _fits_cudnn, "square", _cudnn_forward, _cudnn_backward, MOST_BATCHES, short=(3.6, 5.5)
+)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic.attention.kernels.kernel import (
+    MOST_BATCHES,
     Bounds,
     Case,
     Gradients,
@@ -113,27 +114,7 @@ def _forward(q, k, v, *, band, mask, scale, shift, **_) -> Partial:
     return out.masked_fill(~sees.unsqueeze(-1), 0), torch.where(sees, lse, float("-inf"))
 
 
-def _backward(dout, q, k, v, out, lse, *, mask, shift, **options) -> Gradients:
-    if q.shape[0] <= MOST_BATCHES:
-        return _backward_once(dout, q, k, v, out, lse, mask=mask, shift=shift, **options)
-    found = []
-    for start in range(0, q.shape[0], MOST_BATCHES):
-        *tensors, mine, off = (_batches(x, start) for x in (dout, q, k, v, out, lse, mask, shift))
-        found.append(_backward_once(*tensors, mask=mine, shift=off, **options))
-    *grads, dmasks = zip(*found, strict=True)
-    dq, dk, dv = (torch.cat(parts) for parts in grads)
-    if dmasks[0] is None:
-        return dq, dk, dv, None
-    return dq, dk, dv, sum(dmasks) if mask.shape[0] == 1 else torch.cat(dmasks)
-
-
-def _batches(x: Tensor | None, start: int) -> Tensor | None:
-    return x if x is None or x.shape[0] == 1 else x[start : start + MOST_BATCHES]
-
-
-def _backward_once(
-    dout, q, k, v, out, lse, *, mask, shift, band, scale, need_dmask, **_
-) -> Gradients:
+def _backward(dout, q, k, v, out, lse, *, mask, shift, band, scale, need_dmask, **_) -> Gradients:
     shift = _Shift.of(shift)
     bias = _bias(q, k, band, mask, shift)
     lse = lse if shift is None else lse + shift.in_lse.squeeze(-1)
@@ -153,11 +134,6 @@ def _backward_once(
     dk, dv = _added_up(narrowed(dk, keys.shape[-1]), k), _added_up(narrowed(dv, v.shape[-1]), v)
     dmask = _dmask(dbias, band, mask) if need_dmask else None
     return narrowed(dq, q.shape[-1]), _halved(dk, k), dv, dmask
-
-
-#: With more batches the backward's strides are not those that it is traced with, up to torch 2.11
-#: at least, and Inductor stops (github.com/pytorch/pytorch/issues/180445).
-MOST_BATCHES = 65535
 
 
 def _dmask(dbias: Tensor, band: Bounds, mask: Tensor) -> Tensor:
@@ -193,4 +169,4 @@ def _fits(case: Case) -> bool:
     return able and known and mask and not case.dropout and not case.empty
 
 
-EFFICIENT = Kernel("efficient", _fits, "tile", _forward, _backward)
+EFFICIENT = Kernel("efficient", _fits, "tile", _forward, _backward, MOST_BATCHES, short=(2.2, 4.9))

@@ -8,6 +8,7 @@ the last row and the last key; None is unbounded.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from mosaic.attention.kernels.kernel import (
+    MOST_BATCHES,
     Case,
     Gradients,
     Kernel,
@@ -151,7 +153,8 @@ def _kernel(version: int, capabilities: range) -> Kernel:
         return able and max(case.head_dim, case.v_dim) <= widest and _installed(version)
 
     bands: Literal["short", "native"] = "short" if version == 2 else "native"
-    return Kernel(f"flash_attn {version}", fits, bands, forward, backward)
+    short = (5.3, 8.1) if version == 4 else (math.inf, math.inf)  # 2 and 3 are not measured
+    return Kernel(f"flash_attn {version}", fits, bands, forward, backward, MOST_BATCHES, short)
 
 
 FLASH_ATTN_2 = _kernel(2, range(8, 13))

@@ -1,0 +1,236 @@
+"""Calls that Dynamo would run eagerly or in pieces, where something of them is in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from model_jobs import gradients
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mosaic
+from mosaic import backend
+
+E = 8
+TOKENS: dict[str, Any] = {"inputs": {"x": "batch tokens features"}, "axes": {"tokens": "ring"}}
+
+
+def compiled(model: Any, **contract: Any) -> Any:
+    options = {"inner": "eager", "spec": mosaic.ShardingSpec(**TOKENS, **contract)}
+    return torch.compile(model, backend="mosaic", options=options)
+
+
+def random(n: int, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(2, n, E, generator=draw, dtype=torch.float64).requires_grad_()
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return str(getattr(error, "inner_exception", error))
+    return "no error"
+
+
+class Attend(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class Loop(nn.Module):
+    """Dynamo gives up a frame that breaks in a loop, and compiles what it calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Attend()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            x = layer(x)
+        return x * 2
+
+
+class BreaksFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class BreaksLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x)
+        torch._dynamo.graph_break()
+        return y
+
+
+def eager_runs(p: int) -> dict[str, str]:
+    """What is said of each way in which a part could be attended to as if it were all."""
+    mosaic.init(sp_size=p)
+    attend = compiled(Attend(), inputs_are="shards")
+    stance, config = torch.compiler.set_stance, torch._dynamo.config.patch
+    ways: list[tuple[str, Callable[[], AbstractContextManager], nn.Module, int]] = [
+        ("never compiled", lambda: stance("force_eager"), attend, 8),
+        ("compiled", nullcontext, attend, 8),
+        ("force_eager", lambda: stance("force_eager"), attend, 8),
+        ("eager_on_recompile, compiled", lambda: stance("eager_on_recompile"), attend, 8),
+        ("eager_on_recompile", lambda: stance("eager_on_recompile"), attend, 10),
+        ("disabled", lambda: config(disable=True), attend, 10),
+        ("in a loop", nullcontext, compiled(Loop(), inputs_are="shards"), 8),
+        ("limit", lambda: config(recompile_limit=1), attend, 12),
+        ("break first", nullcontext, compiled(BreaksFirst(), inputs_are="shards"), 8),
+        ("break last", nullcontext, compiled(BreaksLast(), inputs_are="shards"), 8),
+    ]
+    found = {}
+    for name, mode, model, n in ways:
+        part = mosaic.shard_tensor(random(n).detach(), 1)
+        with mode():
+            found[name] = said(lambda model=model, part=part: model(part))
+    return found
+
+
+def whole_and_eager(p: int) -> list[str]:
+    """Right, and said once."""
+    mosaic.init(sp_size=p)
+    attend, x = compiled(Attend()), random(8).detach()
+    with torch.compiler.set_stance("force_eager"):
+        found = [(attend(x) - Attend()(x)).abs().max().item() for _ in range(2)]
+    assert found == [0.0, 0.0]
+    from mosaic.notices import _said
+
+    return [text for text in _said if "ran eagerly" in text]
+
+
+# --- gradients that are shares ------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, E * E, dtype=torch.float64).view(E, E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x @ self.w).sin()
+
+
+class Returns(Block):
+    def __init__(self, what: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.what(self.w)
+
+
+def itself(w: Tensor) -> Tensor:
+    return w
+
+
+def turned(w: Tensor) -> Tensor:
+    return w.t()
+
+
+def copied(w: Tensor) -> Tensor:
+    return w.clone()
+
+
+def shares_of_blocks(p: int) -> dict[str, Tensor]:
+    """Blocks that are compiled each, eager work between them: parameters alone give shares."""
+    model, x = nn.Sequential(Block(), nn.Tanh(), Returns(copied)), random(7)
+    if p:
+        context = mosaic.init(sp_size=p)
+        model[0], model[2] = (compiled(model[i], gradients="shares") for i in (0, 2))
+    out, w = model(x)
+    (out.square().sum() + w.square().sum()).backward()
+    found = {name.replace("_orig_mod.", ""): w.grad for name, w in model.named_parameters()}
+    for grad in found.values() if p else ():
+        dist.all_reduce(grad, group=context.group())
+    return {**found, "x": x.grad}
+
+
+def refused_shares(p: int) -> dict[str, str]:
+    mosaic.init(sp_size=p)
+    ddp = DistributedDataParallel(compiled(Block(), gradients="shares"))
+    return {
+        "itself": said(lambda: compiled(Returns(itself), gradients="shares")(random(7))),
+        "turned": said(lambda: compiled(Returns(turned), gradients="shares")(random(7))),
+        "break": said(lambda: compiled(BreaksLast(), gradients="shares")(random(7))),
+        "ddp": said(lambda: ddp(random(7))),
+    }
+
+
+# --- outputs that stay cut ----------------------------------------------------------------------
+
+
+class ViewOfInput(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return F.scaled_dot_product_attention(x, x, x), x.unsqueeze(0)
+
+
+class TwoLayouts(nn.Module):
+    """Of 2 tokens, rank 0 has none of ``v`` and rank 1 has all that it has of ``y``."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        v = y[:, 1:]
+        return F.scaled_dot_product_attention(y, v, v.sin()), v, y
+
+
+def outputs_that_stay_cut(p: int, kind: type[nn.Module], n: int) -> dict[str, Tensor]:
+    model, x = kind(), random(n)
+    if p:
+        mosaic.init(sp_size=p)
+        model = compiled(model, outputs="shards")
+    whole = [mosaic.gather(out) if p else out for out in model(x)]
+    sum((out * out.detach().cos()).sum() for out in whole).backward()
+    return {**{str(i): out.detach() for i, out in enumerate(whole)}, "x": x.grad}
+
+
+def refused_outputs(p: int) -> str:
+    mosaic.init(sp_size=p)
+    return said(lambda: compiled(BreaksLast(), outputs="shards")(random(7)))
+
+
+# --- DistributedDataParallel ----------------------------------------------------------------------
+
+
+class Large(nn.Module):
+    """More than the first bucket of DistributedDataParallel, 1 MiB."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(E, 12_000), nn.Linear(12_000, E)]).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + F.scaled_dot_product_attention(x, x, x)
+            x = x + self.layers[1](self.layers[0](x).relu())
+        return x.square().mean()
+
+
+def under_ddp(p: int, inside: bool) -> dict[str, Any]:
+    """Compiled inside of DDP, or DDP compiled: one graph, cut, right gradients."""
+    plans: list[mosaic.Plan] = []
+    torch.manual_seed(0)
+    model: nn.Module = Large()
+    called: Any = model
+    if p:
+        mosaic.init(sp_size=p)
+        backend.LISTENERS.append(plans.append)
+        wrapped = DistributedDataParallel(compiled(model) if inside else model)
+        called = wrapped if inside else compiled(wrapped)
+    loss = called(random(7))
+    loss.backward()
+    backend.LISTENERS.clear()
+    return {
+        "loss": loss.detach(),
+        "gradients": gradients(model),
+        "graphs": [len(plan.attentions) for plan in plans],
+        "axis": [plan.axis for plan in plans],
+    }

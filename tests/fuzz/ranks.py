@@ -1,0 +1,76 @@
+"""Ranks that try programs: a process that dies or hangs is an outcome, and is replaced."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from typing import Any
+
+from fuzz.judge import Verdict
+from rank_pool import RankPool
+
+#: The worst comes first: a program's outcome is that of its worst rank.
+OUTCOMES = ("died", "hang", "crash", "wrong", "refused", "unstable", "invalid", "ok")
+BAD = frozenset(OUTCOMES[:4])
+GRACE = 25.0  # seconds for the others, once one rank has failed
+
+
+@dataclass
+class FuzzRanks:
+    """p ranks for one program after another."""
+
+    pool: RankPool
+    timeout: float = 120.0
+
+    def try_out(self, fn: Callable[..., Verdict], *args: Any) -> Verdict:
+        """The worst verdict of all ranks."""
+        if not self.pool._ranks:
+            self.pool._start()
+        job = pickle.dumps((fn, args, {}))
+        try:
+            for _, connection in self.pool._ranks:
+                connection.send_bytes(job)
+            found = self._collected()
+        except (BrokenPipeError, ConnectionResetError):
+            self.pool.close()
+            return Verdict("died", "a process was gone before the program came")
+        outcomes = Counter(v.outcome for v in found)
+        if outcomes.keys() & {"died", "hang"} or len(outcomes) > 1:
+            self.pool.close()
+        worst = min(found, key=lambda v: OUTCOMES.index(v.outcome))
+        if worst.outcome == "hang":
+            others = [v for v in found if v.outcome != "hang"]
+            said = others[0].detail if others else ""
+            return replace(worst, detail=f"{dict(outcomes)} {said}")
+        if len(outcomes) > 1 and worst.outcome in ("refused", "unstable", "invalid"):
+            return Verdict("crash", f"ranks disagree: {dict(outcomes)} {worst.detail}")
+        return worst
+
+    def _collected(self) -> list[Verdict]:
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self.pool._ranks)}
+        found: dict[int, Verdict] = {}
+        deadline = time.monotonic() + self.timeout
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)
+                found[rank] = received(connection)
+                if found[rank].outcome not in ("ok", "invalid", "unstable"):
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        for rank in waiting.values():
+            found[rank] = Verdict("hang")
+        return [found[rank] for rank in sorted(found)]
+
+
+def received(connection: Any) -> Verdict:
+    try:
+        ok, answer = pickle.loads(connection.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        return Verdict("died", "the process died")
+    return answer if ok else Verdict("crash", answer[-1500:])

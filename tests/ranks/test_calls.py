@@ -1,0 +1,96 @@
+"""Where inputs, outputs or gradients are parts, no call runs eagerly or in pieces unnoticed."""
+
+from __future__ import annotations
+
+import call_jobs as jobs
+import pytest
+from compare import assert_close, compare_gradients
+from expecttest import assert_expected_inline
+
+
+def test_no_part_is_attended_to_eagerly(ranks) -> None:
+    said = ranks(2).run(jobs.eager_runs, 2)[0]
+    good = [name for name, text in said.items() if text == "no error"]
+    assert good == ["compiled", "eager_on_recompile, compiled"]
+    assert_expected_inline(
+        said["force_eager"],
+        """\
+the compiled function ran eagerly, and inputs arrive cut: plain PyTorch would go on with this rank's part as if it were all
+  reason  torch.compiler.set_stance('force_eager')
+  fix     do not use the result of this call; let the function be compiled, or use whole inputs, outputs and gradients, for which an eager run is right""",  # noqa: E501
+    )
+    assert_expected_inline(
+        said["in a loop"],
+        """\
+the compiled function ran eagerly, and inputs arrive cut: plain PyTorch would go on with this rank's part as if it were all
+  reason  Dynamo skipped it, or has compiled torch._dynamo.config.recompile_limit = 8 versions of it (TORCH_LOGS=dynamo,recompiles says which)
+  fix     do not use the result of this call; let the function be compiled, or use whole inputs, outputs and gradients, for which an eager run is right""",  # noqa: E501
+    )
+    for name in ("never compiled", "eager_on_recompile", "disabled", "limit"):
+        assert said[name].startswith("the compiled function ran eagerly, and inputs"), said[name]
+    assert "recompile_limit = 1 versions" in said["limit"]
+    assert said["break first"].startswith("the program is not one graph, and inputs arrive cut")
+    assert said["break last"].startswith("the graph breaks, and inputs arrive cut")
+
+
+def test_whole_tensors_may_run_eagerly_and_it_is_said(ranks) -> None:
+    for said in ranks(2).run(jobs.whole_and_eager, 2):
+        assert said == [
+            "the compiled function ran eagerly, unsharded: torch.compiler.set_stance('force_eager')"
+        ]
+
+
+def test_parameters_alone_give_shares(ranks) -> None:
+    want = jobs.shares_of_blocks(0)
+    for got in ranks(2).run(jobs.shares_of_blocks, 2):
+        compare_gradients(want, got, 1e-10)
+
+
+def test_shares_that_would_not_add_up_are_refused(ranks) -> None:
+    said = ranks(2).run(jobs.refused_shares, 2)[0]
+    assert_expected_inline(
+        said["turned"],
+        """\
+the program returns parameter w or a view of it, and gradients are shares: what comes back for it is a whole gradient
+  tests/call_jobs.py:136 in turned
+    return w.t()
+  fix  return a copy (w.clone()), or leave gradients whole""",  # noqa: E501
+    )
+    assert said["itself"].startswith("the function returns a parameter or a view of it")
+    assert said["break"].startswith("the graph breaks, and gradients are shares")
+    assert_expected_inline(
+        said["ddp"],
+        """\
+gradients are shares, and DistributedDataParallel averages them: they would be 2 times too small
+  ranks  shares of [0, 1], average over [0, 1]
+  fix    leave gradients whole (gradients="whole"): the average of equal ones is right; or give it a process_group of the data-parallel ranks, and sum along the other axis""",  # noqa: E501
+    )
+
+
+@pytest.mark.parametrize("kind", [jobs.ViewOfInput, jobs.TwoLayouts])
+def test_outputs_that_share_memory_stay_cut(ranks, kind: type) -> None:
+    n = 2 if kind is jobs.TwoLayouts else 7
+    want = jobs.outputs_that_stay_cut(0, kind, n)
+    for got in ranks(3).run(jobs.outputs_that_stay_cut, 3, kind, n):
+        compare_gradients(want, got, 1e-10)
+
+
+def test_outputs_do_not_stay_cut_over_a_break(ranks) -> None:
+    assert_expected_inline(
+        ranks(2).run(jobs.refused_outputs, 2)[1],
+        """\
+the graph breaks, and outputs stay cut: what Python sees there is not the whole
+  tests/call_jobs.py:69 in forward
+    torch._dynamo.graph_break()
+  reason  Call to `torch._dynamo.graph_break()`
+  fix     remove the break (torch.compile(..., fullgraph=True) names its reason), compile the model inside of its wrapper (DDP(torch.compile(model))), or use whole inputs, outputs and gradients""",  # noqa: E501
+    )
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_ddp_is_one_graph(ranks, inside: bool) -> None:
+    want = jobs.under_ddp(0, inside)
+    for got in ranks(2).run(jobs.under_ddp, 2, inside):
+        assert (got["graphs"], got["axis"]) == ([2], ["tokens"])
+        assert_close("loss", got["loss"], want["loss"], 1e-10)
+        compare_gradients(want["gradients"], got["gradients"], 1e-10)
