@@ -228,7 +228,7 @@ class Along(Cells):
         x = x + self.window(x.movedim(-1, 1)).movedim(1, -1)
         x = x + x.cumsum(1) / 7 - x.flip(2) * x.flip(1)
         x = F.layer_norm(x, x.shape[2:]) + x.norm(dim=1, keepdim=True) + x.max(2, keepdim=True)[0]
-        x = x.index_add(1, torch.tensor([0, -1]), x[:, [2, 3]])
+        x = x.index_add(1, torch.tensor([0, 6]), x[:, [2, -1]])
         x = F.pad(x, (0, 0, 1, 2), mode="replicate").unfold(2, 4, 1).mean(-1)
         return x + F.avg_pool2d(x.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
 
@@ -277,11 +277,12 @@ def built(kind: type[Cells], rows: int = 7, columns: int = 5) -> Built:
 
 KINDS: tuple[type[Cells], ...] = (
     Flattened, FlattenedCausal, FlattenedMasked, InTurn, InTurnFlat, Training, Dropped, Latents,
-    Everything, Along, UsersFunction, Structured, FlattenedStructured,
+    Everything, UsersFunction, Structured, FlattenedStructured,
 )  # fmt: skip
 CASES = {
     "table": table,
     "tokens": tokens,
     "ManyRows": partial(built, ManyRows, rows=12),
+    "Along": partial(built, Along, columns=6),
     **{kind.__name__: partial(built, kind) for kind in KINDS},
 }
