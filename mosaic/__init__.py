@@ -27,7 +27,7 @@ from mosaic.modules import (
 from mosaic.plan import Plan
 from mosaic.projections import sum_gradients
 from mosaic.spec import ShardingSpec
-from mosaic.tensors import gather, layout_of, shard_like, shard_tensor
+from mosaic.tensors import as_shard, gather, layout_of, shard_like, shard_tensor
 
 __all__ = [
     "AllGather",
@@ -51,6 +51,7 @@ __all__ = [
     "ShardingSpec",
     "Ulysses",
     "UnsupportedError",
+    "as_shard",
     "attention",
     "explain",
     "gather",

@@ -86,7 +86,11 @@ def _different(said: dict[int, dict[str, list[list[str]]]]) -> MosaicError:
                         fix="this is a bug in Mosaic: please report the program; "
                         "without the op at that line it may work",
                     )
-    return MosaicError("the ranks compiled different graphs", graphs=[*map(list, said.values())])
+    return MosaicError(
+        "the ranks compiled different graphs",
+        graphs=[*map(list, said.values())],
+        fix="run the same model, options and versions of torch and mosaic on all ranks",
+    )
 
 
 def check_shards_alike(

@@ -1,10 +1,9 @@
 """Inputs that arrive already cut (``inputs_are="shards"``): their layout and their global length.
 
-A tensor that ``mosaic.shard_tensor`` made carries its layout. One that the user cut is read as
-``Layout.even``, its global length the sum of the ranks' lengths, which they tell each other through
-the process group's store. Dynamo must not have baked the local length into the program, so that it
-can be traced again at the global one: ``shard_tensor`` marks the dim as dynamic. What was decided
-at the local length (an ``if``, a loop) must be what would be decided at the global one.
+A tensor that ``mosaic.shard_tensor`` or ``mosaic.as_shard`` made carries its layout; another one is
+refused, as a length does not say which part it is. Dynamo must not have baked the local length into
+the program, so that it can be traced again at the global one: they mark the dim as dynamic. What
+was decided at the local length (an ``if``, a loop) must be what would be decided at the global one.
 """
 
 from __future__ import annotations
@@ -13,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx
 
 from mosaic.capture import Input
 from mosaic.context import World
 from mosaic.errors import ShardingError
-from mosaic.exchange import exchange
 from mosaic.layout import Layout, Place, Shard
 from mosaic.spec import ShardingSpec, binds
 from mosaic.torch_private import broken_guard, guarded_attribute, placeholder_source, size_symbols
@@ -33,14 +30,13 @@ def arriving_shards(
     inputs: tuple[Input, ...],
     spec: ShardingSpec,
     world: World,
-    group: dist.ProcessGroup | None,
 ) -> Arriving:
     """The place of every input that arrives cut, by the input's number; {} when all are whole."""
     if spec.inputs_are == "whole" or world.size == 1:
         return {}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     return {
-        given.index: place_of(placeholders[given.index], path, dim, world, group)
+        given.index: place_of(placeholders[given.index], path, dim, world)
         for path, dim in cut_dims(spec)
         for given in inputs
         if not given.is_state and binds(path, given.source)
@@ -57,10 +53,17 @@ def cut_dims(spec: ShardingSpec) -> list[tuple[str, int]]:
     ]
 
 
-def place_of(
-    node: fx.Node, path: str, dim: int, world: World, group: dist.ProcessGroup | None
-) -> Place:
+def place_of(node: fx.Node, path: str, dim: int, world: World) -> Place:
     value = node.meta["example_value"]
+    layout = recorded(node, dim)
+    if layout is None:
+        raise ShardingError(
+            f"{path} arrives cut, and carries no layout along dim {dim}",
+            sizes=f"{[local_size(s) for s in value.shape]} on this rank",
+            fix="make it with mosaic.shard_tensor(whole, dim), or of a part of your own with "
+            "mosaic.as_shard(part, dim, layout=...); what is computed from a shard (h * 1.0) is a "
+            "plain tensor, of which nobody knows how it is cut: say it again",
+        )
     if not isinstance(value.shape[dim], torch.SymInt) and value.shape[dim] < 2:
         raise ShardingError(
             f"this rank's part of {path} is too short: Dynamo builds lengths 0 and 1 "
@@ -72,12 +75,10 @@ def place_of(
         raise ShardingError(
             f"{path} arrives cut, but its local length is built into the program",
             sizes=f"{list(value.shape)}, cut in dim {dim}",
-            fix="make it with mosaic.shard_tensor(whole, dim), "
-            "or call torch._dynamo.maybe_mark_dynamic(shard, dim) on it; "
+            fix="compile it without dynamic=False and mark_static; "
             "a model that hard-codes its length cannot take shards",
         )
     local = int(value.shape[dim].node.hint)
-    layout = recorded(node, dim) or even(local, world, group)
     mine = layout.lengths[world.rank]
     if mine != local:
         raise ShardingError(
@@ -98,10 +99,8 @@ def recorded(node: fx.Node, dim: int) -> Layout | None:
     return place.layout if place.dim == dim else None
 
 
-def even(local: int, world: World, group: dist.ProcessGroup | None) -> Layout:
-    assert group is not None  # there are several ranks
-    lengths = exchange(group, str(local))
-    return Layout.even(sum(int(n) for n in lengths), world.size)
+def local_size(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def global_sizes(module: fx.GraphModule, arriving: Arriving) -> dict[Any, int]:
@@ -141,7 +140,7 @@ def check_others_are_whole(
             raise ShardingError(
                 f"dim {dim} of {name} has the local length of an input that arrives cut, "
                 "and nothing says that it is cut too",
-                sizes=[s.node.hint if isinstance(s, torch.SymInt) else s for s in shape],
+                sizes=[local_size(s) for s in shape],
                 fix="name that dim in inputs={...}, or, if it is that long by chance, call "
                 f"torch._dynamo.mark_static({name}, {dim})",
             )

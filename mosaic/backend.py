@@ -14,10 +14,10 @@ from torch import fx
 
 from mosaic import agreement, calls, shards
 from mosaic.arriving import arriving_shards, global_sizes
-from mosaic.capture import capture, read_inputs
+from mosaic.capture import AUTOGRAD_FUNCTIONS, capture, read_inputs
 from mosaic.context import Context, world_of
 from mosaic.data_check import DataCheck
-from mosaic.errors import ShardingError
+from mosaic.errors import MosaicError, ShardingError
 from mosaic.exchange import report_failure
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
@@ -25,10 +25,17 @@ from mosaic.notices import announce, resumed_at
 from mosaic.passes import JOINT, LOWERING, PIPELINE
 from mosaic.pipeline import run_passes
 from mosaic.plan import Plan, plan_of
+from mosaic.refused import refuse_unknown
 from mosaic.sequence import sequence
 from mosaic.spec import ShardingSpec
 from mosaic.tensors import mark
-from mosaic.torch_private import around_each_call, compile_by_eager, compile_by_inductor
+from mosaic.torch_private import (
+    around_each_call,
+    bake_floats,
+    compile_by_eager,
+    compile_by_inductor,
+)
+from mosaic.unexpected import ours
 
 WHOLE = ShardingSpec()
 INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
@@ -61,9 +68,24 @@ def mosaic(
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph for the ranks of ``mosaic.init``.
 
-    Raises MosaicError and its subclasses; Dynamo wraps them in BackendCompilerFailed, whose text
-    ends with ours.
+    Raises MosaicError and its subclasses, and nothing else (``unexpected.py``); Dynamo wraps them
+    in BackendCompilerFailed, whose text ends with ours. Some of torch's own errors it would take
+    for a graph break, and run eagerly.
     """
+    bake_floats(module)
+    try:
+        with AUTOGRAD_FUNCTIONS.kept():
+            return compile_graph(module, example_inputs, options)
+    except MosaicError:
+        raise
+    except Exception as error:
+        raise ours(error) from error
+
+
+def compile_graph(
+    module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    """The passes before and after AOTAutograd; the ranks compare what each has made."""
     unknown = set(options or {}) - {"spec", "inner"}
     if unknown:
         raise ShardingError(
@@ -101,14 +123,15 @@ def partitioned(
 ) -> tuple[fx.GraphModule, Context, Plan]:
     """PIPELINE: from Dynamo's graph to this rank's local program."""
     spec = options.spec
-    group = ranks.group(spec.mesh) if ranks else None
     world = world_of(ranks, spec.mesh)
     if spec.parts and world.size > 1:
         calls.check_one_graph(module, spec)
     first = shards.first_call(module)
     if first is not None:
         return shards.passed_through(module, first, spec, world)
-    arriving = arriving_shards(module, read_inputs(module), spec, world, group)
+    inputs = read_inputs(module)
+    refuse_unknown(module, inputs)
+    arriving = arriving_shards(module, inputs, spec, world)
     captured = capture(module, global_sizes(module, arriving))
     context = Context(
         spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving

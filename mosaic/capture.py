@@ -13,7 +13,8 @@ So Dynamo's graph is run by an interpreter that
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -27,6 +28,7 @@ from mosaic.modes import Modes
 from mosaic.source import where
 from mosaic.strides import reach
 from mosaic.torch_private import (
+    INLINED,
     FakeTensorMode,
     aot_export_module,
     autograd_function_apply,
@@ -42,7 +44,9 @@ from mosaic.torch_private import (
     rename_afresh,
     set_grad_enabled,
     tag_activation_checkpoint,
+    without_effects,
 )
+from mosaic.unexpected import blamed_on
 from mosaic.vmapped import Region, check_transforms, written_out
 
 
@@ -74,7 +78,8 @@ class Captured:
 
 @dataclass
 class AutogradFunctions:
-    """The bodies of the user's autograd.Functions, by the number that stands in the opaque node."""
+    """The bodies of the user's autograd.Functions, by the number that stands in the opaque node.
+    They are needed while a graph is compiled (``kept``): AOTAutograd traces them into it."""
 
     calls: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     numbers: count[int] = field(default_factory=count)
@@ -83,6 +88,16 @@ class AutogradFunctions:
         number = next(self.numbers)
         self.calls[number] = (target, args, kwargs)
         return number
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Forget afterwards what is added meanwhile."""
+        before = set(self.calls)
+        try:
+            yield
+        finally:
+            for number in self.calls.keys() - before:
+                del self.calls[number]
 
     def run(self, number: int, tensors: Sequence[torch.Tensor]) -> Any:
         target, args, kwargs = self.calls[number]
@@ -120,13 +135,19 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if self.mapped.takes(n):
             return self.vmap()
+        if isinstance(n.meta.get("example_value"), torch.SymFloat):
+            # A float attribute (LayerNorm.eps) under dynamic=True; with a guard on it.
+            return float(n.meta["example_value"])
         # The tracer copies "custom" to every node that this one becomes.
         n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
-        return super().run_node(n)
+        with blamed_on(n):
+            return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is tag_activation_checkpoint:
             return self.checkpoint(*args)
+        if target in INLINED:
+            return _Interpreter(args[0], self.modes).run(*args[INLINED[target] :])
         if target is autograd_function_apply:
             return self.autograd_function(target, args, kwargs)
         if target is enter_autocast:
@@ -247,7 +268,7 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
 
     traced: fx.GraphModule
     try:
-        with no_tracing_context(), preserve_node_meta():
+        with no_tracing_context(), preserve_node_meta(), without_effects():
             traced, signature = aot_export_module(
                 Program(), fakes, trace_joint=False, pre_dispatch=True
             )
@@ -256,8 +277,10 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
     for node in traced.graph.nodes:
         node.meta["modes"] = node.meta.get("custom", {}).get("modes", ambient)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    offsets = storage_offsets(module)
     for node, given, fake in zip(placeholders, inputs, fakes, strict=True):
         node.meta["is_state"] = given.is_state
+        node.meta["storage_offset"] = offsets[given.index]
         node.meta["requires_grad"] = isinstance(fake, torch.Tensor) and fake.requires_grad
     names = list(signature.user_inputs)
     rename_afresh(
@@ -290,6 +313,12 @@ def refuse_learned(graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[in
                 fix="change it outside of the compiled model (after an optimiser's step), "
                 "or use a changed copy: w.clamp(-1, 1), not w.clamp_(-1, 1) or max_norm",
             )
+
+
+def storage_offsets(module: fx.GraphModule) -> list[int]:
+    """Where in its memory each input begins."""
+    values = (n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder")
+    return [int(v.storage_offset()) if isinstance(v, torch.Tensor) else 0 for v in values]
 
 
 def refuse_shared(

@@ -91,7 +91,9 @@ def _raise_failure(said: dict[int, str]) -> None:
     for rank, words in said.items():
         if words.startswith(FAILED):
             raise MosaicError(
-                f"rank {rank} could not compile this graph", reason=words.removeprefix(FAILED)
+                f"rank {rank} could not compile this graph",
+                reason=words.removeprefix(FAILED),
+                fix="see that rank's own error: what one rank cannot compile none runs",
             )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from mosaic.errors import ShardingError
 from mosaic.plan import Plan
 from mosaic.show import listing
 from mosaic.spec import ShardingSpec
-from mosaic.torch_private import FakeStore, pytree, reset_dynamo
+from mosaic.torch_private import FakeStore, code_at_hand, pytree, without_traces
 
 
 def explain(
@@ -51,11 +52,14 @@ def explain(
             fix="pass the model, then its arguments: mosaic.explain(model, x, sp_size=4)",
         )
     wanted = Ranks(sp_size, mesh_shape, mesh_axes)
-    with ranks(wanted, rank), listening(found), calls.planned(options):
-        compiled = torch.compile(fn, backend=_planning, options=options, dynamic=False)
-        reset_dynamo()
-        compiled(*args, **kwargs)
-        reset_dynamo()
+    with (
+        ranks(wanted, rank),
+        listening(found),
+        calls.planned(options),
+        without_traces() as compiled,
+    ):
+        planned = torch.compile(fn, backend=planning(compiled), options=options, dynamic=False)
+        planned(*args, **kwargs)
     return merged(found)
 
 
@@ -74,15 +78,22 @@ def merged(found: list[Plan]) -> Plan:
     return best
 
 
-def _planning(module: Any, example_inputs: Any, *, options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile as ``mosaic`` does, and give zeros for results: no kernel and no collective runs."""
-    backend.mosaic(module, example_inputs, options=options)
-    outputs = [n.meta.get("example_value") for n in module.graph.output_node().args[0]]
+def planning(compiled: list[CodeType]) -> Callable[..., Callable[..., Any]]:
+    """A backend that compiles as ``mosaic`` does, and gives zeros for results: no kernel and no
+    collective runs. A new one each time: Dynamo never takes what was compiled with another one.
+    ``compiled`` grows by what it was given."""
 
-    def run(*args: Any) -> Any:
-        return pytree.tree_map(_zeros, outputs)
+    def plan(module: Any, example_inputs: Any, *, options: dict[str, Any]) -> Callable[..., Any]:
+        compiled.append(code_at_hand())
+        backend.mosaic(module, example_inputs, options=options)
+        outputs = [n.meta.get("example_value") for n in module.graph.output_node().args[0]]
 
-    return run
+        def run(*args: Any) -> Any:
+            return pytree.tree_map(_zeros, outputs)
+
+        return run
+
+    return plan
 
 
 def _zeros(value: Any) -> Any:
@@ -146,14 +157,10 @@ def ranks(wanted: Ranks, rank: int) -> Iterator[None]:
     size = wanted.sp_size if wanted.mesh_shape else wanted.world
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=wanted.world)
     try:
-        mesh.init(size, mesh_shape=wanted.mesh_shape, mesh_axes=wanted.mesh_axes)
-        yield
+        with mesh.pretended(size, wanted.mesh_shape, wanted.mesh_axes):
+            yield
     finally:
-        context = mesh.current_context()
-        if context is not None:
-            context.shutdown()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def check_same(wanted: Ranks, context: mesh.MosaicContext) -> None:

@@ -232,6 +232,12 @@ def plan_of(
     query: Layout,
     key: Layout,
 ) -> AttentionPlan:
+    if world.size > 1 and 0 in (*q.shape[:2], query.n, key.n, q.shape[3], v.shape[3]):
+        raise ShardingError(
+            "an attention of empty tensors is cut",
+            sizes=f"{query.n} queries, {key.n} keys; q {list(q.shape)}, v {list(v.shape)}",
+            fix="leave the call out where there is nothing to attend to",
+        )
     facts = Facts(
         p=world.size,
         shape=shape_of(q, k, v, query, key, request.band),

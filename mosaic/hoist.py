@@ -29,12 +29,26 @@ def hoist(s: Sharder, value: Value, place: Place) -> Value:
         return Value(value.val, place, s.node(value))
     if origin is None:
         return s.slice(value, place)
-    if (origin, place) not in s.hoisted:
-        s.hoisted[origin, place] = recomputed(s, origin, place) or s.slice(value, place)
+    todo = [(origin, place)]
+    while todo:  # a recipe may be thousands of ops long: its leaves first
+        node, at = todo[-1]
+        places = pulled(s, node, at)
+        recipes = [
+            pair
+            for pair in (places or {}).items()
+            if getattr(whole_form(s, pair[0]), "origin", None) is not None
+        ]
+        missing = [pair for pair in recipes if pair not in s.hoisted]
+        todo += missing
+        if not missing:
+            todo.pop()
+            if (node, at) not in s.hoisted:
+                s.hoisted[node, at] = recomputed(s, node, at, places) or s.slice(recipe(node), at)
     return s.hoisted[origin, place]
 
 
-def recomputed(s: Sharder, origin: fx.Node, place: Place) -> Value | None:
+def pulled(s: Sharder, origin: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
+    """Where operands are cut to have ``origin`` at a place; None: its whole result is sliced."""
     from mosaic.local.written import HELPERS
     from mosaic.rules import pull
 
@@ -42,7 +56,14 @@ def recomputed(s: Sharder, origin: fx.Node, place: Place) -> Value | None:
         return None
     if origin.target in HELPERS:
         return None
-    places = pull(s, origin, place)
+    if (origin, place) not in s.pulled:
+        s.pulled[origin, place] = pull(s, origin, place)
+    return s.pulled[origin, place]
+
+
+def recomputed(
+    s: Sharder, origin: fx.Node, place: Place, places: dict[fx.Node, Place] | None
+) -> Value | None:
     if places is None:
         return None
     operands = {n: hoist(s, whole_form(s, n), at) for n, at in places.items()}
@@ -81,10 +102,21 @@ def unwritten(s: Sharder, origin: fx.Node) -> list[fx.Node]:
         value = s.env.get(node)
         if isinstance(value, Value) and value.node is not None and value.place is None:
             s.written[node] = value.node
+        elif node not in s.written:
+            check_never_cut(s, node, value)
         if node not in found and node not in s.written:
             found.add(node)
             todo += node.all_input_nodes
     return sorted(found)
+
+
+def check_never_cut(s: Sharder, node: fx.Node, value: Any) -> None:
+    """A recipe is made of what was never cut. Else every rank would compute all that is before it
+    a second time, whole, beside its part, and nothing would say so."""
+    values = value if isinstance(value, tuple) else (value,)
+    for v in values:
+        if isinstance(v, Value) and v.place is not None and v.origin is None and s.axis.p > 1:
+            raise AssertionError(f"{node.name} is cut, and was asked for whole as a recipe")
 
 
 def write(s: Sharder, node: fx.Node) -> fx.Node:

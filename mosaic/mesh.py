@@ -15,7 +15,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -157,6 +158,16 @@ def _is_name(given: object) -> bool:
     return isinstance(given, str) and re.fullmatch(r"[^\s,]+", given) is not None
 
 
+def checked_device(device: object) -> torch.device:
+    """Raise ShardingError for what names no device."""
+    try:
+        return torch.device(device)  # type: ignore[call-overload,no-any-return]
+    except (RuntimeError, TypeError):
+        raise ShardingError(
+            f"device = {device!r} is no device of torch", fix="use 'cuda' or 'cpu'"
+        ) from None
+
+
 _context: MosaicContext | None = None
 
 
@@ -178,19 +189,7 @@ def init(
     Raises ShardingError where sizes, names and the world do not fit.
     """
     global _context
-    check_sizes(sp_size, mesh_shape, mesh_axes)
-    if mesh is not None and not isinstance(mesh, DeviceMesh):
-        raise ShardingError(
-            f"mesh = {mesh!r} is no DeviceMesh",
-            fix='pass a DeviceMesh, or mesh_shape=(2, 2) and mesh_axes=("rows", "columns")',
-        )
-    request = _Request(
-        sp_size,
-        None if mesh_shape is None else tuple(mesh_shape),
-        None if mesh_axes is None else tuple(mesh_axes),
-        mesh,
-        None if device is None else torch.device(device),
-    )
+    request = _request(sp_size, mesh_shape, mesh_axes, mesh, device)
     if _context is None:
         _context = _make(request)
         reset_dynamo()  # what was compiled for a world of one is not for these ranks
@@ -202,6 +201,42 @@ def init(
             fix="call mosaic.get_context().shutdown() first",
         )
     return _context
+
+
+@contextmanager
+def pretended(
+    sp_size: int | None, mesh_shape: Sequence[int] | None, mesh_axes: Sequence[str] | None
+) -> Iterator[None]:
+    """``init`` for the time of a plan. Nothing is compiled for these ranks that could be run later,
+    so that Dynamo keeps what it has compiled."""
+    global _context
+    _context = _make(_request(sp_size, mesh_shape, mesh_axes))
+    try:
+        yield
+    finally:
+        _context = None
+
+
+def _request(
+    sp_size: int | None,
+    mesh_shape: Sequence[int] | None,
+    mesh_axes: Sequence[str] | None,
+    mesh: DeviceMesh | None = None,
+    device: torch.device | str | None = None,
+) -> _Request:
+    check_sizes(sp_size, mesh_shape, mesh_axes)
+    if mesh is not None and not isinstance(mesh, DeviceMesh):
+        raise ShardingError(
+            f"mesh = {mesh!r} is no DeviceMesh",
+            fix='pass a DeviceMesh, or mesh_shape=(2, 2) and mesh_axes=("rows", "columns")',
+        )
+    return _Request(
+        sp_size,
+        None if mesh_shape is None else tuple(mesh_shape),
+        None if mesh_axes is None else tuple(mesh_axes),
+        mesh,
+        None if device is None else checked_device(device),
+    )
 
 
 def current_context() -> MosaicContext | None:

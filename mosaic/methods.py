@@ -129,11 +129,16 @@ class Composed(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.heads, Ulysses):
-            raise ShardingError("Composed(heads=...) takes a mosaic.Ulysses", heads=self.heads)
+            raise ShardingError(
+                "Composed(heads=...) takes a mosaic.Ulysses",
+                heads=self.heads,
+                fix="write it as heads=mosaic.Ulysses(mesh='heads')",
+            )
         if not isinstance(self.sequence, (Ring, AllGather, Mesh2D)):
             raise ShardingError(
                 "Composed(sequence=...) takes a mosaic.Ring, AllGather or Mesh2D",
                 sequence=self.sequence,
+                fix="write it as sequence=mosaic.Ring(mesh='sequence')",
             )
         if self.heads.mesh == self.sequence.mesh:
             raise ShardingError(

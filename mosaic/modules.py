@@ -195,7 +195,9 @@ class MultiAxisAttention2D(Projected):
         axes = [axis_of(x, axis, self.embed_dim) for axis in (self.axis1, self.axis2)]
         if axes[0] == axes[1]:
             raise ShardingError(
-                "axis1 and axis2 are one axis", sizes=f"axis {axes[0]} of {list(x.shape)}"
+                "axis1 and axis2 are one axis",
+                sizes=f"axis {axes[0]} of {list(x.shape)}",
+                fix="name two different dims of the input",
             )
         grid = x.movedim(axes, (-3, -2))
         tokens = grid.reshape(prod(grid.shape[:-3]), *grid.shape[-3:])

@@ -129,7 +129,11 @@ def spread(x: Tensor, shard: Shard) -> Tensor:
 
 def _partition(shard: Shard) -> Layout:
     if not shard.place.layout.is_partition:
-        raise ShardingError("only a partition of an axis can be moved", layout=shard.place.layout)
+        raise ShardingError(
+            "only a partition of an axis can be moved",
+            layout=shard.place.layout,
+            fix="cut it with Layout.even or Layout.zigzag: every index belongs to one rank",
+        )
     return shard.place.layout
 
 

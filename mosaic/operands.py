@@ -46,20 +46,27 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShardingError(
             "the KV heads do not divide the heads",
             sizes=f"heads = {q.shape[1]}, KV heads = {k.shape[1]}",
+            fix="use a number of KV heads that divides the heads",
         )
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ShardingError(
-            "q, k and v are not of one floating dtype", dtypes=f"{q.dtype}, {k.dtype}, {v.dtype}"
+            "q, k and v are not of one floating dtype",
+            dtypes=f"{q.dtype}, {k.dtype}, {v.dtype}",
+            fix="cast them to one, such as q.dtype",
         )
     if not q.device == k.device == v.device:
         raise ShardingError(
-            "q, k and v are not on one device", devices=f"{q.device}, {k.device}, {v.device}"
+            "q, k and v are not on one device",
+            devices=f"{q.device}, {k.device}, {v.device}",
+            fix="move them to one, such as q.device",
         )
 
 
 def check_is_tensor(name: str, given: object) -> None:
     if not isinstance(given, Tensor):
-        raise ShardingError(f"{name} is no tensor", type=type(given).__name__)
+        raise ShardingError(
+            f"{name} is no tensor", type=type(given).__name__, fix="pass a torch.Tensor"
+        )
 
 
 def check_probability(dropout: object) -> None:
@@ -105,7 +112,9 @@ def four_dims(inputs: Inputs) -> Inputs:
             check_is_tensor(name, given)
             if given.ndim > dims:
                 raise ShardingError(
-                    f"{name} has more than {dims} dims", sizes=list(map(int, given.shape))
+                    f"{name} has more than {dims} dims",
+                    sizes=list(map(int, given.shape)),
+                    fix="a mask is (batch, heads, queries, keys), documents are (batch, tokens)",
                 )
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]

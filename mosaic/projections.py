@@ -135,7 +135,7 @@ def grid_shape(mesh_shape: tuple[int, int]) -> tuple[int, int]:
 def check_divides(name: str, n: int, by: str, d: int) -> None:
     for what, given in ((name, n), (by, d)):
         if not isinstance(given, int):
-            raise ShardingError(f"{what} = {given!r} is no whole number")
+            raise ShardingError(f"{what} = {given!r} is no whole number", fix="use 1 or more")
     if n < 1:
         raise ShardingError(f"{name} = {n} is not enough", fix="use 1 or more")
     if d < 1 or n % d:
@@ -151,7 +151,11 @@ def axis_of(x: Tensor, axis: int, embed_dim: int) -> int:
     """An axis of x from the front. Raises ShardingError for embed, and for one that x lacks."""
     check_is_tensor("the input", x)
     if not isinstance(axis, int):
-        raise ShardingError(f"axis {axis!r} is no number of a dim", sizes=list(x.shape))
+        raise ShardingError(
+            f"axis {axis!r} is no number of a dim",
+            sizes=list(x.shape),
+            fix="use a whole number, such as 1 or -2",
+        )
     if (
         x.ndim < 2
         or x.shape[-1] != embed_dim

@@ -22,6 +22,7 @@ from mosaic.torch_private import (
     pytree,
     rename_afresh,
 )
+from mosaic.values import is_effect
 
 #: What a new node takes over from the node that it is made for: its source line, and the marks of
 #: the ``torch.utils.checkpoint`` region it lies in.
@@ -53,6 +54,11 @@ def insert(
     with mode or nullcontext(), modes_of(like.meta.get("modes")):
         node.meta["val"] = target(*values_args, **values_kwargs)
     return node
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Erase what nobody uses, but for checks (``_linalg_check_errors``), which have no result."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() or is_effect(node))
 
 
 def splice(

@@ -76,7 +76,7 @@ class Rule:
             found = named_dims(dims[name], c[name].ndim)
             at = found.index(axis) if axis in found else None
             if at is None or c[name].shape[at] != place.size:
-                changed[name] = s.gather(c[name], f"{c.name} is sharded along another dim", c.like)
+                changed[name] = s.gather_aloud(c[name], "is cut along another dim", c.like)
             else:
                 changed[name] = s.at(c[name], place.at(at))
         if axis in result:
@@ -378,11 +378,29 @@ def pull(s: Sharder, node: fx.Node, place: Place) -> dict[fx.Node, Place] | None
         return {} if key(node.target) in CREATED else None
     if key(node.target) == "slice.Tensor":
         return pull_slice(node, place)
+    if rule_for(node.target) is pointwise:
+        return pull_pointwise(operands, node, place)
     for operand in operands:
         for candidate in candidates(operand.meta["val"].shape, place):
             if s.probe(node, {operand: candidate}) == place:
                 return {operand: candidate}
     return None
+
+
+def pull_pointwise(
+    operands: list[fx.Node], node: fx.Node, place: Place
+) -> dict[fx.Node, Place] | None:
+    """Every operand that is as long there, at once: what is not named here is asked for by the
+    rule, which calls for its operands' operands in turn, and programs may be long."""
+    val = node.meta["val"]
+    if not isinstance(val, torch.Tensor):
+        return None
+    found = {}
+    for x in operands:
+        dim = place.dim - (val.ndim - x.meta["val"].ndim)
+        if dim >= 0 and x.meta["val"].shape[dim] == place.size:
+            found[x] = place.at(dim)
+    return found or None
 
 
 def pull_slice(node: fx.Node, place: Place) -> dict[fx.Node, Place] | None:

@@ -28,12 +28,15 @@ from mosaic.modes import modes_of
 from mosaic.random import draw_seed
 from mosaic.source import innermost, line, where
 from mosaic.torch_private import fake_mode_of, pytree
+from mosaic.unexpected import blamed_on
 from mosaic.values import (
     Axis,
     Call,
     Collective,
+    Many,
     Value,
     differentiable,
+    is_effect,
     is_whole,
     map_values,
     needs_gradient,
@@ -63,6 +66,7 @@ class Sharder:
     attentions: list[Any] = field(default_factory=list)
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
     hoisted: dict[tuple[fx.Node, Place], Value] = field(default_factory=dict)
+    pulled: dict[tuple[fx.Node, Place], Any] = field(default_factory=dict)
     _entered: dict[fx.Node, fx.Node] = field(default_factory=dict)
     written: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _seed: fx.Node | None = None
@@ -82,11 +86,16 @@ class Sharder:
             if node.op == "output":
                 continue
             self.current = node
-            self.env[node] = self.keeping_origin(node, self.value_of(node))
-            if node.name in seeds:
-                place = Place(self.axis.layout, seeds[node.name], mesh_axis=self.axis.mesh_axis)
-                seeded = self.at(self.env[node], place)
-                self.env[node] = self.keeping_origin(node, seeded)
+            with blamed_on(node):
+                self.env[node] = self.keeping_origin(node, self.value_of(node))
+                if node.name in seeds:
+                    self.env[node] = self.keeping_origin(node, self.seeded(node, seeds[node.name]))
+
+    def seeded(self, node: fx.Node, dim: int) -> Value:
+        """Here the axis begins, as a dim of this value."""
+        place = Place(self.axis.layout, dim, mesh_axis=self.axis.mesh_axis)
+        value: Value = self.env[node]
+        return self.at(value, place)
 
     def keeping_origin(self, node: fx.Node, value: Any) -> Any:
         """Integers (ids, labels, positions) that come from integers keep their recipe beside the
@@ -106,12 +115,14 @@ class Sharder:
             return recipe(node)
         if node.target is operator.getitem:
             several, index = self.env[node.args[0]], node.args[1]
-            return several[index] if isinstance(several, tuple) else recipe(node)
+            return recipe(node) if isinstance(several, Many) else several[index]
         if node in self.routed:
             return self.routed_value(node)
         if node.target is draw_seed:
             return self.helper(node)
         if all(is_whole(self.env[n]) for n in node.all_input_nodes):
+            if self.writer and is_effect(node):
+                whole(self, node)
             return recipe(node)
         return self.helper(node) or self.apply(self.call_of(node))
 
@@ -151,7 +162,8 @@ class Sharder:
     def apply(self, call: Call) -> Any:
         from mosaic.rules import rule_for
 
-        return rule_for(call.target)(self, call)
+        value = rule_for(call.target)(self, call)
+        return tuple(value) if isinstance(value, list) else value
 
     def call(self, like: Call, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Run another op in the place of ``like``, by its own rule: so composite rules are."""
@@ -284,7 +296,7 @@ class Sharder:
         if (have.dim, have.outer, have.inner, have.layout.n) != (
             want.dim, want.outer, want.inner, want.layout.n,
         ):  # fmt: skip
-            return self.slice(self.gather(value, "the axis is needed in another dim"), place)
+            return self.slice(self.gather_aloud(value, "is needed cut in another dim"), place)
         return self.reshard(value, have, want)
 
     def reshard(self, value: Value, have: Place, want: Place) -> Value:
@@ -311,8 +323,31 @@ class Sharder:
         node = self.writer.function(like, torch.ops.mosaic.halo.default, (value.node, *specs))
         return Value(value.val, want, node)
 
+    def gather_aloud(self, value: Value, why: str, like: fx.Node | None = None) -> Value:
+        """The whole value on every rank, for an op that is otherwise local: said, or refused."""
+        like = like or self.current or value.node
+        if value.place is not None and value.origin is None and like is not None:
+            name = str(like.target).removesuffix(".default")
+            self.say_gathered(name, f"has an operand that {why}", like, [value])
+        return self.gather(value, why, like)
+
+    def say_gathered(self, name: str, why: str, like: fx.Node, operands: list[Value]) -> None:
+        """Every gather of an activation is said here, or refused; but for what a rule asks for as
+        a part of an exact and cheap form (``gather``), and for whole outputs."""
+        if self.probing:
+            raise NotLocalError
+        self.gathered.append((f"{name} {why}", like))
+        if self.on_gather == "error":
+            raise UnsupportedError(
+                f"{name} cannot run on a part of axis {self.axis.name!r}: {why}",
+                where=where(like),
+                sizes=", ".join(f"{list(v.shape)}" for v in operands),
+                fix='allow it with on_gather="warn" (every rank then computes it whole), '
+                "or keep this op out of the sharded part",
+            )
+
     def gather(self, value: Value, why: str, like: fx.Node | None = None) -> Value:
-        """The whole value on every rank."""
+        """The whole value on every rank, unsaid: of one row, a length of 1, a vector of keys."""
         if value.place is None:
             return value
         if value.origin is not None:
@@ -335,15 +370,7 @@ class Sharder:
         why = f"{call.name} {reason}"
         if self.has_recipes(call):
             return call.replaced(map_values(lambda v: self.gather(v, why), call.bound))
-        self.gathered.append((why, call.like))
-        if self.on_gather == "error":
-            raise UnsupportedError(
-                f"{call.name} cannot run on a part of axis {self.axis.name!r}: {reason}",
-                where=where(call.like),
-                sizes=", ".join(f"{list(v.shape)}" for v in call.tensors()),
-                fix='allow it with on_gather="warn" (every rank then computes it whole), '
-                "or keep this op out of the sharded part",
-            )
+        self.say_gathered(call.name, reason, call.like, call.tensors())
         return call.replaced(map_values(lambda v: self.gather(v, why, call.like), call.bound))
 
     def has_recipes(self, call: Call) -> bool:

@@ -28,7 +28,7 @@ class ShardingSpec:
         of axes on the same one the longest is cut, the others stay whole, and the plan says so.
         With neither inputs nor axes the longest attended axis is cut.
     inputs_are: "whole" on every rank, or "shards": the inputs that name a cut axis arrive as this
-        rank's part, made by ``mosaic.shard_tensor`` or cut as ``torch.chunk`` does.
+        rank's part, made by ``mosaic.shard_tensor`` or ``mosaic.as_shard``.
     outputs: "whole" (every rank has the single-device result) or "shards" (what holds the axis
         stays cut, and is a tensor of its own; ``mosaic.layout_of`` and ``mosaic.gather`` read it).
     on_gather: what to do with an op that has no exact local form: "warn" and run it whole on every
@@ -171,6 +171,13 @@ def check_mappings(inputs: object, axes: object) -> None:
                 f"axis {axis!r} is neither a name nor the number of a dim",
                 fix="write axes={'rows': 'ring'} with names, or axes={1: 'ring'} without",
             )
+    kinds = {type(axis).__name__ for axis in axes or {}}
+    if len(kinds) > 1:
+        raise ShardingError(
+            "axes are given by name and by the number of a dim",
+            axes=", ".join(map(repr, axes or {})),
+            fix="write axes={'rows': 'ring'} with names, or axes={1: 'ring'} without",
+        )
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {

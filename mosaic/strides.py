@@ -7,7 +7,6 @@ ours keeps. They are told of a tensor whose strides they made themselves, or ref
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,24 +18,42 @@ from mosaic.source import where
 aten = torch.ops.aten
 
 STRIDED = (aten.as_strided.default, aten.as_strided_copy.default)
-WRITTEN = aten.as_strided_scatter.default
+#: How the tracer writes into such a view; torch's derivative of the first is wrong, and the second
+#: loses what no window holds.
+WRITTEN = (aten.as_strided_scatter.default, aten.unfold_backward.default)
 
 
 def pin_strides(graph: fx.Graph) -> int:
     """Give every ``as_strided`` an operand that lies in memory as the user's did."""
-    found = [n for n in graph.nodes if n.target in (*STRIDED, WRITTEN)]
+    for node in graph.nodes:
+        if node.target in WRITTEN and not fills_all(node):
+            raise UnsupportedError(
+                "a view that as_strided or unfold made is written to",
+                where=where(node),
+                fix="write into slices (x[:, 2:4] = y), or into a copy: view.clone()",
+            )
+    found = [n for n in graph.nodes if n.target in STRIDED]
     for node in found:
         pin(graph, node)
     return len(found)
 
 
+def fills_all(node: fx.Node) -> bool:
+    """Whether windows lie side by side and hold every element."""
+    if node.target is not aten.unfold_backward.default:
+        return False
+    _, sizes, dim, size, step = node.args
+    return size == step and sizes[dim] % size == 0
+
+
 def pin(graph: fx.Graph, node: fx.Node) -> None:
-    defaults: tuple[Any, ...] = (None,)
-    x, *source, size, stride, offset = tuple(node.args) + defaults[len(node.args) - arity(node) :]
+    x, size, stride, *rest = node.args
     val = x.meta["val"]
     order = in_memory(val)
-    offset = 0 if offset is None else offset - val.storage_offset()
-    if order is None or not 0 <= offset <= val.numel() - reach(size, stride):
+    given = rest[0] if rest else None
+    offset = 0 if given is None else given - val.storage_offset()
+    unknown = given is not None and starts_later(graph)
+    if order is None or unknown or not 0 <= offset <= val.numel() - reach(size, stride):
         raise UnsupportedError(
             f"{node.target.__name__} reads memory that is not that of its own tensor alone",
             where=where(node),
@@ -48,22 +65,12 @@ def pin(graph: fx.Graph, node: fx.Node) -> None:
         ordered = insert(graph, node, aten.permute.default, (x, order))
         options = {"memory_format": torch.contiguous_format}
         dense = insert(graph, node, aten.clone.default, (ordered,), options)
-    node.args = (dense, *source, size, stride, offset)
-    if node.target is WRITTEN:
-        undo_order(graph, node, order)
+    node.args = (dense, size, stride, offset)
 
 
-def arity(node: fx.Node) -> int:
-    """How many arguments there are before the offset, which may be left out."""
-    return 4 if node.target is WRITTEN else 3
-
-
-def undo_order(graph: fx.Graph, node: fx.Node, order: list[int]) -> None:
-    back = sorted(range(len(order)), key=order.__getitem__)
-    with graph.inserting_after(node):
-        result = insert(graph, node, aten.permute.default, (node, back))
-    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
-    node.meta["val"] = node.args[0].meta["val"]
+def starts_later(graph: fx.Graph) -> bool:
+    """Whether an input is a view that does not begin where its memory does: it is captured so."""
+    return any(n.meta.get("storage_offset") for n in graph.nodes if n.op == "placeholder")
 
 
 def in_memory(x: Tensor) -> list[int] | None:

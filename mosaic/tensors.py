@@ -32,7 +32,7 @@ def shard_of(x: Tensor) -> Shard:
 
 def _spec(x: Tensor) -> str:
     if not isinstance(x, Tensor):
-        raise ShardingError(f"a {type(x).__name__} is no tensor")
+        raise ShardingError(f"a {type(x).__name__} is no tensor", fix="pass a torch.Tensor")
     spec = getattr(x, _MARK, None)
     if spec is None:
         raise ShardingError(
@@ -72,9 +72,13 @@ def written(layout: Layout) -> str:
 def dim_of(x: Tensor, dim: int) -> int:
     """A dim from the front. Raises ShardingError for one that x lacks."""
     if not isinstance(x, Tensor):
-        raise ShardingError(f"a {type(x).__name__} is no tensor")
+        raise ShardingError(f"a {type(x).__name__} is no tensor", fix="pass a torch.Tensor")
     if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
-        raise ShardingError(f"there is no dim {dim!r} in the tensor", sizes=list(x.shape))
+        raise ShardingError(
+            f"there is no dim {dim!r} in the tensor",
+            sizes=list(x.shape),
+            fix=f"use one of its {x.ndim} dims, from 0 or from -1",
+        )
     return dim % x.ndim
 
 
@@ -118,6 +122,7 @@ def gather_node(x: Tensor, dim: int, layout: str, mesh_axis: str) -> Tensor:
             f"the shard is not the part of dim {dim} that the layout says",
             sizes=f"{list(x.shape)} on rank {rank} of {p}",
             layout=found,
+            fix="pass the layout that it was cut with, or leave it out where all shards are equal",
         )
     shard = Shard(Place(found, dim, mesh_axis=mesh_axis), rank, context.group_name(mesh_axis))
     return torch.ops.mosaic.gather(x, shard.encode())
@@ -140,6 +145,7 @@ def shard_tensor(
             f"the layout does not fit dim {dim}",
             sizes=f"the tensor has {x.shape[dim]} there and the mesh axis {p} ranks; "
             f"the layout is of {layout.n} over {layout.p}",
+            fix="make it for these sizes: mosaic.Layout.even(length, ranks)",
         )
     if not layout.is_partition and layout != Layout.whole(layout.n, p):
         raise ShardingError(
@@ -156,6 +162,29 @@ def shard_tensor(
     return mark(part, shard.encode())
 
 
+def as_shard(part: Tensor, dim: int, *, layout: Layout, mesh_axis: str = "sp") -> Tensor:
+    """Say how a part that this rank has made itself (read from its file, computed from a shard) is
+    cut along ``dim``. The result shares its memory, and its gradient is the part's.
+
+    >>> rows = mosaic.as_shard(read_my_rows(), 0, layout=mosaic.Layout.even(150_000, 4))
+
+    Raises ShardingError where the part is not as long as the layout says.
+    """
+    context = get_context()
+    dim, p, rank = dim_of(part, dim), context.size(mesh_axis), context.rank(mesh_axis)
+    written(layout)  # says so if it is none
+    if layout.p != p or layout.lengths[rank] != part.shape[dim] or not layout.is_partition:
+        raise ShardingError(
+            f"the part is not what the layout says of dim {dim}",
+            sizes=f"{list(part.shape)} on rank {rank} of {p}",
+            layout=layout,
+        )
+    shard = Shard(Place(layout, dim, mesh_axis=mesh_axis), rank, context.group_name(mesh_axis))
+    out = part.view_as(part)
+    may_vary(out, dim)
+    return mark(out, shard.encode())
+
+
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor (labels), cut as ``like`` is along the same dim."""
     shard = shard_of(like)
@@ -164,5 +193,6 @@ def shard_like(x: Tensor, like: Tensor) -> Tensor:
         raise ShardingError(
             "the tensor does not have the axis where the other has it",
             sizes=f"{list(x.shape)} against length {place.size} in dim {place.dim}",
+            fix="pass a whole tensor that has the same axis in the same dim",
         )
     return mark(slice_to(x, shard.encode()), shard.encode())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from traceback import FrameSummary
+from types import CodeType
 from typing import Any
 
 import sympy
@@ -25,9 +26,12 @@ from torch._dynamo import maybe_mark_dynamic as may_vary
 from torch._dynamo import reset as reset_dynamo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import CatchErrorsWrapper
+from torch._dynamo.eval_frame import reset_code
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis as Restart
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
 from torch._dynamo.source import AttrSource
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -36,25 +40,40 @@ from torch._functorch.predispatch import _vmap_decrement_nesting as VMAP_ENDS
 from torch._functorch.predispatch import _vmap_increment_nesting as VMAP_BEGINS
 from torch._functorch.predispatch import lazy_load_decompositions as VMAP_PREPARES
 from torch._guards import CompileContext, tracing
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._higher_order_ops.wrap import wrap as wrap_body
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._library.simple_registry import singleton as library_registry
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.checkpoint import CheckpointPolicy
+
+from mosaic.real_strides import heeding_strides
 
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
 
 __all__ = [
+    "DATA_DEPENDENT",
+    "INLINED",
     "RESUMED",
     "VMAP_BEGINS",
     "VMAP_ENDS",
@@ -63,12 +82,16 @@ __all__ = [
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
+    "Restart",
     "active_ddp",
     "aot_export_module",
     "around_each_call",
     "autograd_function_apply",
+    "bake_floats",
     "break_after",
     "broken_guard",
+    "code_at_hand",
     "compile_by_eager",
     "compile_by_inductor",
     "compiles_left",
@@ -86,6 +109,7 @@ __all__ = [
     "has_decomposition",
     "is_alias",
     "is_of_functorch",
+    "is_traceable_wrapper_subclass",
     "is_whole_function",
     "make_fx",
     "may_vary",
@@ -105,11 +129,23 @@ __all__ = [
     "tag_activation_checkpoint",
     "torch_version",
     "why_eager",
+    "without_effects",
     "without_modes",
+    "without_traces",
 ]
 
 #: Whether two tensors are of one memory.
 is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
+
+#: What torch raises where a size or a number depends on values.
+DATA_DEPENDENT = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+
+#: Higher-order ops that only run a body, and where the body's operands begin in their arguments.
+INLINED = {wrap_body: 1, invoke_subgraph: 2}
 
 #: What Dynamo writes for ``x.data``.
 get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
@@ -202,6 +238,33 @@ def functorch_restored() -> Iterator[None]:
     finally:
         if functorch.get_dynamic_layer_stack_depth() > depth:
             functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
+@contextmanager
+def without_effects() -> Iterator[None]:
+    """Trace checks of linear algebra as plain ops: as effects they would add tokens to the inputs
+    and outputs."""
+    effect: Any = getattr(library_registry.find("aten::_linalg_check_errors"), "effect", None)
+    before = getattr(effect, "_effect", None)
+    if before is None:  # an older torch, to which it is a plain op
+        yield
+        return
+    effect._effect = None
+    try:
+        yield
+    finally:
+        effect._effect = before
+
+
+def bake_floats(module: fx.GraphModule) -> None:
+    """Raise Restart if a float of Python's (``LayerNorm.eps`` under ``dynamic=True``) came as a
+    tensor whose item is taken: Dynamo traces anew, with its value and a guard on that."""
+    taken = [n.meta.get("example_value") for n in module.graph.nodes if n.target == "item"]
+    floats = [v for v in taken if isinstance(v, torch.SymFloat) and v.node.has_hint()]
+    for value in floats:
+        TensorifyState.specialize(str(value.node._expr))
+    if floats:
+        raise Restart
 
 
 _regions = count()
@@ -321,6 +384,29 @@ def break_after(module: fx.GraphModule) -> tuple[str, FrameSummary | None] | Non
     return reason, ended.user_stack[-1] if ended.user_stack else None
 
 
+@contextmanager
+def without_traces() -> Iterator[list[CodeType]]:
+    """Let Dynamo compile whatever it has compiled before, and forget afterwards what it has made of
+    the functions in this list; all others stay compiled."""
+    compiled: list[CodeType] = []
+    limits = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    with dynamo_config.patch(limits):
+        try:
+            yield compiled
+        finally:
+            for code in compiled:
+                reset_code(code)
+
+
+def code_at_hand() -> CodeType:
+    """Of the function that Dynamo compiles now. Only inside the backend call."""
+    frame: Any = sys._getframe(1)
+    while not isinstance(frame.f_locals.get("self"), CatchErrorsWrapper):
+        frame = frame.f_back
+    code: CodeType = frame.f_locals["frame"].f_code
+    return code
+
+
 def never_compiles() -> bool:
     """Whether torch.compile gives every function back as it is."""
     return os.environ.get("TORCHDYNAMO_DISABLE", "") == "1"
@@ -335,7 +421,7 @@ def why_eager() -> str:
     if dynamo_config.disable:
         return "torch._dynamo.config.disable"
     return (
-        "Dynamo skipped it, or has compiled "
+        "Dynamo skipped it (as FullyShardedDataParallel without use_orig_params=True), or compiled "
         f"torch._dynamo.config.recompile_limit = {dynamo_config.recompile_limit} versions of it "
         "(TORCH_LOGS=dynamo,recompiles says which)"
     )
@@ -405,7 +491,7 @@ def compile_by_eager(
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
             lower(graph.graph, kind)
-            return make_boxed_func(fx.GraphModule(graph, with_free_views(graph.graph)).forward)
+            return make_boxed_func(fx.GraphModule(graph, heeding_strides(graph.graph)).forward)
 
         return compile_graph
 
@@ -419,16 +505,6 @@ def compile_by_eager(
             bw_compiler=compiler("backward"),
             partition_fn=split,
         )(module, inputs)
-
-
-def with_free_views(graph: fx.Graph) -> fx.Graph:
-    """The graph to be run: a view of what is laid out otherwise than torch's description of the op
-    says (``huber_loss_backward``'s, say) is a copy, where it would be an error."""
-    run = fx.Graph()
-    run.output(run.graph_copy(graph, {}))
-    for node in run.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
-    return run
 
 
 def torch_version() -> tuple[int, int]:

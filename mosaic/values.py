@@ -115,6 +115,12 @@ class Collective:
     source: str
 
 
+def is_effect(node: fx.Node) -> bool:
+    """Whether a call has no result and is there for what it does: a check."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and not schema.returns
+
+
 def recipe(node: fx.Node) -> Any:
     val = node.meta.get("val")
     if isinstance(val, (tuple, list)):
@@ -135,7 +141,7 @@ def map_values(fn: Callable[[Value], Any], tree: Any) -> Any:
 
 
 def is_whole(value: Any) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return all(is_whole(v) for v in value)
     return not isinstance(value, Value) or value.place is None
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from mosaic import random
 from mosaic.layout import Place, Shard
+from mosaic.masks.op import ATTENTIONS
 from mosaic.modes import Modes, set_modes
 from mosaic.rewrite import insert
 
@@ -28,7 +29,10 @@ class Writer:
 
     def op(self, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
         self.switch(like.meta.get("modes"))
-        return insert(self.graph, like, target, args, kwargs, name=like.name)
+        node = insert(self.graph, like, target, args, kwargs, name=like.name)
+        if target in ATTENTIONS and "way" in like.meta:  # which another axis may cut
+            node.meta["way"] = like.meta["way"]
+        return node
 
     def function(self, like: fx.Node, target: Any, args: Any, name: str | None = None) -> fx.Node:
         """A collective or a helper: in ``like``'s modes, and never recomputed in backward."""

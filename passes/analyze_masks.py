@@ -30,7 +30,7 @@ from mosaic.masks.read import Mask, Reader, every_row_sees, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
 from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
-from mosaic.rewrite import insert
+from mosaic.rewrite import drop_dead, insert
 from mosaic.values import Call
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ def analyze_masks(graph: fx.Graph, context: Context) -> int:
             rewrite(node, call, said)
             count += 1
         node.meta["mask"] = words(node)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     return count
 
 

@@ -107,7 +107,8 @@ def named_dims(
     for path, dims in (context.spec.inputs or {}).items():
         if name in dims.split():
             node = next((n for n, i in tensors if binds(path, i.source)), None)
-            if node is not None:
+            is_other = not context.is_first_graph and len(dims.split()) != dims_of(node)
+            if node is not None and not is_other:  # behind a break a name may be another's
                 found.append(sized(node, path, dims, dims.split().index(name)))
     return found
 
@@ -123,9 +124,15 @@ def dim_of_only_input(tensors: list, dim: int) -> list[tuple[fx.Node, int, int]]
     ndim = node.meta["val"].ndim
     if not -ndim <= dim < ndim:
         raise ShardingError(
-            f"there is no dim {dim} in {tensors[0][1].name}", sizes=list(node.meta["val"].shape)
+            f"there is no dim {dim} in {tensors[0][1].name}",
+            sizes=list(node.meta["val"].shape),
+            fix=f"use one of its {ndim} dims, from 0 or from -1",
         )
     return [(node, dim % ndim, node.meta["val"].shape[dim])]
+
+
+def dims_of(node: fx.Node | None) -> int:
+    return node.meta["val"].ndim if node is not None else 0
 
 
 def sized(node: fx.Node, path: str, dims: str, dim: int) -> tuple[fx.Node, int, int]:
@@ -135,6 +142,7 @@ def sized(node: fx.Node, path: str, dims: str, dim: int) -> tuple[fx.Node, int, 
             f"{path} has {len(shape)} dims, and {len(dims.split())} names were given",
             names=dims,
             sizes=shape,
+            fix="give each dim a name, and _ to those that do not matter",
         )
     return node, dim, shape[dim]
 

@@ -20,7 +20,7 @@ from torch import fx
 
 from mosaic.context import Context
 from mosaic.masks.op import PLAIN
-from mosaic.rewrite import insert
+from mosaic.rewrite import drop_dead, insert
 from mosaic.strides import pin_strides
 from mosaic.values import differentiable
 
@@ -35,7 +35,7 @@ def normalize(graph: fx.Graph, context: Context) -> int:
     changed += undo_repeat_kv(graph)
     changed += merge_common(graph)
     before = len(graph.nodes)
-    graph.eliminate_dead_code()
+    drop_dead(graph)
     mark_gradients(graph)
     for site, node in enumerate(n for n in graph.nodes if is_random(n)):
         node.meta["site"] = site

@@ -6,6 +6,8 @@ choice between even and zigzag needs to know the attentions first.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from mosaic.context import Context
@@ -14,6 +16,7 @@ from mosaic.handwritten.softmax import unread_softmax
 from mosaic.local.attention import Attention, flattened, with_axis
 from mosaic.masks.op import ATTENTIONS
 from mosaic.notices import UNKNOWN
+from mosaic.passes.infer_axes import begins
 from mosaic.sharder import Sharder
 from mosaic.source import line
 from mosaic.values import Axis, places_of
@@ -21,14 +24,65 @@ from mosaic.values import Axis, places_of
 
 def propagate(graph: fx.Graph, context: Context) -> int:
     planners = follow(graph, context)
+    if begin_again(graph, planners, context) or leave_whole(planners, context):
+        planners = follow(graph, context)
     for key, planner in zip(("place", "second place"), planners, strict=False):
         for node, value in planner.env.items():
             node.meta[key] = places_of(value)
     context.attentions = attended(planners, context)
-    for axis in context.axes:
-        if context.spec.sharded and not any(axis.name in a.axes for a, _ in context.attentions):
-            raise nothing_attends(graph, axis)
+    if context.spec.sharded:
+        for axis, planner in zip(context.axes, planners, strict=True):
+            if not attends(planner):
+                raise nothing_attends(graph, axis, planner)
     return sum(node.meta.get("place") is not None for node in graph.nodes)
+
+
+def attends(planner: Sharder) -> bool:
+    """Whether an attention runs over the axis."""
+    return any(found.axes for found, _ in planner.attentions)
+
+
+def begin_again(graph: fx.Graph, planners: list[Sharder], context: Context) -> bool:
+    """A named axis that is gathered before any attention runs over it (by a stem of convolutions)
+    is cut again where it was gathered, if it is as long there."""
+    if len(planners) != 1 or not context.spec.sharded or attends(planners[0]):
+        return False
+    (planner,), (axis,) = planners, context.axes
+    gathered = {node for _, node in planner.gathered}
+    found = {
+        (begin.node.name, begin.place.dim): begin.node
+        for node in graph.nodes
+        if node.target in ATTENTIONS
+        for begin in begins(node)
+        if begin.place.layout.n == axis.layout.n and gathered & before(begin.node)
+    }
+    if found:
+        context.axes = (replace(axis, seeds=(*axis.seeds, *found)),)
+        lines = ", ".join(line(node) for node in found.values())
+        context.notes.append(f"axis {axis.name!r} is cut again behind what gathers it: {lines}")
+    return bool(found)
+
+
+def before(node: fx.Node) -> set[fx.Node]:
+    """A node, and all that it is made of."""
+    todo, found = [node], set()
+    while todo:
+        n = todo.pop()
+        if n not in found:
+            found.add(n)
+            todo += n.all_input_nodes
+    return found
+
+
+def leave_whole(planners: list[Sharder], context: Context) -> bool:
+    """In a later graph (behind a break) arguments of other functions have the same names: an axis
+    that was bound to one, and that nothing attends over there, is none."""
+    if context.is_first_graph or not context.spec.sharded or context.arriving:
+        return False
+    kept = [a for a, p in zip(context.axes, planners, strict=True) if attends(p)]
+    changed = len(kept) < len(context.axes)
+    context.axes = tuple(kept)
+    return changed
 
 
 def follow(graph: fx.Graph, context: Context) -> list[Sharder]:
@@ -58,11 +112,14 @@ def merged(a: Attention, b: Attention, node: fx.Node, context: Context) -> Atten
     return with_axis(a, b, None)
 
 
-def nothing_attends(graph: fx.Graph, axis: Axis) -> ShardingError:
+def nothing_attends(graph: fx.Graph, axis: Axis, planner: Sharder) -> ShardingError:
     attended = [n for n in graph.nodes if n.target in ATTENTIONS]
     lengths = sorted({n.args[0].meta["val"].shape[-2] for n in attended})
     unread = unread_softmax(graph)
     facts = {"note": f"{UNKNOWN}: {line(unread)}"} if unread else {}
+    if planner.gathered:
+        why, node = planner.gathered[0]
+        facts["gathered"] = f"{why}: {line(node)}"
     return ShardingError(
         f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
         sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: "

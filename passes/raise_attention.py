@@ -9,10 +9,11 @@ Unmodified models need this: ``nn.MultiheadAttention`` with its default ``need_w
 calls SDPA. Legal because it is the same function; where something else reads the scores or the
 weights, they are computed for it as well.
 
-A row that sees no key has no output where scores are hidden by -inf. Where they are hidden by a
-finite number it weighs all hidden keys alike. So where the masks do not say that every row sees a
-key, a row that sees none gets q = 0, and the number is added: equal scores, no gradient to q and k,
-and each value's share of the gradient. (A key is not seen either where a bias is as low.)
+A row that sees no key is nan where scores are hidden by -inf: so it is made nan, with the gradients
+that are, where the masks do not say that every row sees a key. Where they are hidden by a
+finite number it weighs all hidden keys alike: there such a row gets q = 0, and the number is added:
+equal scores, no gradient to q and k, and each value's share of the gradient. (A key is not seen
+either where a bias is as low.)
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Found:
     """Both products, and what stands between them. ``all_see``: every row has a key to look at, or
-    is 0 where it has none. ``lead``: the leading dims of the attention, heads apart if they ever
-    are."""
+    is 0 where it has none; ``may_be_nan``: nan, in place of 0. ``lead``: the leading dims of the
+    attention, heads apart if they ever are."""
 
     product: Weighted
     weights: Weights
     masked: Masked
     all_see: bool
+    may_be_nan: bool = False
 
     @property
     def operands(self) -> tuple[Operand, Operand, Operand]:
@@ -102,7 +104,9 @@ def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
         return None
     is_certain = is_zeroed or below.fill == -INF
     all_see = is_certain or (mild and sees(below, above.scores, constants))
-    found = Found(product, above, below, all_see)
+    is_nan = not (is_zeroed or above.is_safe) and below.fill == -INF
+    may_be_nan = is_nan and not sees_some(below, above.scores, constants)
+    found = Found(product, above, below, all_see, may_be_nan)
     return found if fits(node, found) else None
 
 
@@ -141,6 +145,21 @@ def sees(below: Masked, scores: fx.Node, constants: Constants) -> bool:
     return rows <= keys and every_row_sees(joined(conditions, constants))
 
 
+def sees_some(below: Masked, scores: fx.Node, constants: Constants) -> bool:
+    """Whether neither masks nor biases of -inf hide all keys of a row."""
+    if not all(is_mild(bias.node, constants) for bias in below.biases):
+        known = constants(below.biases[0].node)
+        if below.seen or len(below.biases) > 1 or known is None:
+            return False
+        return bool((known > -INF).any(-1).all())
+    if not below.seen:
+        return True
+    known = constants(below.seen[0].node)
+    if len(below.seen) == 1 and known is not None:
+        return bool((known if below.seen[0].how else ~known).any(-1).all())
+    return sees(below, scores, constants)
+
+
 # --- writing --------------------------------------------------------------------------------------
 
 
@@ -161,6 +180,8 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         new.meta["site"] = len(graph.nodes)
         new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
         new.meta["keeps_low_rows"] = bool(found.masked.biases)
+        if found.may_be_nan:
+            new = nan_where_blind(graph, new, q, k, v, mask, flat)
         new = made(graph, aten.squeeze.dim, new, 1) if flat else new
         new = led(graph, new, found.last_lead) if found.is_viewed else new
         new = permuted(graph, new, found.product.order)
@@ -212,6 +233,29 @@ def masks(graph: fx.Graph, q: fx.Node, found: Found) -> tuple[fx.Node, fx.Node |
         unseen = made(graph, aten.logical_not.default, sees)
         mask = made(graph, aten.logical_or.default, mask, unseen)
     return q, mask
+
+
+def nan_where_blind(
+    graph: fx.Graph, out: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node, flat: bool
+) -> fx.Node:
+    """``out``, nan in rows that see no key. So are the gradients of all values then and, where the
+    mask is added to the scores, those of these queries and of all keys."""
+    is_added = mask.meta["val"].dtype != torch.bool
+    seen = made(graph, aten.gt.Scalar, mask, -INF) if is_added else mask
+    sees = made(graph, aten.any.dim, seen, -1, True)
+    parts = [made(graph, aten.sum.dim_IntList, v, [-2], True)]
+    if is_added:
+        parts.append(made(graph, aten.sum.dim_IntList, q, [-1], True))
+        parts.append(made(graph, aten.sum.dim_IntList, k, [-2, -1], True))
+    total = parts[0]
+    for part in parts[1:]:
+        total = made(graph, aten.add.Tensor, total, part)
+    blind = made(graph, aten.logical_not.default, sees)
+    if flat:
+        total, blind = lifted(graph, total), lifted(graph, blind)
+    factor = cast(graph, blind, out.meta["val"].dtype)
+    factor = made(graph, aten.masked_fill.Scalar, factor, blind, float("nan"))  # else 0
+    return made(graph, aten.where.self, blind, made(graph, aten.mul.Tensor, factor, total), out)
 
 
 def total_bias(graph: fx.Graph, q: fx.Node, found: Found) -> fx.Node | None:

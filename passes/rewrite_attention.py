@@ -25,7 +25,6 @@ from mosaic.attention.visit import Inputs
 from mosaic.context import Context
 from mosaic.layout import Place, Shard
 from mosaic.local.attention import Attention
-from mosaic.passes.choose_method import resolved
 from mosaic.rewrite import insert, splice
 
 aten = torch.ops.aten
@@ -49,18 +48,19 @@ def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
     inputs = Inputs(mask_of(graph, node, mask, q), ids[0], ids[1], node.meta["seed"], leaves)
     last = node.prev
     heads = [x.meta["val"].shape[1] for x in operands]
-    calls = calls_of(plan_of(node.meta["attention"], context), *heads[:2])
+    calls = calls_of(plan_of(node, context), *heads[:2])
     out = splice(graph, node, sharded_attention, (*operands, inputs, calls))
     while (last := last.next) is not node:
         last.meta.pop("recompute", None)  # what was sent for is kept
     return reshaped(graph, node, out, list(node.meta["val"].shape))
 
 
-def plan_of(found: Attention, context: Context) -> AttentionPlan:
+def plan_of(node: fx.Node, context: Context) -> AttentionPlan:
+    found: Attention = node.meta["attention"]
     world = context.on(found.mesh)
     cut = [encoded(place, context) for place in (found.batch, found.heads)]
     return AttentionPlan(
-        way=resolved(found, context)[0],
+        way=node.meta["way"],
         rank=world.rank,
         group=world.group,
         query=found.query,

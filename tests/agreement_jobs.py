@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import contract_cases as cc
 import torch
+import torch.nn.functional as F
 
 import mosaic
 from mosaic import backend, data_check, exchange
@@ -32,6 +33,16 @@ def model_and_input(n: int = 13) -> tuple:
     torch.manual_seed(0)
     model, (x,), _ = cc.built(cc.Reductions, n=n)
     return model, x
+
+
+def attention_and_input(n: int = 13) -> tuple:
+    """Compiled sooner."""
+    x = torch.linspace(-1, 1, 2 * n * cc.E, dtype=torch.float64).view(2, n, cc.E)
+    return attend, x.requires_grad_()
+
+
+def attend(x: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(x, x, x)
 
 
 def other_length(p: int) -> str:
@@ -114,22 +125,26 @@ def one_is_gone(p: int) -> str:
     """Rank 1 says that it is a process that has ended."""
     mosaic.init(sp_size=p)
     if rank() == 0:
-        return message(p, model_and_input)
+        return message(p, attention_and_input)
     ended = subprocess.Popen(["true"])
     ended.wait()
     default_store().set("mosaic/process/1", json.dumps([exchange.machine(), ended.pid]))
     return "not compiled"
 
 
-def one_is_late(p: int) -> tuple[str, list[str]]:
-    """What is said, and what is logged meanwhile."""
-    exchange.SAY_AFTER, logged = 0.5, []
+def one_is_late(p: int) -> tuple[str, set[str]]:
+    """What is said, and what is logged meanwhile. Rank 1 comes when rank 0 waits."""
+    group, logged = mosaic.init(sp_size=p).group(), []
+    assert group is not None
+    exchange.SAY_AFTER = 1.5
     exchange.log.warning = lambda text, *args: logged.append(text % args)  # type: ignore
     if rank() == 1:
+        while not exchange._noted(default_store(), group, "waits", 0):
+            time.sleep(0.1)
         time.sleep(1)
     try:
-        said = message(p, model_and_input)
-        return said, [text.rpartition(" (")[0] for text in logged if "waits" in text]
+        said = message(p, attention_and_input)
+        return said, {text.rpartition(" (")[0] for text in logged if exchange.COMPILE in text}
     finally:
         exchange.SAY_AFTER = 30.0
         del exchange.log.warning
@@ -137,14 +152,14 @@ def one_is_late(p: int) -> tuple[str, list[str]]:
 
 def each_waits_for_another_thing(p: int) -> str:
     if rank() == 0:
-        return message(p, model_and_input)
+        return message(p, attention_and_input)
     mosaic.init(sp_size=p)
     return caught(lambda: mosaic.gather(torch.ones(2, 3), 1))
 
 
 def one_without_gradients(p: int) -> str:
     with torch.set_grad_enabled(rank() == 0):
-        return message(p, model_and_input)
+        return message(p, attention_and_input)
 
 
 def caught(call: Callable[[], object]) -> str:
@@ -158,7 +173,7 @@ def caught(call: Callable[[], object]) -> str:
 def other_compiled_modes(p: int) -> str:
     """Every rank has compiled both modes, and then they take different ones."""
     mosaic.init(sp_size=p)
-    model, x = model_and_input()
+    model, x = attention_and_input()
     compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"})
     compiled(x)
     with torch.no_grad():
@@ -170,10 +185,10 @@ def other_compiled_modes(p: int) -> str:
 def one_compiles_another(p: int) -> None:
     """Rank 0 goes on with a length that is compiled, rank 1 with a new one."""
     mosaic.init(sp_size=p)
-    model, x = model_and_input()
+    model, x = attention_and_input()
     compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"}, dynamic=False)
     compiled(x)
-    compiled(model_and_input(13 + rank())[1])
+    compiled(attention_and_input(13 + rank())[1])
 
 
 def keys_are_deleted(p: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from model_jobs import gradients
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import mosaic
@@ -34,7 +36,8 @@ def said(call: Callable[[], Any]) -> str:
     try:
         call()
     except Exception as error:
-        return str(getattr(error, "inner_exception", error))
+        text = str(getattr(error, "inner_exception", error))
+        return re.sub(r"\.py:\d+ in", ".py:LINE in", text)
     return "no error"
 
 
@@ -78,11 +81,11 @@ def eager_runs(p: int) -> dict[str, str]:
     ways: list[tuple[str, Callable[[], AbstractContextManager], nn.Module, int]] = [
         ("never compiled", lambda: stance("force_eager"), attend, 8),
         ("compiled", nullcontext, attend, 8),
+        ("in a loop", nullcontext, compiled(Loop(), inputs_are="shards"), 8),
         ("force_eager", lambda: stance("force_eager"), attend, 8),
         ("eager_on_recompile, compiled", lambda: stance("eager_on_recompile"), attend, 8),
         ("eager_on_recompile", lambda: stance("eager_on_recompile"), attend, 10),
         ("disabled", lambda: config(disable=True), attend, 10),
-        ("in a loop", nullcontext, compiled(Loop(), inputs_are="shards"), 8),
         ("limit", lambda: config(recompile_limit=1), attend, 12),
         ("break first", nullcontext, compiled(BreaksFirst(), inputs_are="shards"), 8),
         ("break last", nullcontext, compiled(BreaksLast(), inputs_are="shards"), 8),
@@ -105,6 +108,16 @@ def whole_and_eager(p: int) -> list[str]:
     from mosaic.notices import _said
 
     return [text for text in _said if "ran eagerly" in text]
+
+
+def under_fsdp(p: int) -> list[str]:
+    """Dynamo takes no FullyShardedDataParallel whose parameters are flat."""
+    mosaic.init(sp_size=p)
+    model = FullyShardedDataParallel(Block(), use_orig_params=False, device_id=torch.device("cpu"))
+    compiled(model)(random(8)).sum().backward()
+    from mosaic.notices import _said
+
+    return [text for text in _said if "use_orig_params" in text]
 
 
 # --- gradients that are shares ------------------------------------------------------------------

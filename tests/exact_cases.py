@@ -87,11 +87,32 @@ add("head dim of one number", lambda x: sdpa(*[x[..., :1].expand(X)] * 3), X)
 add("unfold", lambda x: attended(x).mT.unfold(2, 3, 1).mean(-1), X)
 add("as_strided", lambda x: attended(x).mT.as_strided((3, 4, 2), (20, 3, 2), 4).sin(), X)
 add("as_strided of an input", lambda x: attended(x) + x.mT.as_strided((7,), (7,)), (2, 8, 7))
+
+
 add(
-    "as_strided, written to",
-    lambda x: attended(x).clone().as_strided_scatter(x[0, :3, 0], (3,), (9,), 2).sin(),
-    X,
+    "as_strided from a place in memory, of a view",
+    lambda x: attended(x) + x.as_strided(X, (0, 8, 1), 56),
+    lambda: torch.randn(3, 7, 8, dtype=torch.float64)[1:].requires_grad_(),
+    refusal="as_strided.default reads memory that is not that of its own tensor alone",
 )
+
+
+def strided_written(x: Tensor) -> Tensor:
+    y = attended(x) * 1
+    y.as_strided((2, 7), (56, 8)).fill_(2.0)
+    return y
+
+
+def unfold_written(x: Tensor, dim: int) -> Tensor:
+    y = attended(x) * 1
+    y.unfold(dim, 2, 2).add_(1.5)
+    return y
+
+
+WRITTEN = "a view that as_strided or unfold made is written to"
+add("as_strided, written to", strided_written, X, refusal=WRITTEN)
+add("unfold, written to", lambda x: unfold_written(x, 1), X, refusal=WRITTEN)
+add("unfold of all, written to", lambda x: unfold_written(x, 2), X)
 add(
     "as_strided of a slice",
     lambda x: attended(x)[:, 1:].as_strided((3, 4), (2, 1)),
@@ -303,7 +324,7 @@ add_model(
     lambda: (randn(*X), torch.zeros(7).double(), torch.ones(7).double()),
 )
 
-# --- masks of integers that wrap ------------------------------------------------------------------
+# --- masks of integers that wrap -----------------------------------------------------------------
 
 
 def wrapped_scores(x: Tensor) -> Tensor:
@@ -318,3 +339,58 @@ def wrapped_mask(x: Tensor) -> Tensor:
 
 add("mask of uint8", wrapped_scores, X)
 add("mask of int8", wrapped_mask, X)
+
+# --- attention whose head dim is the axis --------------------------------------------------------
+
+
+class CrossCovariance(nn.Module):
+    """XCiT's: channels attend to channels, and the tokens are the head dim."""
+
+    def __init__(self, dim: int, heads: int, fused: bool):
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.temperature = nn.Parameter(torch.linspace(0.5, 1.5, heads).view(heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 4, 1).unbind(0)
+        q, k = F.normalize(q, dim=-1) * self.temperature, F.normalize(k, dim=-1)
+        y = sdpa(q, k, v, scale=1.0) if self.fused else (q @ k.mT).softmax(-1) @ v
+        return self.proj(y.permute(0, 3, 1, 2).reshape(b, n, c))
+
+
+class ClassAttention(nn.Module):
+    """The first token attends to all."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.q, self.kv, self.heads = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, (k, v) = self.q(x[:, :1]), self.kv(x).chunk(2, -1)
+        y = sdpa(*(heads(t, self.heads) for t in (q, k, v)))
+        return y.transpose(1, 2).flatten(2)
+
+
+class XCiT(nn.Module):
+    def __init__(self, fused: bool):
+        super().__init__()
+        self.patches, self.cls = nn.Linear(5, 32), nn.Parameter(torch.randn(1, 1, 32))
+        self.first, self.second = (CrossCovariance(32, 4, fused) for _ in range(2))
+        self.norm, self.classes = nn.LayerNorm(32), ClassAttention(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)
+        x = x + self.first(x)
+        x = x + self.second(self.norm(x))
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)
+        return x[:, :1] + self.classes(x)
+
+
+for fused in (True, False):
+    add_model(
+        f"cross-covariance, {'fused' if fused else 'written out'}",
+        lambda fused=fused: XCiT(fused).double(),
+        lambda: (randn(2, 13, 5),),
+    )

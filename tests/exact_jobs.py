@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from compare import assert_close
-from exact_cases import PROGRAMS, Program
+from exact_dying import PROGRAMS, Program
 from torch import Tensor, nn
 
 import mosaic

@@ -178,19 +178,58 @@ def whole_steps(lengths: list[int]) -> list[dict]:
     return out
 
 
-def shards_cut_by_the_user(p: int) -> str:
-    """A plain local tensor, whose length Dynamo builds into the program: refused."""
+def parts_that_are_refused(p: int) -> list[str]:
+    """One that was computed from a zigzag shard, and one of a length that may not vary."""
     mosaic.init(sp_size=p)
     model, (x,), _ = cc.built(cc.AnyLength)
+    part = mosaic.shard_tensor(x.detach(), 1, layout=mosaic.Layout.zigzag(13, p))
+    derived = part * 1.0
+    torch._dynamo.maybe_mark_dynamic(derived, 1)
+    return [refusal(model, derived), refusal(model, part, dynamic=False)]
+
+
+def refusal(model, part: torch.Tensor, **how) -> str:
     spec = mosaic.ShardingSpec(
         inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inputs_are="shards"
     )
-    part = x.detach().chunk(p, 1)[torch.distributed.get_rank()].contiguous()
     try:
-        torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec}, dynamic=False)(part)
+        torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec}, **how)(part)
     except Exception as error:
         return str(getattr(error, "inner_exception", error))
     return "no error"
+
+
+def parts_of_the_user(p: int) -> dict:
+    """Cut by hand, and said how."""
+    context = mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, _, _ = cc.built(cc.AnyLength)
+    spec = mosaic.ShardingSpec(
+        inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inputs_are="shards"
+    )
+    compiled = torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec})
+    part = tokens(13).detach().chunk(p, 1)[context.rank()].contiguous().requires_grad_()
+    loss = compiled(mosaic.as_shard(part, 1, layout=mosaic.Layout.even(13, p)))
+    loss.backward()
+    assert part.grad is not None
+    whole = mosaic.gather(part.grad, 1, layout=mosaic.Layout.even(13, p))
+    return {"loss": loss.detach(), "gradients": {**gradients(model), "x": whole}}
+
+
+def dynamic_norm(p: int) -> dict:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.LayerNorm(cc.E), cc.Attention()).double()
+    plans: list[mosaic.Plan] = []
+    compiled = model
+    if p:
+        mosaic.init(sp_size=p)
+        backend.LISTENERS.append(plans.append)
+        compiled = torch.compile(model, backend="mosaic", options=EAGER, dynamic=True)
+    loss = compiled(tokens(13)).square().mean()
+    loss.backward()
+    backend.LISTENERS.clear()
+    cut = {"cut": [bool(plan.axis) for plan in plans]} if p else {}
+    return {"loss": loss.detach(), "gradients": gradients(model), **cut}
 
 
 def other_ranks_later(p: int) -> tuple[list[int], list[float]]:

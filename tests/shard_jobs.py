@@ -181,7 +181,7 @@ def captured_lengths(p: int, name: str) -> str:
 
     def stops(module: fx.GraphModule, _: list) -> Callable:
         world = world_of(context, "sp")
-        places = arriving_shards(module, read_inputs(module), spec, world, context.group())
+        places = arriving_shards(module, read_inputs(module), spec, world)
         lengths = set(global_sizes(module, places).values())
         found.append(f"{len(places)} inputs of {lengths}")
         capture(module, global_sizes(module, places))
@@ -206,6 +206,36 @@ def model_on_parts(p: int, name: str) -> dict:
     loss = loss_of(called(**given))
     loss.backward()
     return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+class Floats(nn.Module):
+    """Floats of Python's: under ``dynamic=True`` Dynamo gives them as tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm, self.factor = cc.Attention(), nn.LayerNorm(cc.E), 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(self.attention(x)) * self.factor).pow(3).mean()
+
+
+def floats_on_parts(p: int, factors: list[float]) -> list[dict]:
+    """Loss and gradients with each of these floats; p = 0 is the plain model on whole inputs."""
+    torch.manual_seed(0)
+    model, x, found = Floats().double(), random(13), []
+    called: Callable[..., Tensor] = model
+    if p:
+        mosaic.init(sp_size=p)
+        x = mosaic.shard_tensor(x, 1)
+        options = {"inner": "eager", "spec": shards_spec(TOKENS)}
+        called = torch.compile(model, backend="mosaic", dynamic=True, options=options)
+    for factor in factors:
+        model.zero_grad()
+        model.factor = factor
+        loss = called(x)
+        loss.backward()
+        found.append({"loss": loss.detach(), "gradients": gradients(model)})
+    return found
 
 
 class CausalLoss(nn.Module):

@@ -46,6 +46,7 @@ class AttentionPlan:
                 f"{self.way} needs queries and keys that are each held once",
                 query=self.query,
                 key=self.key,
+                fix="cut them with Layout.even or Layout.zigzag, or use the method 'local'",
             )
 
     @property

@@ -76,11 +76,13 @@ class Masked:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights: the softmax of ``scores``, with dropout; 0 where ``seen`` does not hold."""
+    """Weights: the softmax of ``scores``, with dropout; 0 where ``seen`` does not hold, or
+    (``is_safe``) where a row hides every key."""
 
     scores: fx.Node
     dropout: float = 0.0
     seen: Step | None = None
+    is_safe: bool = False
 
 
 # --- up: from the softmax to the product with the values ------------------------------------------
@@ -96,7 +98,9 @@ def weights(node: fx.Node) -> Weights | None:
 
 def made_of(node: fx.Node) -> Weights | None:
     if node.target in SOFTMAX:
-        return Weights(node.args[0]) if along_last(node) and keeps_dtype(node) else None
+        is_safe = node.target == aten._safe_softmax.default
+        fits = along_last(node) and keeps_dtype(node)
+        return Weights(node.args[0], is_safe=is_safe) if fits else None
     if node.target in COPIED or is_cast_to_half(node) or keeps_rows(node):
         return weights(node.args[0])
     if node.target == aten.dropout.default:
@@ -125,7 +129,8 @@ class ScoresReader:
         if not isinstance(node, fx.Node) or node.op != "call_function" or ends_gradient(node):
             return None
         if node not in self.known:
-            self.known[node] = self.read(node)
+            is_long = self.constants.is_long(node)
+            self.known[node] = None if is_long else self.read(node)
         return self.known[node]
 
     def read(self, node: fx.Node) -> Masked | None:

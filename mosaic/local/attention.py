@@ -181,8 +181,8 @@ def with_keys(s: Sharder, c: Call, place: Place) -> tuple[Value, Value, Layout]:
     have = next((x.place.refined() for x in (k, v) if x.place), None)
     if have and have.dim == k.ndim - 2:
         return s.at(k, have), s.at(v, have), have.layout.blocks(have.outer, have.inner)
-    why = "whole keys meet sharded queries"
-    return s.gather(k, why), s.gather(v, why), Layout.whole(k.shape[-2], place.layout.p)
+    why = "is needed whole, since keys and values are not cut alike"
+    return s.gather_aloud(k, why), s.gather_aloud(v, why), Layout.whole(k.shape[-2], place.layout.p)
 
 
 def with_whole_queries(s: Sharder, c: Call) -> Value:
@@ -199,7 +199,7 @@ def with_whole_queries(s: Sharder, c: Call) -> Value:
         return over_other_dim(s, c.replaced({"query": s.at(q, place)}), place)
     k, v, keys = with_keys(s, c, place)
     if mask is not None:
-        mask = entered(s, s.gather(mask, "a mask of whole queries"))
+        mask = entered(s, s.gather_aloud(mask, "is a mask of whole queries"))
     query = Layout.whole(q.shape[-2], s.axis.p)
     found = attention(s, c, s.axis.method, query, keys, None)
     parts = map_values(lambda x: entered(s, x), whole_makings(s, c))
@@ -221,7 +221,11 @@ def over_other_dim(s: Sharder, c: Call, place: Place) -> Value:
     k, v = (s.at(x, place.at(x.ndim - from_end)) for x in (k, v))
     if mask is not None:
         cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
-        mask = s.at(mask, place.at(mask.ndim - from_end)) if cut else s.gather(mask, "is broadcast")
+        mask = (
+            s.at(mask, place.at(mask.ndim - from_end))
+            if cut
+            else s.gather_aloud(mask, "is broadcast")
+        )
     parts = cut_makings(s, c, place)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
     found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)

@@ -59,14 +59,14 @@ def after_index(dim: int, indices: list[Value | None]) -> int:
 def indexed_at(s: Sharder, c: Call, place: Place, first: int, rank: int) -> Value:
     """The result's part at ``place`` (a dim of the indices), of the whole of what is indexed."""
     new = [i and along(s, i, place, rank) for i in c["indices"]]
-    whole = s.gather(c["self"], ELSEWHERE, c.like)
+    whole = s.gather_aloud(c["self"], ELSEWHERE, c.like)
     return s.emit(c, place.at(first + place.dim), self=whole, indices=new)
 
 
 def along(s: Sharder, v: Value, place: Place, rank: int) -> Value:
     dim = place.dim - (rank - v.ndim)
     if dim < 0 or v.shape[dim] != place.size:
-        return s.gather(v, "is broadcast against a sharded index")
+        return s.gather_aloud(v, "is broadcast against a sharded index")
     return s.at(v, place.at(dim))
 
 
@@ -146,7 +146,7 @@ def index_select(s: Sharder, c: Call) -> Value:
     """The axis of the index is free, and so are dims that are not selected from."""
     x, dim, rows = c["self"], c["dim"] % c["self"].ndim, c["index"]
     if rows.place is not None:
-        return s.emit(c, rows.place.at(dim), self=s.gather(x, ELSEWHERE, c.like))
+        return s.emit(c, rows.place.at(dim), self=s.gather_aloud(x, ELSEWHERE, c.like))
     if x.place.dim != dim:
         return s.emit(c, x.place)
     lookup = [rows if d == dim else None for d in range(x.ndim)]
@@ -166,7 +166,7 @@ def gather(s: Sharder, c: Call) -> Value:
     if where.place is None and is_little(place, where.shape[dim]):
         return gather_asked(s, c)
     there = where.place or cut_anew(s, place, where.shape[dim], dim)
-    whole = s.gather(x, ELSEWHERE, c.like)
+    whole = s.gather_aloud(x, ELSEWHERE, c.like)
     return s.emit(c, there, self=whole, index=s.at(where, there))
 
 

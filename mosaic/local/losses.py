@@ -15,7 +15,9 @@ def cross_entropy(s: Sharder, c: Call) -> Value:
     """``(tokens, classes)`` or ``(batch, classes, ...)`` against class numbers or probabilities."""
     x, target = c["self"], c["target"]
     if c["weight"] is not None:
-        c = c.replaced({"weight": s.gather(c["weight"], "weights of all classes", c.like)})
+        c = c.replaced(
+            {"weight": s.gather_aloud(c["weight"], "is the weights of all classes", c.like)}
+        )
     if x.place is None and target.place is None:
         return s.emit(c, None, enter=False)
     classes = 0 if x.ndim == 1 else 1

@@ -45,7 +45,10 @@ def normalised(s: Sharder, c: Call, x: Value, dims: list[int]) -> Value:
 
 def others_whole(s: Sharder, c: Call) -> dict[str, Any]:
     """Weights, biases and buffers: they may be sharded along a dim of their own."""
-    return {n: s.gather(v, "a weight that all ranks need", c.like) for n, v in others(c).items()}
+    return {
+        n: s.gather_aloud(v, "is a weight that all ranks need", c.like)
+        for n, v in others(c).items()
+    }
 
 
 def others(c: Call) -> dict[str, Value]:
@@ -126,11 +129,11 @@ def group_norm(s: Sharder, c: Call) -> Value:
         return s.gather_for(c, "cuts its groups")
     if x.place.dim == 0:
         return s.emit(c, x.place, **others_whole(s, c))
-    flat = s.call(c, aten.view.default, x, [x.shape[0], c["num_groups"], -1])
+    flat = s.call(c, aten.reshape.default, x, [x.shape[0], c["num_groups"], -1])
     var, mean = s.call(c, aten.var_mean.correction, flat, [2], correction=0, keepdim=True)
     rstd = s.call(c, aten.rsqrt.default, s.call(c, aten.add.Tensor, var, c["eps"]))
     out = s.call(c, aten.mul.Tensor, s.call(c, aten.sub.Tensor, flat, mean), rstd)
-    return affine(s, c, s.call(c, aten.view.default, out, list(x.shape)))
+    return affine(s, c, s.call(c, aten.reshape.default, out, list(x.shape)))
 
 
 def along(s: Sharder, c: Call, stat: Value, ndim: int) -> Value:

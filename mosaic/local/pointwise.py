@@ -39,5 +39,5 @@ def meeting(s: Sharder, c: Call, ndim: int) -> Place | None:
 def aligned(s: Sharder, v: Value, place: Place, ndim: int) -> Value:
     dim = place.dim - (ndim - v.ndim)
     if dim < 0 or v.shape[dim] != place.size:
-        return s.gather(v, "is broadcast along the axis")
+        return s.gather_aloud(v, "is broadcast along the axis")
     return s.at(v, place.at(dim))

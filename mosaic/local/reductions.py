@@ -274,6 +274,8 @@ def local_extreme(x: torch.Tensor, dims: list[int], largest: bool) -> torch.Tens
     shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
     if x.is_floating_point():
         return x.new_full(shape, -float("inf") if largest else float("inf"))
+    if x.dtype == torch.bool:
+        return x.new_full(shape, not largest)
     limits = torch.iinfo(x.dtype)
     return x.new_full(shape, limits.min if largest else limits.max)
 

@@ -118,7 +118,8 @@ def repeat_interleave(s: Sharder, c: Call) -> Value:
     if c["dim"] is None:
         return s.gather_for(c, "flattens the axis")
     here = c["dim"] % x.ndim == x.place.dim
-    return s.emit(c, replace(x.place, inner=x.place.inner * c["repeats"]) if here else x.place)
+    place = replace(x.place, inner=x.place.inner * c["repeats"]) if here else x.place
+    return s.emit(c, place, output_size=None)  # which is that of the whole
 
 
 def permute(s: Sharder, c: Call) -> Value:
@@ -240,7 +241,7 @@ def piece(s: Sharder, t: Value, dim: int, like: Place) -> Value | None:
         even = Layout.even(t.shape[dim], like.layout.p)
         return s.at(t, Place(even, dim, mesh_axis=like.mesh_axis))
     if t.place.dim != dim:
-        return piece(s, s.gather(t, "is joined along another dim"), dim, like)
+        return piece(s, s.gather_aloud(t, "is joined along another dim"), dim, like)
     place = t.place.refined()
     return Value(t.val, place, t.node) if (place.outer, place.inner) == (1, 1) else None
 

@@ -45,7 +45,7 @@ def moved(s: Sharder, node: fx.Node) -> Value:
     """The first axis is cut, gathered or resharded: free in any other dim than the second's."""
     x = s.env[node.args[0]]
     if x.place.dim == Shard.decode(node.args[1]).place.dim:
-        x = s.gather(x, "the other axis is moved in the same dim", node)
+        x = s.gather_aloud(x, "is cut in the dim in which the other axis is moved", node)
     return again(s, node, (x, *node.args[1:]), x.place)
 
 
@@ -77,7 +77,7 @@ def kept(s: Sharder, node: fx.Node) -> Value:
     value, parts = s.env[x], shards.split(";")
     dim = value.place.dim
     if Shard.decode(parts[dim]).place.layout.p > 1:
-        value = s.gather(value, "drops elements of a dim that both axes cut", node)
+        value = s.gather_aloud(value, "is dropped from in a dim that both axes cut", node)
     elif s.writer:
         parts[dim] = s.writer.shard(value.place.at(0))
     return again(s, node, (s.env[seed], value, site, ";".join(parts), p), value.place)
@@ -95,8 +95,8 @@ def drawn(s: Sharder, node: fx.Node) -> Value:
 def users_function(s: Sharder, node: fx.Node) -> tuple[Value, ...]:
     """A user's autograd.Function runs whole."""
     number, *tensors = node.args
-    why = "is a user's autograd.Function, of which nothing is known"
-    whole = [s.gather(s.env[x], why, node) for x in tensors]
+    why = "is read by a user's autograd.Function, of which nothing is known"
+    whole = [s.gather_aloud(s.env[x], why, node) for x in tensors]
     several = again(s, node, (number, *whole), None)
     items = [s.writer.item(several.node, i) if s.writer else None for i in range(len(several.val))]
     return tuple(Value(v, None, n) for v, n in zip(several.val, items, strict=True))

@@ -48,6 +48,8 @@ NOTHING = Additive()
 
 def additive(term: Term, constants: Constants) -> Additive:
     """What is added to the scores: at worst ``term`` itself, as a bias."""
+    if constants.is_long(term.node):
+        return Additive(biases=(term,))
     inner = peeled(term, constants)
     if inner is not None:
         return additive(inner, constants)

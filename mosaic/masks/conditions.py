@@ -123,6 +123,8 @@ def linear(term: Term, constants: Constants) -> Linear | None:
     found = of_constant(term, constants)
     if found is not None:
         return found
+    if constants.is_long(node):
+        return None if term.is_pairwise else of_data(term)
     if node.target in SUMS and not node.kwargs and dtype != torch.bool:
         return exact_sum(term, constants)
     return None if term.is_pairwise else of_data(term)
@@ -149,6 +151,8 @@ def of_constant(term: Term, constants: Constants) -> Linear | None:
     first = int(values[0])
     if not differs:
         return Linear.number(first)
+    if values.dtype == torch.bool:  # True is 1 wherever it stands
+        return None
     last = first + len(values) - 1
     if last < LARGEST and torch.equal(values.long(), torch.arange(first, last + 1)):
         return Linear(Counter(differs), first, first, last)

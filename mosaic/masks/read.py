@@ -45,6 +45,8 @@ class Reader:
 
     def __call__(self, given: Allowed) -> list[Condition]:
         """What must hold where ``given`` does: all of these, and nothing more."""
+        if self.constants.is_long(given.term.node):
+            return [given]
         certain = self.certain(given)
         if certain is not None:
             return [] if certain else [given]

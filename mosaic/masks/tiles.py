@@ -54,7 +54,7 @@ class Reading:
     def made(self, term: Term) -> Ref:
         """A pairwise tensor, by its op."""
         node = term.node
-        if node.op != "call_function" or is_autocast(node):
+        if node.op != "call_function" or is_autocast(node) or self.constants.is_long(node):
             raise UnreadableError
         if node.target == aten.embedding.default:
             return self.embedded(term)

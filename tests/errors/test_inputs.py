@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import contract_cases as cc
@@ -12,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import mosaic
 from mosaic import Layout, Ring, ShardingSpec, explain
+from mosaic.attention import kernels
+from mosaic.capture import AUTOGRAD_FUNCTIONS
 
 X = torch.randn(2, 13, cc.E)
 
@@ -303,19 +307,31 @@ def test_a_dim_that_is_not_there(alone: None) -> None:
         message_of(mosaic.shard_tensor, X, 3),
         """\
 there is no dim 3 in the tensor
-  sizes  [2, 13, 8]""",
+  sizes  [2, 13, 8]
+  fix    use one of its 3 dims, from 0 or from -1""",
     )
     assert_expected_inline(
         message_of(mosaic.gather, X, "rows"),
         """\
 there is no dim 'rows' in the tensor
-  sizes  [2, 13, 8]""",
+  sizes  [2, 13, 8]
+  fix    use one of its 3 dims, from 0 or from -1""",
     )
 
 
 def test_no_tensor(alone: None) -> None:
-    assert_expected_inline(message_of(mosaic.shard_tensor, [1, 2], 0), """a list is no tensor""")
-    assert_expected_inline(message_of(mosaic.layout_of, [1, 2]), """a list is no tensor""")
+    assert_expected_inline(
+        message_of(mosaic.shard_tensor, [1, 2], 0),
+        """\
+a list is no tensor
+  fix  pass a torch.Tensor""",
+    )
+    assert_expected_inline(
+        message_of(mosaic.layout_of, [1, 2]),
+        """\
+a list is no tensor
+  fix  pass a torch.Tensor""",
+    )
 
 
 def test_a_layout_that_is_none(alone: None) -> None:
@@ -352,3 +368,60 @@ n = 13.0 in a layout
 a layout takes a list of (start, stop) for each rank
   fix  write Layout.of(4, [[(0, 2)], [(2, 4)]])""",
     )
+
+
+def test_axes_by_name_and_by_number() -> None:
+    assert_expected_inline(
+        message_of(ShardingSpec, inputs={"x": "b n e"}, axes={1: "ring", "n": "ring"}),
+        """\
+axes are given by name and by the number of a dim
+  axes  1, 'n'
+  fix   write axes={'rows': 'ring'} with names, or axes={1: 'ring'} without""",
+    )
+
+
+class Copies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def test_what_torch_raises_is_no_graph_break(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo would go on eagerly after such an error of its own."""
+
+    def failing(*args: Any) -> None:
+        raise DataDependentOutputException("aten._local_scalar_dense.default")
+
+    monkeypatch.setattr("mosaic.backend.capture", failing)
+    compiled = torch.compile(attend, backend="mosaic", options={"inner": "eager"})
+    assert "DataDependentOutputException: aten._local_scalar_dense" in message_of(compiled, X)
+
+
+def test_explain_leaves_other_functions_compiled() -> None:
+    compiles: list[int] = []
+
+    def counting(module: Any, inputs: Any) -> Any:
+        compiles.append(1)
+        return module.forward
+
+    mine = torch.compile(lambda x: x.sin(), backend=counting)
+    mine(X)
+    plans = [explain(attend, X, sp_size=2) for _ in range(2)]
+    mine(X)
+    assert len(compiles) == 1
+    assert [len(plan.attentions) for plan in plans] == [1, 1]
+
+
+def test_nothing_is_kept_of_a_users_function() -> None:
+    explain(lambda x: attend(Copies.apply(x)), X.clone().requires_grad_(), sp_size=2)
+    assert not AUTOGRAD_FUNCTIONS.calls
+
+
+def test_a_kernel_is_chosen_for_one_thread_only() -> None:
+    with kernels.using("math"), ThreadPoolExecutor(1) as other:
+        assert [k.name for k in kernels._table()] == ["math"]
+        assert other.submit(kernels._table).result() == kernels.KERNELS

@@ -168,3 +168,12 @@ the mesh has no axis names
   mesh  (4,) of ()
   fix   name its axes: init_device_mesh(..., mesh_dim_names=("dp", "sp"))"""
     )
+
+
+def test_a_device_that_torch_does_not_know(no_context):
+    assert (
+        refusal(mesh.init, device="gpu")
+        == """
+device = 'gpu' is no device of torch
+  fix  use 'cuda' or 'cpu'"""
+    )

@@ -111,7 +111,8 @@ def test_names_that_do_not_fit_the_dims() -> None:
         """\
 x has 3 dims, and 2 names were given
   names  batch tokens
-  sizes  [2, 13, 8]""",
+  sizes  [2, 13, 8]
+  fix    give each dim a name, and _ to those that do not matter""",
     )
 
 
@@ -163,7 +164,7 @@ def test_an_op_without_an_exact_local_form() -> None:
         """\
 aten.sort cannot run on a part of axis 'x.1': works along the axis
   tests/errors/test_messages.py:LINE in forward
-    return self.attention(x).sort(1)[0]
+    def forward(self, x):
   sizes  [2, 13, 8]
   fix    allow it with on_gather="warn" (every rank then computes it whole), or keep this op out of the sharded part""",  # noqa: E501
     )

@@ -109,7 +109,8 @@ def test_two_axes_that_are_one() -> None:
         message_of(module, torch.randn(2, 3, 8)),
         """\
 axis1 and axis2 are one axis
-  sizes  axis 1 of [2, 3, 8]""",
+  sizes  axis 1 of [2, 3, 8]
+  fix    name two different dims of the input""",
     )
 
 
@@ -153,7 +154,8 @@ def test_kv_heads_of_shards() -> None:
         message_of(mosaic.attention, Q, Q[:, :3], Q[:, :3]),
         """\
 the KV heads do not divide the heads
-  sizes  heads = 4, KV heads = 3""",
+  sizes  heads = 4, KV heads = 3
+  fix    use a number of KV heads that divides the heads""",
     )
 
 
@@ -162,7 +164,8 @@ def test_dtypes() -> None:
         message_of(mosaic.attention, Q, Q.half(), Q),
         """\
 q, k and v are not of one floating dtype
-  dtypes  torch.float32, torch.float16, torch.float32""",
+  dtypes  torch.float32, torch.float16, torch.float32
+  fix     cast them to one, such as q.dtype""",
     )
 
 
@@ -222,7 +225,8 @@ def test_a_list_for_a_tensor() -> None:
         message_of(mosaic.attention, [Q], Q, Q),
         """\
 q is no tensor
-  type  list""",
+  type  list
+  fix   pass a torch.Tensor""",
     )
 
 
@@ -231,7 +235,8 @@ def test_devices() -> None:
         message_of(mosaic.attention, Q, Q.to("meta"), Q),
         """\
 q, k and v are not on one device
-  devices  cpu, meta, cpu""",
+  devices  cpu, meta, cpu
+  fix      move them to one, such as q.device""",
     )
 
 
@@ -265,13 +270,17 @@ def test_documents_of_each_head() -> None:
         message_of(mosaic.attention, Q, Q, Q, query_documents=ids),
         """\
 query_documents has more than 2 dims
-  sizes  [2, 4, 5]""",
+  sizes  [2, 4, 5]
+  fix    a mask is (batch, heads, queries, keys), documents are (batch, tokens)""",
     )
 
 
 def test_heads_that_are_no_number() -> None:
     assert_expected_inline(
-        message_of(mosaic.MultiAxisAttention, 8, 2.0, 1), """num_heads = 2.0 is no whole number"""
+        message_of(mosaic.MultiAxisAttention, 8, 2.0, 1),
+        """\
+num_heads = 2.0 is no whole number
+  fix  use 1 or more""",
     )
     assert_expected_inline(
         message_of(mosaic.MultiAxisAttention, 0, 1, 1),
@@ -287,7 +296,8 @@ def test_an_axis_by_its_name() -> None:
         message_of(module, torch.randn(2, 3, 8)),
         """\
 axis 'rows' is no number of a dim
-  sizes  [2, 3, 8]""",
+  sizes  [2, 3, 8]
+  fix    use a whole number, such as 1 or -2""",
     )
 
 

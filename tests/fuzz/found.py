@@ -30,4 +30,30 @@ FOUND: dict[str, Program] = {
         "loss",
         "self.w = nn.Parameter(torch.randn(6, 6))",
     ),
+    "a row that a mask of -inf hides wholly": found(
+        LONG + "\nids = torch.randint(0, 2, (2, 7))",
+        "seen = (torch.arange(7)[:, None] >= torch.arange(7)) & (ids > 0)[:, None]\n"
+        "y = (x @ x.mT).masked_fill(~seen, float('-inf')).softmax(-1) @ x.sin()",
+        "y",
+    ),
+    "a row that an added mask hides wholly": found(
+        LONG + "\nids = torch.randint(0, 2, (2, 7))",
+        "seen = (torch.arange(7)[:, None] >= torch.arange(7)) & (ids > 0)[:, None]\n"
+        "hidden = torch.zeros(2, 7, 7).masked_fill(~seen, float('-inf'))\n"
+        "y = (x @ x.cos().mT + hidden).softmax(-1) @ x.sin()",
+        "y",
+    ),
+    "rows that positions hide wholly": found(
+        "x = torch.randn(2, 3, 7, 4, requires_grad=True)",
+        "hidden = torch.arange(7)[:, None] <= torch.arange(7) + 2\n"
+        "y = (x @ x.mT).masked_fill(hidden, float('-inf')).softmax(-1) @ x.sin()",
+        "y",
+    ),
+    "rows that are hidden wholly, and zeroed": found(
+        LONG + "\nids = torch.randint(0, 2, (2, 7))",
+        "seen = (torch.arange(7)[:, None] >= torch.arange(7)) & (ids > 0)[:, None]\n"
+        "w = (x @ x.mT).masked_fill(~seen, float('-inf')).softmax(-1).masked_fill(~seen, 0.0)\n"
+        "y = (w @ x.sin()).nan_to_num()",
+        "y.detach()",
+    ),
 }

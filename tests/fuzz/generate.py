@@ -96,6 +96,7 @@ def generate(draw: Draw, mesh: str, steps: int = 8) -> Program:
         calls=2 if draw.chance(10) else 1,
         grad=not draw.chance(6),
         training=not draw.chance(15),
+        dtype="torch.float32" if draw.chance(6) else "torch.float64",
         reference="one rank" if random else "eager",
     )
 

@@ -43,6 +43,7 @@ def judge(source: str) -> Verdict:
     """Compare a program with its reference; runs on every rank of a pool."""
     quiet()
     space = loaded(source)
+    space["SOURCE"] = source
     torch.set_default_dtype(space["DTYPE"])
     try:
         return compared(space)
@@ -160,7 +161,7 @@ def backward(outputs: list[Tensor]) -> None:
 
 
 def tolerance(space: dict[str, Any]) -> float:
-    if space["DTYPE"] == torch.float32 and "autocast" in space.get("SOURCE", ""):
+    if space["DTYPE"] == torch.float32 and "autocast" in space["SOURCE"]:
         return LOW
     return TOLERANCE[space["DTYPE"]]
 
@@ -214,6 +215,9 @@ def shown(value: Any) -> str:
 # --- what rounding decides ------------------------------------------------------------------------
 
 
+ROUNDING = {torch.float64: 4e-15, torch.float32: 1e-6, torch.bfloat16: 4e-3}
+
+
 @dataclass
 class Rounding(TorchDispatchMode):
     """Every new value that is not a whole number is off by a few ulps."""
@@ -232,10 +236,10 @@ class Rounding(TorchDispatchMode):
         return pytree.tree_map_only(Tensor, self.shaken, out)
 
     def shaken(self, value: Tensor) -> Tensor:
-        if value.dtype != torch.float64 or value.layout != torch.strided:
+        if value.dtype not in ROUNDING or value.layout != torch.strided:
             return value
         noise = torch.randn(value.shape, generator=self.generator, dtype=torch.float64)
-        off = value * (1 + 4e-15 * noise)
+        off = value * (1 + ROUNDING[value.dtype] * noise).to(value.dtype)
         return torch.where((value == value.round()) | ~value.isfinite(), value, off)
 
 

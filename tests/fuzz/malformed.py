@@ -6,7 +6,7 @@ refused by a MosaicError that says a sentence and a way out.
 
 from __future__ import annotations
 
-import warnings
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -324,10 +324,12 @@ def call_of(draw: Draw) -> str:
         arguments[argument] = draw.choice(odd)
     given = [f"{k}={v}" for k, v in arguments.items()]
     if name == "mosaic.explain":
-        given = [arguments["fn"], arguments["x"], *given[2:]]
+        given = [arguments["fn"], "x", *given[2:]]
     if name == "mosaic.sum_gradients":
         given = list(arguments.values())
     before = "" if name == "mosaic.init" else "mosaic.init(sp_size=2)\n"
+    if name == "mosaic.explain":
+        before += f"x = {arguments['x']}\n"
     text = f"{before}made = {name}({', '.join(given)})\n"
     if name == "mosaic.MultiAxisAttention":
         text += "y = made(torch.randn(2, 3, 8))\n"
@@ -337,15 +339,26 @@ def call_of(draw: Draw) -> str:
 
 
 def judge_call(source: str) -> Verdict:
-    """Run a script on this rank: ok, refused, or crash."""
+    """Run a script on this rank: ok, refused, or crash; invalid where eager mode fails as well."""
     quiet()
     torch._dynamo.reset()
+    space: dict[str, Any] = {"rank": dist.get_rank(), "mosaic": mosaic, "torch": torch}
+    space |= {"F": F, "nn": nn}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded(source, rank=dist.get_rank(), mosaic=mosaic, torch=torch, F=F, nn=nn)
+        loaded(source, space)
     except Exception as error:
-        return failed(error)
+        verdict = failed(error)
+        is_own = verdict.outcome == "crash" and fails_eagerly(space)
+        return Verdict("invalid", verdict.detail) if is_own else verdict
     finally:
         torch.set_grad_enabled(True)
     return Verdict("ok")
+
+
+def fails_eagerly(space: dict[str, Any]) -> bool:
+    """Whether the model itself cannot take the input."""
+    try:
+        space["model"](space["x"]) if "x" in space else None
+    except Exception:
+        return True
+    return False

@@ -114,10 +114,11 @@ def names_in(text: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w*", text))
 
 
-def loaded(source: str, **names: Any) -> dict[str, Any]:
-    """Run a program's text as a module would; tracebacks find its lines."""
+def loaded(source: str, space: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run a program's text as a module would, in ``space``; tracebacks find its lines."""
     path = "program.py"
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-    space: dict[str, Any] = {"__name__": "program", **names}
+    space = {} if space is None else space
+    space["__name__"] = "program"
     exec(compile(source, path, "exec"), space)
     return space

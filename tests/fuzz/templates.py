@@ -45,6 +45,10 @@ torch.{xlogy|special.xlog1py}({x}, {y}.abs() + 0.1)
 ({x} if {x}.shape[{d}] % 2 else -{x})
 sum([{x} * i for i in range({k1})], {x})
 F.prelu({x}, {w:1})
+torch._dynamo.graph_break() ;; {x} * 2
+{x} * torch.sigmoid({x} @ {w:E,1})
+{x} * torch.cos(torch.arange({n}) * 0.3).view([-1] + [1] * ({x}.ndim - 1 - {d} % {x}.ndim)) + {x}.roll(1, -1)
+torch.cat([-{x}[..., {x}.shape[-1] // 2 :], {x}[..., : {x}.shape[-1] // 2]], -1) * torch.arange({n}).sin().view([-1] + [1] * ({x}.ndim - 1 - {d} % {x}.ndim))
 {x} * {x}.{size|stride}({d}) if {flag} else {x} / {x}.numel()
 """
 
@@ -221,6 +225,10 @@ F.one_hot({xi} % 4, 4).sum({d})
 {xb}.double()
 ~{xb}
 {xb}.{any|all|sum}({d})
+{w:3,E,E}[({x}[..., 0].abs() * 10).long() % 3].mul({x}.unsqueeze(-1)).sum(-2)
+torch.zeros(3, {x}.shape[-1]).index_add(0, {ids:n;3}, {x}.movedim({d}, 0).flatten(1)[:, :{x}.shape[-1]])
+sum(({x} @ w) * (({x} @ {w:E,3}).argmax(-1, keepdim=True) == i) for i, w in enumerate({w:3,E,E}))
+{x}[:, {x}.mean(-1).flatten(1)[0].argsort()[:2]]
 torch.isin({xi}, torch.tensor([0, 2]))
 {xi}.{bincount(minlength=4)|unique()}
 {xi}.where({xi} > 0, -100)

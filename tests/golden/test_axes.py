@@ -105,7 +105,7 @@ def test_program_of_two_axes(together, check):
 +slice_to_1: f64[2, 4, 2, 4] = slice_to(slice_to, shard(7=0:4|4:7 dim=1))
  # x = F.scaled_dot_product_attention(x, x, x)
 -sdpa: f64[2, 7/r, 5/c, 4] = sdpa(x, x, x)  # ring(stages=2)
-+sdpa: f64[2, 4, 2, 4] = sdpa(slice_to_1, slice_to_1, slice_to_1)  # 5 x 5
++sdpa: f64[2, 4, 2, 4] = sdpa(slice_to_1, slice_to_1, slice_to_1)  # ring(stages=2), 5 x 5
  # x = x.transpose(1, 2)
 -transpose: f64[2, 5/c, 7/r, 4] = transpose(sdpa, 1, 2)
 +transpose: f64[2, 2, 4, 4] = transpose(sdpa, 1, 2)

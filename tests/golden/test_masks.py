@@ -241,11 +241,11 @@ def test_multihead_attention(planned, check):
         read(planned(run, x, padding)),
         """\
 causal, bias of keys: 11 x 11 of 11=0:2|2:4|4:6,10:11|6:10
-- ones triu zeros_like masked_fill unsqueeze add unsqueeze sdpa
+- unsqueeze sdpa
 +squeeze_2: f64[6, 11] = squeeze(_unsafe_view, [1])
-+unsqueeze_7: f64[6, 1, 11] = unsqueeze(squeeze_2, 1)
-+unsqueeze_8: f64[6, 1, 1, 11] = unsqueeze(unsqueeze_7, 2)
-+attention: f64[6, 1, 11, 4] = mosaic.sdpa(unsqueeze_3, unsqueeze_4, unsqueeze_5, unsqueeze_8,
++unsqueeze_9: f64[6, 1, 11] = unsqueeze(squeeze_2, 1)
++unsqueeze_10: f64[6, 1, 1, 11] = unsqueeze(unsqueeze_9, 2)
++attention: f64[6, 1, 11, 4] = mosaic.sdpa(unsqueeze_3, unsqueeze_4, unsqueeze_5, unsqueeze_10,
     scale=1, right=0)  # causal, bias of keys
 """,
     )

@@ -154,7 +154,20 @@ def test_raise_attention(planned, check):
 -matmul_1: f64[2, 11, 5] = matmul(softmax, v)
 -return [matmul_1]
 +attention: f64[2, 1, 11, 5] = sdpa(unsqueeze, unsqueeze_1, unsqueeze_2, mask, scale=0.5)
-+squeeze: f64[2, 11, 5] = squeeze(attention, 1)
++gt: b8[11, 9] = gt(mask, -inf)
++any_1: b8[11, 1] = any(gt, -1, True)
++sum_1: f64[2, 1, 5] = sum(v, [-2], True)
++sum_2: f64[2, 11, 1] = sum(q, [-1], True)
++sum_3: f64[2, 1, 1] = sum(k, [-2, -1], True)
++add_1: f64[2, 11, 5] = add(sum_1, sum_2)
++add_2: f64[2, 11, 5] = add(add_1, sum_3)
++logical_not: b8[11, 1] = logical_not(any_1)
++unsqueeze_3: f64[2, 1, 11, 5] = unsqueeze(add_2, 1)
++_to_copy: f64[11, 1] = _to_copy(logical_not)
++masked_fill: f64[11, 1] = masked_fill(_to_copy, logical_not, nan)
++mul: f64[2, 1, 11, 5] = mul(masked_fill, unsqueeze_3)
++where: f64[2, 1, 11, 5] = where(logical_not, mul, attention)
++squeeze: f64[2, 11, 5] = squeeze(where, 1)
 +return [squeeze]
 """,
     )

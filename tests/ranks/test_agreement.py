@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import agreement_jobs as jobs
@@ -172,12 +173,14 @@ rank 1 could not compile this graph
 
 
 def test_other_collectives(two: RankPool) -> None:
+    """How many there were before is not the same with every torch."""
+    text = two.run(jobs.other_collectives, 2)[0]
     assert_expected_inline(
-        two.run(jobs.other_collectives, 2)[0],
+        re.sub(r"(collective|number) \d+", r"\1 N", text),
         """\
 the ranks' forward graphs do not start the same collectives
-  rank 0, collective 27  all_gather_into_tensor(float64[7, 2, 1, 1, 8]) over sp, number 27 tests/contract_cases.py:180
-  rank 1, collective 27  nothing
+  rank 0, collective N  all_gather_into_tensor(float64[7, 2, 1, 1, 8]) over sp, number N tests/contract_cases.py:180
+  rank 1, collective N  nothing
   fix                    this is a bug in Mosaic: please report the program; without the op at that line it may work""",  # noqa: E501
     )
 

@@ -96,15 +96,34 @@ def test_inputs_may_arrive_cut(ranks) -> None:
             same(mine, theirs)
 
 
-def test_a_shard_whose_length_is_built_in_is_refused(ranks) -> None:
-    text = ranks(2).run(jobs.shards_cut_by_the_user, 2)[1]
+def test_a_part_without_a_layout_is_refused(ranks) -> None:
+    """What is computed from a zigzag shard is no even one, however long it is."""
+    derived, static = ranks(2).run(jobs.parts_that_are_refused, 2)[1]
     assert_expected_inline(
-        text,
+        derived,
         """\
-x arrives cut, but its local length is built into the program
-  sizes  [2, 6, 8], cut in dim 1
-  fix    make it with mosaic.shard_tensor(whole, dim), or call torch._dynamo.maybe_mark_dynamic(shard, dim) on it; a model that hard-codes its length cannot take shards""",  # noqa: E501
+x arrives cut, and carries no layout along dim 1
+  sizes  [2, 8, 8] on this rank
+  fix    make it with mosaic.shard_tensor(whole, dim), or of a part of your own with mosaic.as_shard(part, dim, layout=...); what is computed from a shard (h * 1.0) is a plain tensor, of which nobody knows how it is cut: say it again""",  # noqa: E501
     )
+    assert_expected_inline(
+        static,
+        """no error""",
+    )
+
+
+def test_a_part_that_the_user_made(ranks) -> None:
+    (want,) = jobs.whole_steps([13])
+    for got in ranks(3).run(jobs.parts_of_the_user, 3):
+        same(got, want)
+
+
+def test_a_float_attribute_with_dynamic_sizes(ranks) -> None:
+    """Of a float attribute Dynamo makes an input, and of an error of torch's own a graph break."""
+    want = jobs.dynamic_norm(0)
+    for got in ranks(2).run(jobs.dynamic_norm, 2):
+        assert got.pop("cut") == [True]
+        same(got, want)
 
 
 def test_code_for_other_ranks_is_not_kept(ranks) -> None:

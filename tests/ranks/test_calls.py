@@ -22,9 +22,9 @@ the compiled function ran eagerly, and inputs arrive cut: plain PyTorch would go
     assert_expected_inline(
         said["in a loop"],
         """\
-the compiled function ran eagerly, and inputs arrive cut: plain PyTorch would go on with this rank's part as if it were all
-  reason  Dynamo skipped it, or has compiled torch._dynamo.config.recompile_limit = 8 versions of it (TORCH_LOGS=dynamo,recompiles says which)
-  fix     do not use the result of this call; let the function be compiled, or use whole inputs, outputs and gradients, for which an eager run is right""",  # noqa: E501
+the program is not one graph, and inputs arrive cut: what Python sees in between is not the whole
+  reason  a part of it was compiled by itself
+  fix     remove the break (torch.compile(..., fullgraph=True) names its reason), compile the model inside of its wrapper (DDP(torch.compile(model))), or use whole inputs, outputs and gradients""",  # noqa: E501
     )
     for name in ("never compiled", "eager_on_recompile", "disabled", "limit"):
         assert said[name].startswith("the compiled function ran eagerly, and inputs"), said[name]
@@ -40,6 +40,11 @@ def test_whole_tensors_may_run_eagerly_and_it_is_said(ranks) -> None:
         ]
 
 
+def test_fsdp_with_flat_parameters_is_not_sharded_and_it_is_said(ranks) -> None:
+    for said in ranks(2).run(jobs.under_fsdp, 2):
+        assert len(said) == 1 and said[0].startswith("the compiled function ran eagerly, unsharded")
+
+
 def test_parameters_alone_give_shares(ranks) -> None:
     want = jobs.shares_of_blocks(0)
     for got in ranks(2).run(jobs.shares_of_blocks, 2):
@@ -52,7 +57,7 @@ def test_shares_that_would_not_add_up_are_refused(ranks) -> None:
         said["turned"],
         """\
 the program returns parameter w or a view of it, and gradients are shares: what comes back for it is a whole gradient
-  tests/call_jobs.py:136 in turned
+  tests/call_jobs.py:LINE in turned
     return w.t()
   fix  return a copy (w.clone()), or leave gradients whole""",  # noqa: E501
     )
@@ -80,7 +85,7 @@ def test_outputs_do_not_stay_cut_over_a_break(ranks) -> None:
         ranks(2).run(jobs.refused_outputs, 2)[1],
         """\
 the graph breaks, and outputs stay cut: what Python sees there is not the whole
-  tests/call_jobs.py:69 in forward
+  tests/call_jobs.py:LINE in forward
     torch._dynamo.graph_break()
   reason  Call to `torch._dynamo.graph_break()`
   fix     remove the break (torch.compile(..., fullgraph=True) names its reason), compile the model inside of its wrapper (DDP(torch.compile(model))), or use whole inputs, outputs and gradients""",  # noqa: E501

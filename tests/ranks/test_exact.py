@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from exact_cases import PROGRAMS
+from exact_dying import PROGRAMS
 from exact_jobs import check
 
 

@@ -136,3 +136,14 @@ def test_a_length_may_change_on_one_rank_only(ranks, zigzag: bool) -> None:
     """Of 13 and of 14 rows, rank 0 has 7."""
     for off in ranks(2).run(jobs.lengths, 2, [13, 14, 16, 13], zigzag):
         assert max(off) < 1e-12, off
+
+
+def test_floats_under_dynamic(ranks) -> None:
+    """``LayerNorm.eps`` and a float attribute: capture once stopped at their ``item``, which Dynamo
+    took for a graph break, and attention ran on parts."""
+    factors = [0.5, 0.7, 0.5]
+    want = jobs.floats_on_parts(0, factors)
+    for got in ranks(2).run(jobs.floats_on_parts, 2, factors):
+        for ours, theirs in zip(got, want, strict=True):
+            assert_close("loss", ours["loss"], theirs["loss"], 1e-10)
+            compare_gradients(theirs["gradients"], ours["gradients"], 1e-10)

@@ -36,7 +36,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     limited = MATH._replace(
         name="fake", forward=fake.forward, backward=fake.backward, most_batches=LIMIT
     )
-    monkeypatch.setattr(kernels, "_table", (limited,))
+    monkeypatch.setattr(kernels, "KERNELS", (limited,))
     return fake
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from mosaic.attention import kernels
 from mosaic.attention.kernels import aten, efficient, flash_attn
 from mosaic.attention.kernels.math import MATH
+from mosaic.attention.kernels.measured import BACKWARD, FORWARD, HALF, SINGLE
+from mosaic.errors import UnsupportedError
 
 NAMES = ("flash_attn 4", "flash_attn 3", "flash_attn 2", "cudnn", "flash", "efficient")
 
@@ -229,22 +231,37 @@ def test_the_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_short_sequences_go_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(n: int, direction: int, dtype=torch.bfloat16) -> str:
-        q = torch.zeros(1, 1, n, 24, dtype=dtype)
-        case = kernels.Case.of(q, q, q, None, False)
-        return kernels._choose(case, kernels._piece(q, q, (None, None)), direction).name
+@pytest.mark.parametrize(
+    ("dtype", "length", "dim", "forward", "backward"),
+    [
+        (torch.bfloat16, 3, 24, "efficient", "efficient"),
+        (torch.bfloat16, 64, 24, "efficient", "efficient"),
+        (torch.bfloat16, 65, 24, "cudnn", "cudnn"),
+        (torch.bfloat16, 129, 24, "cudnn", "flash_attn 4"),
+        (torch.bfloat16, 513, 24, "flash_attn 4", "flash_attn 4"),
+        (torch.bfloat16, 11, 64, "flash_attn 4", "flash_attn 4"),
+        (torch.float32, 11, 24, "math", "math"),
+        (torch.float32, 12, 24, "efficient", "math"),
+        (torch.float32, 64, 24, "efficient", "efficient"),
+        (torch.float64, 11, 24, "math", "math"),
+    ],
+)
+def test_short_sequences_go_by_what_was_measured(dtype, length, dim, forward, backward) -> None:
+    q = torch.zeros(1, 1, length, dim, dtype=dtype)
+    case, piece = kernels.Case.of(q, q, q, None, False), kernels._piece(q, q, (None, None))
+    chosen = [kernels._choose(case, piece, way).name for way in (FORWARD, BACKWARD)]
+    assert chosen == [forward, backward]
 
-    assert [chosen(n, kernels.FORWARD) for n in (11, 64, 65)] == [
-        "efficient",
-        "efficient",
-        "flash_attn 4",
-    ]
-    slow = efficient.EFFICIENT._replace(short=(1.0, 9.0))
-    table = tuple(slow if k is efficient.EFFICIENT else k for k in kernels.KERNELS)
-    monkeypatch.setattr(kernels, "_table", table)
-    assert (chosen(11, kernels.FORWARD), chosen(11, kernels.BACKWARD)) == ("efficient", "cudnn")
-    assert chosen(11, kernels.FORWARD, torch.float64) == "math"
+
+@pytest.mark.usefixtures("hopper")
+def test_what_was_measured_is_in_the_table() -> None:
+    """And a mask, which was not, changes nothing."""
+    named = {name for times in (HALF, SINGLE) for row in times.values() for name in row}
+    assert named <= {kernel.name for kernel in kernels.KERNELS}
+    q = torch.zeros(1, 1, 11, 24)
+    case = kernels.Case.of(q, q, q, q > 0, False)
+    piece = kernels._piece(q, q, (None, None))
+    assert kernels._choose(case, piece, FORWARD).name == "efficient"
 
 
 @pytest.mark.usefixtures("hopper")
@@ -253,3 +270,14 @@ def test_kernels_of_a_gpu_have_a_limit() -> None:
     limits = {kernel.name: kernel.most_batches for kernel in kernels.KERNELS}
     assert {limits[name] for name in NAMES} == {65535}
     assert {limits[name] for name in ("math", "cpu flash")} == {None}
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_package_that_lacks_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'quack'")
+
+    monkeypatch.setattr(flash_attn, "import_module", fails)
+    q = torch.zeros(1, 1, 65, 40, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="flash_attn 4 is installed, and cannot"):
+        kernels.forward(q, q, q, band=(None, None), mask=None, scale=1.0, keep=None)

@@ -152,3 +152,27 @@ def test_blocks_of_a_band_add_up(layout: Layout, band: Band) -> None:
             found[1][:, :, columns] += dk
             found[2][:, :, columns] += dv
     torch.testing.assert_close(found, list(grads))
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.5, 0.0])
+@pytest.mark.parametrize("band", [FULL, (None, 0), (-2, 0)])
+@pytest.mark.parametrize("mask_name", ["none", "bool", "float", "padding"])
+def test_any_scale_and_stride(mask_name: str, band, scale: float) -> None:
+    """Head dims with a stride, and scales of any sign: no kernel may read or order them wrongly."""
+    given = [x.mT.contiguous().mT for x in tensors(5, 5, 4, 2)]
+    assert all(x.stride(-1) != 1 for x in given)
+    mask = masks(5, 5)[mask_name]
+    seen = in_band(5, 5, band)
+    if mask is not None:
+        seen = seen & (mask if mask.dtype == torch.bool else mask > float("-inf"))
+    bias = mask.clamp(min=-1e300) if mask_name == "float" else None
+    inputs = [x.clone().requires_grad_() for x in given[:3]]
+    want, want_lse = plain(*inputs, seen, bias, scale, None)
+    grads = torch.autograd.grad(want, inputs, given[3])
+
+    options = {"band": band, "mask": mask, "scale": scale, "keep": None}
+    out, lse = kernels.forward(*given[:3], **options)
+    torch.testing.assert_close(out, want.detach())
+    torch.testing.assert_close(lse, want_lse.detach().expand(lse.shape))
+    got = kernels.backward(given[3], *given[:3], out, lse, **options)
+    torch.testing.assert_close(got[:3], grads)

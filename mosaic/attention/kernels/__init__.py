@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -28,8 +29,9 @@ from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
 from mosaic.attention.kernels.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
-from mosaic.attention.kernels.kernel import SHORT, Bounds, Case, Gradients, Kernel
+from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
+from mosaic.attention.kernels.measured import BACKWARD, FORWARD, quickest
 from mosaic.attention.merge import Partial
 from mosaic.errors import UnsupportedError
 
@@ -50,18 +52,23 @@ KERNELS: tuple[Kernel, ...] = (
     MATH,  #         any   any           any        bool, float    any, as scores
 )
 
-_table = KERNELS
+_only: ContextVar[str] = ContextVar("only", default="")
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Only the kernel of this name, to measure it. What it cannot do is an UnsupportedError."""
-    global _table
-    before, _table = _table, tuple(kernel for kernel in KERNELS if kernel.name == name)
+    """Only the kernel of this name, to measure it; for this thread. What it cannot do is an
+    UnsupportedError."""
+    token = _only.set(name)
     try:
         yield
     finally:
-        _table = before
+        _only.reset(token)
+
+
+def _table() -> tuple[Kernel, ...]:
+    only = _only.get()
+    return tuple(kernel for kernel in KERNELS if kernel.name == only) if only else KERNELS
 
 
 def forward(
@@ -134,7 +141,7 @@ def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
 def _cut(case: Case, piece: Piece) -> tuple[Piece, ...]:
     can = (
         kernel
-        for kernel in _table
+        for kernel in _table()
         if kernel.fits(case) and (kernel.bands != "square" or piece.lower is None)
     )
     if next(can, MATH).is_whole(piece):
@@ -146,14 +153,14 @@ def _piece(q: Tensor, k: Tensor, band: Bounds) -> Piece:
     return Piece(0, q.shape[2], 0, k.shape[2], *band)
 
 
-FORWARD, BACKWARD = 0, 1  # of a kernel's measured times
-
-
 def _choose(case: Case, piece: Piece, direction: int) -> Kernel:
-    able = [kernel for kernel in _table if kernel.does(case, piece)]
+    able = [kernel for kernel in _table() if kernel.does(case, piece)]
     if not able:
-        names = ", ".join(kernel.name for kernel in _table) or "no kernel"
-        raise UnsupportedError(f"{names} cannot do this block", case=case, piece=piece)
-    if case.half_on_cuda and max(piece.rows, piece.keys) <= SHORT:
-        return min(able, key=lambda kernel: kernel.short[direction])
-    return able[0]
+        names = ", ".join(kernel.name for kernel in _table()) or "no kernel"
+        raise UnsupportedError(
+            f"{names} cannot do this block",
+            case=case,
+            piece=piece,
+            fix="leave mosaic.attention.kernels' table as it is: its last kernel does every block",
+        )
+    return quickest(able, case, max(piece.rows, piece.keys), direction)

@@ -118,9 +118,5 @@ def _fits_cudnn(case: Case) -> bool:
 
 
 CPU_FLASH = Kernel("cpu flash", _fits_cpu_flash, "square", _cpu_forward, _cpu_backward)
-FLASH = Kernel(
-    "flash", _fits_flash, "short", _flash_forward, _flash_backward, MOST_BATCHES, short=(3.6, 11.3)
-)
-CUDNN = Kernel(
-    "cudnn", _fits_cudnn, "square", _cudnn_forward, _cudnn_backward, MOST_BATCHES, short=(3.6, 5.5)
-)
+FLASH = Kernel("flash", _fits_flash, "short", _flash_forward, _flash_backward, MOST_BATCHES)
+CUDNN = Kernel("cudnn", _fits_cudnn, "square", _cudnn_forward, _cudnn_backward, MOST_BATCHES)

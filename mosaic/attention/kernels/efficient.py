@@ -169,4 +169,4 @@ def _fits(case: Case) -> bool:
     return able and known and mask and not case.dropout and not case.empty
 
 
-EFFICIENT = Kernel("efficient", _fits, "tile", _forward, _backward, MOST_BATCHES, short=(2.2, 4.9))
+EFFICIENT = Kernel("efficient", _fits, "tile", _forward, _backward, MOST_BATCHES)

@@ -8,7 +8,6 @@ the last row and the last key; None is unbounded.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,6 +30,7 @@ from mosaic.attention.kernels.kernel import (
     without_padding,
 )
 from mosaic.attention.merge import Partial
+from mosaic.errors import UnsupportedError
 
 _MODULES = {
     2: "flash_attn.flash_attn_interface",
@@ -48,6 +48,17 @@ def _installed(version: int) -> bool:
         return spec is not None
     folders = spec.submodule_search_locations or []
     return any(Path(folder, *inner).with_suffix(".py").is_file() for folder in folders)
+
+
+def _imported(version: int) -> Any:
+    try:
+        return import_module(_MODULES[version])
+    except ImportError as error:
+        raise UnsupportedError(
+            f"flash_attn {version} is installed, and cannot be imported",
+            reason=error,
+            fix="install what it needs, or remove it: ATen's kernels then do its work",
+        ) from error
 
 
 def _options(version: int, scale: float, left: int | None, right: int | None) -> dict[str, Any]:
@@ -73,7 +84,7 @@ _FLASH_2 = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None}
 )
 def flash_attn(q, k, v, scale, left, right, version):
     """out (batch, heads, s, v_dim) and lse (batch, heads, s)."""
-    module = import_module(_MODULES[version])
+    module = _imported(version)
     options = _options(version, scale, left, right)
     tensors = [seq_first(x) for x in (q, k, v)]
     if version == 4:
@@ -101,7 +112,7 @@ def _(q, k, v, scale, left, right, version):
 )
 def flash_attn_backward(dout, q, k, v, out, lse, scale, left, right, version):
     """dq, dk and dv, each shaped like its input."""
-    module = import_module(_MODULES[version])
+    module = _imported(version)
     options = _options(version, scale, left, right)
     dout, q, k, v, out = (seq_first(x) for x in (dout, q, k, v, out))
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
@@ -153,8 +164,7 @@ def _kernel(version: int, capabilities: range) -> Kernel:
         return able and max(case.head_dim, case.v_dim) <= widest and _installed(version)
 
     bands: Literal["short", "native"] = "short" if version == 2 else "native"
-    short = (5.3, 8.1) if version == 4 else (math.inf, math.inf)  # 2 and 3 are not measured
-    return Kernel(f"flash_attn {version}", fits, bands, forward, backward, MOST_BATCHES, short)
+    return Kernel(f"flash_attn {version}", fits, bands, forward, backward, MOST_BATCHES)
 
 
 FLASH_ATTN_2 = _kernel(2, range(8, 13))

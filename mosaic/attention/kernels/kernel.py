@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
@@ -64,15 +63,6 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-#: Of forward and of backward.
-Milliseconds = tuple[float, float]
-
-#: So few tokens leave most of a kernel's tile empty: what counts is not its rate, but how long a
-#: tile takes at least. ``Kernel.short`` is measured, forward and backward, for 50,000 sequences of
-#: 11 tokens with 4 heads of 24 in bfloat16 on an H200 (torch 2.11; tests/gpu/check_table.py does
-#: it again).
-SHORT = 64
-
 #: CUDA kernels have the batch in the second or third dim of their grid, which holds no more. (ATen
 #: cuts it itself for the memory-efficient one, but its backward then has other strides than those
 #: that it is traced with, up to torch 2.11 at least: github.com/pytorch/pytorch/issues/180445.)
@@ -85,7 +75,7 @@ class Kernel(NamedTuple):
     ``bands``: "square" does all keys or the triangle of a square; "tile" does any band, at the cost
     of rows x keys; "native" does any band, at the cost of what is seen; "short" does so with no
     more rows than keys (flash attention 2 takes a right side as long as the keys for unbounded).
-    ``most_batches``: in one call. ``short``: how long it takes for short sequences, see ``SHORT``.
+    ``most_batches``: in one call.
     """
 
     name: str
@@ -94,7 +84,6 @@ class Kernel(NamedTuple):
     forward: Callable[..., Partial]
     backward: Callable[..., Gradients]
     most_batches: int | None = None
-    short: Milliseconds = (math.inf, math.inf)
 
     def does(self, case: Case, piece: Piece) -> bool:
         if not self.fits(case):
