@@ -7,14 +7,15 @@
 | ``slice_to`` whole -> my intervals  | ``gather``              |
 | ``gather`` sharded -> whole         | ``slice_to``            |
 | ``reshard`` source -> target        | target -> source        |
+| ``halo`` -> overlapping intervals   | ``halo_sum``            |
 
 The gradient of a whole tensor is whole. (torch's own autograd for functional collectives answers
 another question, every rank's loss being a share, and would multiply by p.)
 
-``gather``, ``reshard`` and ``reduce_across`` are registered ops, opaque until the lowering: a
-collective that AOTAutograd's partitioner can see is always saved for backward. What they do is one
-plain function each in ``mosaic/moves.py``, which the op runs and the lowering traces. ``number``
-means nothing to them: ``passes/pin_collectives.py`` says what it is for.
+``gather``, ``reshard``, ``halo`` and ``reduce_across`` are registered ops, opaque until the
+lowering: a collective that AOTAutograd's partitioner can see is always saved for backward. What
+they do is one plain function each in ``mosaic/moves.py``, which the op runs and the lowering
+traces. ``number`` means nothing to them: ``passes/pin_collectives.py`` says what it is for.
 """
 
 from __future__ import annotations
@@ -80,6 +81,43 @@ def _reshard_context(ctx, inputs, keyword_only_inputs, output) -> None:
 
 reshard.register_autograd(
     lambda ctx, grad: (torch.ops.mosaic.reshard(grad, ctx.target, ctx.source), None, None),
+    setup_context=_reshard_context,
+)
+
+
+_HALO = "(Tensor x, str source, str target, *, int number=0) -> Tensor"
+
+
+@torch.library.custom_op("mosaic::halo", mutates_args=(), schema=_HALO)
+def halo(x: Tensor, source: str, target: str, *, number: int = 0) -> Tensor:
+    """A partition of an axis to a layout that overlaps."""
+    return fresh([moves.halo_program(x, _decode(source), _decode(target))], [x])[0]
+
+
+@torch.library.custom_op("mosaic::halo_sum", mutates_args=(), schema=_HALO)
+def halo_sum(x: Tensor, source: str, target: str, *, number: int = 0) -> Tensor:
+    """What is at the target of a halo goes back to its source, and is added there."""
+    return fresh([moves.halo_sum_program(x, _decode(source), _decode(target))], [x])[0]
+
+
+@halo.register_fake
+def _(x: Tensor, source: str, target: str, *, number: int = 0) -> Tensor:
+    shard = _decode(target)
+    return x.new_empty(shard.place.local_shape(x.shape, shard.rank))
+
+
+@halo_sum.register_fake
+def _(x: Tensor, source: str, target: str, *, number: int = 0) -> Tensor:
+    shard = _decode(source)
+    return x.new_empty(shard.place.local_shape(x.shape, shard.rank))
+
+
+halo.register_autograd(
+    lambda ctx, grad: (torch.ops.mosaic.halo_sum(grad, ctx.source, ctx.target), None, None),
+    setup_context=_reshard_context,
+)
+halo_sum.register_autograd(
+    lambda ctx, grad: (torch.ops.mosaic.halo(grad, ctx.source, ctx.target), None, None),
     setup_context=_reshard_context,
 )
 

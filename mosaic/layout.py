@@ -277,6 +277,20 @@ class Layout:
         """Whether each rank's memory is in the order of the axis."""
         return all(list(r) == sorted(r) for r in self.ranks)
 
+    @property
+    def reversed(self) -> Layout:
+        """The layout of ``x.flip`` when each rank flips what it holds."""
+        return Layout.of(
+            self.n, ([(self.n - b, self.n - a) for a, b in reversed(r)] for r in self.ranks)
+        )
+
+    @property
+    def pieces(self) -> Layout:
+        """The axis with one index for each interval, in the order of the axis."""
+        order = sorted(i for r in self.ranks for i in r)
+        number = {interval: k for k, interval in enumerate(order)}
+        return Layout.of(len(order), ([(number[i], number[i] + 1) for i in r] for r in self.ranks))
+
     def gather_order(self) -> tuple[tuple[int, Run], ...]:
         """(rank, its stretch of memory), sorted so that their concatenation is the whole axis."""
         pieces = (
@@ -396,3 +410,10 @@ class Shard:
         layout, dim, outer, inner, mesh_axis, rank, group = text.split(" ")
         place = Place(Layout.parse(layout), int(dim), int(outer), int(inner), mesh_axis)
         return cls(place, int(rank), group)
+
+
+def held_rows_of(shard: Shard) -> list[tuple[int, int, int]]:
+    """(start, stop, where it begins in this rank's memory) of every interval of the whole dim."""
+    place = shard.place
+    held = place.layout.blocks(place.outer, place.inner).ranks[shard.rank]
+    return [(*interval, run.start) for interval, run in placed(held)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mosaic.errors import ShardingError
 from mosaic.layout import Interval, Layout, Place, Run, Shard, exchange, joined_runs
+from mosaic.windows import returned
 
 #: What carries a dtype that NCCL or gloo cannot move or reduce; every value fits.
 CARRIERS = {torch.bool: torch.uint8, torch.int16: torch.int32}
@@ -155,16 +156,45 @@ def gather_program(x: Tensor, shard: Shard) -> Tensor:
 
 def reshard_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
     """One partition to another, by one all-to-all with static splits (none where nothing moves)."""
-    old, new, rank = _partition(source), _partition(target), source.rank
+    old, new = _partition(source), _partition(target)
     if old == new:
         return x.contiguous()
-    steps = [exchange(old, new, r) for r in range(old.p)]
+    return exchanged(x, source, target, old, new)
+
+
+def exchanged(x: Tensor, source: Shard, target: Shard, old: Layout, new: Layout) -> Tensor:
+    steps, rank = [exchange(old, new, r) for r in range(old.p)], source.rank
     mine = steps[rank]
     sent = take_runs(_axis_first(x, source.place, old.lengths[rank]), mine.take, 0)
     if any(step.send[peer] for r, step in enumerate(steps) for peer in range(old.p) if peer != r):
         carried = sent.to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
         sent = wait(all_to_all(carried, mine.receive, mine.send, source.group)).to(x.dtype)
     return _axis_back(take_runs(sent, mine.place, 0), target.place).contiguous()
+
+
+def halo_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
+    """A partition to a layout that overlaps: everybody gets what it needs of the others."""
+    return exchanged(x, source, target, _partition(source), target.place.layout)
+
+
+def halo_sum_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
+    """The adjoint of ``halo_program(source, target)``: what was lent comes back and is added."""
+    old, new, rank = _partition(source), target.place.layout, source.rank
+    steps = [returned(old, new, r) for r in range(old.p)]
+    mine = steps[rank]
+    sent = take_runs(_axis_first(x, target.place, new.lengths[rank]), mine.take, 0)
+    if any(step.send[peer] for r, step in enumerate(steps) for peer in range(old.p) if peer != r):
+        sent = wait(all_to_all(sent.contiguous(), mine.receive, mine.send, source.group))
+    parts = [added(sent, stretch, at) for stretch, at in mine.add]
+    total = joined(parts, 0) if parts else sent.narrow(0, 0, 0)
+    return _axis_back(total, source.place).contiguous()
+
+
+def added(received: Tensor, stretch: Run, offsets: Sequence[int]) -> Tensor:
+    """The sum of what came back for one stretch of memory."""
+    length = stretch.stop - stretch.start
+    terms = [received.narrow(0, at, length) for at in offsets]
+    return sum(terms[1:], terms[0]) if terms else received.new_zeros([length, *received.shape[1:]])
 
 
 def fresh(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -29,7 +29,11 @@ from mosaic.local import (
     normalization,
     randomness,
     reductions,
+    routing,
+    scans,
     views,
+    windows,
+    writes,
 )
 from mosaic.local.decomposed import decomposed
 from mosaic.local.pointwise import pointwise
@@ -151,6 +155,7 @@ TABLE: dict[str, LocalForm] = {
     "bmm": rule("b m k, b k n -> b m n"),
     "mv": rule("m k, k -> m"),
     "dot": rule("k, k ->"),
+    "cdist": rule("... m k, ... n k -> ... m n", whole="k"),
     # normalisation and probabilities
     "layer_norm": normalization.layer_norm,
     "rms_norm": normalization.layer_norm,
@@ -171,6 +176,17 @@ TABLE: dict[str, LocalForm] = {
     "index.Tensor": indexing.index,
     "index_select": indexing.index_select,
     "gather": indexing.gather,
+    "index_put": writes.index_put,
+    "index_add": writes.index_write,
+    "index_copy": writes.index_write,
+    "index_fill.int_Scalar": writes.index_write,
+    "index_fill.int_Tensor": writes.index_write,
+    "scatter.src": writes.scatter,
+    "scatter.value": writes.scatter,
+    "scatter.value_reduce": writes.scatter,
+    "scatter_add": writes.scatter,
+    "scatter_reduce.two": writes.scatter,
+    "bucketize.Tensor": rule("..., v -> ...", whole="v"),
     "tril": indexing.triangle,
     "triu": indexing.triangle,
     # views
@@ -197,6 +213,8 @@ TABLE: dict[str, LocalForm] = {
     "pad": views.pad,
     "roll": views.roll,
     "flip": views.flip,
+    "view_as_complex": views.as_complex,
+    "view_as_real": views.same_place,
     "slice_scatter": views.slice_scatter,
     "select_scatter": views.select_scatter,
     # reductions
@@ -223,30 +241,64 @@ TABLE: dict[str, LocalForm] = {
     "all.dim": reductions.all_,
     "all.dims": reductions.all_,
     "logsumexp": reductions.logsumexp,
-    "linalg_vector_norm": reductions.along_dims,
-    "norm.ScalarOpt_dim": reductions.along_dims,
-    "prod.dim_int": along("dim"),
-    "max.dim": along("dim"),
-    "min.dim": along("dim"),
-    "argmax": along("dim"),
-    "argmin": along("dim"),
-    "cumsum": along("dim"),
-    "cumprod": along("dim"),
-    "logcumsumexp": along("dim"),
-    "sort": along("dim"),
-    "sort.stable": along("dim"),
-    "argsort": along("dim"),
+    "linalg_vector_norm": reductions.norm,
+    "norm.ScalarOpt_dim": reductions.norm,
+    "prod": reductions.product,
+    "prod.dim_int": reductions.product,
+    "nansum": reductions.nansum,
+    "nanmean": reductions.nanmean,
+    "cosine_similarity": reductions.cosine_similarity,
+    "max.dim": scans.extreme_along,
+    "min.dim": scans.extreme_along,
+    "argmax": scans.arg_extreme,
+    "argmin": scans.arg_extreme,
+    "cumsum": scans.scan,
+    "cumprod": scans.scan,
+    "logcumsumexp": scans.scan,
+    "cummax": along("dim"),
+    "cummin": along("dim"),
+    "kthvalue": along("dim"),
+    "mode": along("dim"),
+    "nanmedian.dim": along("dim"),
+    "quantile": reductions.quantile,
+    "quantile.scalar": reductions.quantile,
+    "nanquantile": reductions.quantile,
+    "nanquantile.scalar": reductions.quantile,
+    "_fft_r2c": reductions.transform,
+    "_fft_c2c": reductions.transform,
+    "_fft_c2r": reductions.transform,
+    "sort": partial(routing.sort, along=along("dim")),
+    "sort.stable": partial(routing.sort, along=along("dim")),
+    "argsort": partial(routing.sort, along=along("dim")),
     "topk": along("dim"),
     "median.dim": along("dim"),
     "glu": along("dim"),
     # losses
     "cross_entropy_loss": losses.cross_entropy,
     "nll_loss_nd": losses.cross_entropy,
-    # convolutions: batches are free
-    "conv1d": normalization.convolution,
-    "conv2d": normalization.convolution,
-    "conv3d": normalization.convolution,
-    "convolution": normalization.convolution,
+    # windows that slide: batches are free
+    "conv1d": windows.convolution,
+    "conv2d": windows.convolution,
+    "conv3d": windows.convolution,
+    "conv1d.padding": windows.convolution,
+    "conv2d.padding": windows.convolution,
+    "conv3d.padding": windows.convolution,
+    "convolution": windows.convolution,
+    "avg_pool1d": windows.pool,
+    "avg_pool2d": windows.pool,
+    "avg_pool3d": windows.pool,
+    "max_pool1d": windows.pool,
+    "max_pool2d": windows.pool,
+    "max_pool3d": windows.pool,
+    "max_pool2d_with_indices": windows.pool,
+    "max_pool3d_with_indices": windows.pool,
+    "adaptive_avg_pool1d": windows.adaptive_pool,
+    "adaptive_avg_pool2d": windows.adaptive_pool,
+    "adaptive_avg_pool3d": windows.adaptive_pool,
+    "adaptive_max_pool1d": windows.adaptive_pool,
+    "adaptive_max_pool2d": windows.adaptive_pool,
+    "adaptive_max_pool3d": windows.adaptive_pool,
+    "unfold": windows.unfold,
     # randomness
     "dropout": randomness.dropout,
     # the user's own
@@ -256,9 +308,9 @@ TABLE: dict[str, LocalForm] = {
 #: Pointwise ops that torch does not tag so.
 POINTWISE = frozenset(
     "__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor "
-    "_to_copy alias clone detach detach_copy empty_like fill.Scalar fill.Tensor full_like "
-    "masked_fill.Scalar masked_fill.Tensor ones_like type_as where.self where.ScalarOther "
-    "where.ScalarSelf where.Scalar zeros_like".split()
+    "_conj _to_copy alias clone complex detach detach_copy empty_like fill.Scalar fill.Tensor "
+    "full_like masked_fill.Scalar masked_fill.Tensor ones_like polar type_as "
+    "where.self where.ScalarOther where.ScalarSelf where.Scalar zeros_like".split()
 )
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
 NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function", "mosaic::sdpa"})

@@ -30,11 +30,12 @@ def sequence(graph: fx.Graph, mesh_axes: Mapping[str, str]) -> list[tuple[str, s
 
 def described(start: fx.Node, mesh_axes: Mapping[str, str]) -> str:
     """``all_reduce(f32[5, 8], sum) over sp, number 3``. How an all-to-all is split differs between
-    ranks; what else is sent has one size on all of them."""
+    ranks; what else is sent has one size on all of them, unless another axis is cut as well: then
+    the parts of that one may have several lengths."""
     given = start.args[0] if isinstance(start.args[0], (list, tuple)) else [start.args[0]]
     operands = [node.meta["val"] for node in given]
     name = start.target._opname
-    fits = name != "all_to_all_single"
+    fits = name != "all_to_all_single" and len(mesh_axes) < 2
     sent = [f"{x.dtype}{list(x.shape) if fits else ''}".removeprefix("torch.") for x in operands]
     words = [w for w in start.args[1:] if isinstance(w, str)]
     over = [mesh_axes[w] for w in words if w in mesh_axes] or ["another group"]

@@ -73,6 +73,7 @@ class Sharder:
     is_second: bool = False  # of two axes: the nodes are the first one's local program
     decided: list[str] = field(default_factory=list)  # about the first axis's collectives
     recorded: list[fx.Node | None] = field(default_factory=list)  # where each collective stands
+    routed: dict[fx.Node, Any] = field(default_factory=dict)  # sorted by expert: local/routing.py
     entered_bytes: int = 0  # of whole tensors whose gradients are summed across in backward
     current: fx.Node | None = None  # the global node at hand
 
@@ -115,6 +116,8 @@ class Sharder:
         if node.target is operator.getitem:
             several, index = self.env[node.args[0]], node.args[1]
             return recipe(node) if isinstance(several, Many) else several[index]
+        if node in self.routed:
+            return self.routed_value(node)
         if node.target is draw_seed:
             return self.helper(node)
         if all(is_whole(self.env[n]) for n in node.all_input_nodes):
@@ -126,6 +129,11 @@ class Sharder:
     def call_of(self, node: fx.Node) -> Call:
         args, kwargs = self.values((node.args, node.kwargs))
         return Call(node.target, args, kwargs, node.meta["val"], node)
+
+    def routed_value(self, node: fx.Node) -> Any:
+        from mosaic.local.routing import follow
+
+        return follow(self, node)
 
     def helper(self, node: fx.Node) -> Any:
         """What another axis's program holds; None for an op."""
@@ -298,6 +306,21 @@ class Sharder:
             return Value(value.val, want)
         specs = (self.writer.shard(have), self.writer.shard(want))
         node = self.writer.function(like, torch.ops.mosaic.reshard.default, (value.node, *specs))
+        return Value(value.val, want, node)
+
+    def halo(self, value: Value, have: Place, want: Place) -> Value:
+        """What each rank needs of the axis, also of what others hold: a layout that overlaps."""
+        like = value.node or value.origin
+        if have == want:
+            return Value(value.val, have, self.node(value) if self.writer else None)
+        near = [d.length for r in range(self.axis.p) for d in want.layout.ranks[r]]
+        rows = max(0, sum(near) - have.layout.n) // self.axis.p + 1
+        sent = [rows if d == have.dim else n for d, n in enumerate(value.shape)]
+        self.record("all_to_all", value.val.new_empty(sent), "windows reach into other ranks", like)
+        if not self.writer or self.axis.p == 1:
+            return Value(value.val, want, value.node)
+        specs = (self.writer.shard(have), self.writer.shard(want))
+        node = self.writer.function(like, torch.ops.mosaic.halo.default, (value.node, *specs))
         return Value(value.val, want, node)
 
     def gather_aloud(self, value: Value, why: str, like: fx.Node | None = None) -> Value:

@@ -1,4 +1,4 @@
-"""``mosaic::gather``, ``reshard`` and ``reduce_across`` become explicit functional collectives."""
+"""Mosaic's own collectives (``mosaic::gather`` and others) become functional collectives."""
 
 from __future__ import annotations
 
@@ -22,14 +22,24 @@ def _reshard(x: Tensor, source: str, target: str) -> Tensor:
     return moves.reshard_program(x, Shard.decode(source), Shard.decode(target))
 
 
+def _halo(x: Tensor, source: str, target: str) -> Tensor:
+    return moves.halo_program(x, Shard.decode(source), Shard.decode(target))
+
+
+def _halo_sum(x: Tensor, source: str, target: str) -> Tensor:
+    return moves.halo_sum_program(x, Shard.decode(source), Shard.decode(target))
+
+
 def lower_collectives(graph: fx.Graph, context: Any) -> int:
-    """Write out every gather, reshard and reduction.
+    """Write out every gather, reshard, halo and reduction.
 
     Only after AOTAutograd's partitioner: it saves the result of each collective that it sees.
     """
     programs: dict[Any, Callable[..., Any]] = {
         torch.ops.mosaic.gather.default: _gather,
         torch.ops.mosaic.reshard.default: _reshard,
+        torch.ops.mosaic.halo.default: _halo,
+        torch.ops.mosaic.halo_sum.default: _halo_sum,
         torch.ops.mosaic.reduce_across.default: moves.reduced,
     }
     found = [node for node in graph.nodes if node.target in programs]

@@ -25,6 +25,8 @@ _ops = torch.ops.mosaic
 COLLECTIVES = {
     _ops.gather.default,
     _ops.reshard.default,
+    _ops.halo.default,
+    _ops.halo_sum.default,
     _ops.reduce_across.default,
     _ops.attention.default,
     _ops.attention_backward.default,

@@ -215,6 +215,24 @@ class Everything(Cells):
         return x
 
 
+class Along(Cells):
+    """What works along an axis: windows, scans, lookups, writes, ends, the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = nn.Conv2d(E, E, 3, padding=1)
+
+    def cells(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        x = x + self.second(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.window(x.movedim(-1, 1)).movedim(1, -1)
+        x = x + x.cumsum(1) / 7 - x.flip(2) * x.flip(1)
+        x = F.layer_norm(x, x.shape[2:]) + x.norm(dim=1, keepdim=True) + x.max(2, keepdim=True)[0]
+        x = x.index_add(1, torch.tensor([0, 6]), x[:, [2, -1]])
+        x = F.pad(x, (0, 0, 1, 2), mode="replicate").unfold(2, 4, 1).mean(-1)
+        return x + F.avg_pool2d(x.movedim(-1, 1), 3, 1, 1).movedim(1, -1)
+
+
 class UsersFunction(Everything):
     def user(self, x: Tensor) -> Tensor:
         return Swish.apply(x)
@@ -265,5 +283,6 @@ CASES = {
     "table": table,
     "tokens": tokens,
     "ManyRows": partial(built, ManyRows, rows=12),
+    "Along": partial(built, Along, columns=6),
     **{kind.__name__: partial(built, kind) for kind in KINDS},
 }

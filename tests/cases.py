@@ -176,6 +176,16 @@ def hf_mistral(batch: int = 3, n: int = 37) -> Built:
     return model, (), {"input_ids": ids, "labels": ids.clone()}
 
 
+def hf_mixtral(batch: int = 3, n: int = 37) -> Built:
+    """Experts in groups: tokens are sorted by expert, and put back."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**CAUSAL_LM, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "grouped_mm"
+    ids = tokens(29, batch, n)
+    return MixtralForCausalLM(config), (), {"input_ids": ids, "labels": ids.clone()}
+
+
 def hf_t5(batch: int = 3, n: int = 37) -> Built:
     """Scores get a learned bias by distance: a float mask with a gradient."""
     from transformers import T5Config, T5ForConditionalGeneration
@@ -218,6 +228,7 @@ CASES = {
     "hf_llama_packed": (hf_llama_packed, TOKENS),
     "hf_llama_packed_auto": (hf_llama_packed, Spec(on_gather="error")),
     "hf_mistral": (hf_mistral, None),
+    "hf_mixtral": (hf_mixtral, Spec(on_gather="error")),
     "hf_bert": (hf_bert, TOKENS),
     "hf_t5": (hf_t5, TOKENS),
     "gpt": (gpt, None),

@@ -30,6 +30,7 @@ from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
 from mosaic.passes.normalize import normalize
 from mosaic.passes.partition import partition
+from mosaic.passes.pin_collectives import pin_collectives
 from mosaic.passes.raise_attention import raise_attention
 from mosaic.passes.rewrite_attention import rewrite_attention
 from mosaic.rules import key
@@ -99,6 +100,9 @@ def local_program(case: Case, cut: Cut, layout: str, world: World) -> Any:
 
 def compiled(local: fx.GraphModule, case: Case) -> Any:
     def lower(graph: fx.Graph, kind: str) -> None:
+        if kind == "joint":
+            pin_collectives(graph, None)
+            return
         lower_collectives(graph, None)
         lower_attention(graph, None)
 

@@ -14,11 +14,33 @@ aten = torch.ops.aten
 
 
 def layer_norm(s: Sharder, c: Call) -> Value:
-    """layer_norm and rms_norm: every dim but the normalised ones is free."""
+    """layer_norm and rms_norm: every dim but the normalised ones is free; over the axis itself the
+    moments meet across ranks."""
     x = c["input"]
-    if x.place is None or x.place.dim >= x.ndim - len(c["normalized_shape"]):
+    if x.place is None:
         return s.gather_for(c, "normalises over the axis")
-    return s.emit(c, x.place, **others_whole(s, c))
+    if x.place.dim < x.ndim - len(c["normalized_shape"]):
+        return s.emit(c, x.place, **others_whole(s, c))
+    return normalised(s, c, x, list(range(x.ndim - len(c["normalized_shape"]), x.ndim)))
+
+
+def normalised(s: Sharder, c: Call, x: Value, dims: list[int]) -> Value:
+    """Over dims with the axis among them, in float32 at least."""
+    eps = torch.finfo(x.val.dtype).eps if c["eps"] is None else c["eps"]
+    if x.val.dtype.itemsize == 2:
+        x = s.call(c, aten._to_copy.default, x, dtype=torch.float32)
+    if "rms" in c.name:
+        square = s.call(c, aten.mean.dim, s.call(c, aten.mul.Tensor, x, x), dims, True)
+    else:
+        square, mean = s.call(c, aten.var_mean.correction, x, dims, correction=0, keepdim=True)
+        x = s.call(c, aten.sub.Tensor, x, mean)
+    rstd = s.call(c, aten.rsqrt.default, s.call(c, aten.add.Scalar, square, eps))
+    out = s.call(c, aten.mul.Tensor, x, rstd)
+    if c["weight"] is not None:
+        out = s.call(c, aten.mul.Tensor, out, c["weight"])
+    if c.bound.get("bias") is not None:
+        out = s.call(c, aten.add.Tensor, out, c["bias"])
+    return cast(s, c, out)
 
 
 def others_whole(s: Sharder, c: Call) -> dict[str, Any]:
@@ -122,11 +144,3 @@ def running(s: Sharder, c: Call, old: Value, new: Value) -> Value:
     kept = s.call(c, aten.mul.Tensor, old, 1 - c["momentum"])
     new = s.call(c, aten.detach.default, new)
     return s.call(c, aten.add.Tensor, kept, s.call(c, aten.mul.Tensor, new, c["momentum"]))
-
-
-def convolution(s: Sharder, c: Call) -> Value:
-    """Batches are free; no halo yet along the axis."""
-    x = c["input"]
-    if x.place is None or x.place.dim != 0 or x.ndim < 3:
-        return s.gather_for(c, "slides over the axis")
-    return s.emit(c, x.place, **others_whole(s, c))

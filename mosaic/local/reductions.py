@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from mosaic.layout import Place
+from mosaic.layout import Layout, Place
+from mosaic.local import empty
 from mosaic.sharder import Sharder
 from mosaic.values import Call, Value
 
@@ -44,12 +45,99 @@ def first(val: Any) -> torch.Tensor:
     return val[0] if isinstance(val, (tuple, list)) else val
 
 
-def along_dims(s: Sharder, c: Call) -> Any:
-    """Works along some dims: every other dim is free."""
-    dims = reduced_dims(c)
-    if c["self"].place.dim in dims:
+def transform(s: Sharder, c: Call) -> Any:
+    """Works along some dims (fft): every other dim is free, and stays where it is."""
+    x = c["self"]
+    if x.place.dim in reduced_dims(c):
         return s.gather_for(c, "works along the axis")
-    return free(s, c, dims)
+    return empty.emit(s, c, x.place)
+
+
+def quantile(s: Sharder, c: Call) -> Value:
+    """Every other dim is free; several quantiles are a new first dim."""
+    x, q = c["self"], c["q"]
+    if c["dim"] is None or x.place is None or x.place.dim == c["dim"] % x.ndim:
+        return s.gather_for(c, "works along the axis")
+    several = int(isinstance(q, Value) and q.ndim == 1)
+    new: dict[str, Any] = {}
+    if isinstance(q, Value):
+        new["q"] = s.gather(q, "quantiles that all ranks need")
+    place = kept(x.place, [c["dim"] % x.ndim], c["keepdim"])
+    return empty.emit(s, c, place.at(place.dim + several), **new)
+
+
+def norm(s: Sharder, c: Call) -> Value:
+    """Over the axis: the norm of all ranks' norms."""
+    x, dims = c["self"], reduced_dims(c)
+    if x.place.dim not in dims:
+        return free(s, c, dims)
+    order = c.bound.get("ord", c.bound.get("p"))
+    order = 2 if order is None else order
+    if order in (float("inf"), -float("inf")):
+        largest = aten.amax.default if order > 0 else aten.amin.default
+        size = s.call(c, aten.abs.default, x)
+        return cast(s, c, s.call(c, largest, size, dims, bool(c["keepdim"])))
+    if order < 1:
+        return s.gather_for(c, "works along the axis")
+    dtype = torch.float32 if c.val.dtype.itemsize == 2 else c.val.dtype
+    part = Call(aten.linalg_vector_norm.default, (x, order, dims, bool(c.bound.get("keepdim"))),
+                {"dtype": dtype}, None, c.like)  # fmt: skip
+    every = each_rank(s, part, "the norms of all parts")
+    return cast(s, c, s.call(c, aten.linalg_vector_norm.default, every, order, [0], False))
+
+
+def each_rank(s: Sharder, part: Call, why: str) -> Value:
+    """The results of a reduction on every rank, as a new first dim, whole."""
+    part.val = s.global_value(part)
+    mine = s.emit(part, None)
+    mine = s.call(part, aten.unsqueeze.default, mine, 0)
+    p = s.axis.p
+    place = Place(Layout.even(p, p), 0, mesh_axis=s.axis.mesh_axis)
+    return s.gather(Value(mine.val.expand(p, *part.val.shape), place, mine.node), why, part.like)
+
+
+def product(s: Sharder, c: Call) -> Value:
+    """The product of all ranks' products."""
+    x, dim = c["self"], c.bound.get("dim")
+    if dim is not None and x.place.dim != dim % x.ndim:
+        return along(s, c, "dim")
+    every = each_rank(s, c.replaced({}), "the products of all parts")
+    return s.call(c, aten.prod.dim_int, every, 0, False, dtype=c["dtype"])
+
+
+def nansum(s: Sharder, c: Call) -> Value:
+    """A sum in which a nan is zero."""
+    dims = reduced_dims(c)
+    x = without_nan(s, c)
+    return s.call(c, aten.sum.dim_IntList, x, dims, c["keepdim"], dtype=c["dtype"])
+
+
+def nanmean(s: Sharder, c: Call) -> Value:
+    """The sum by the number of what is no nan."""
+    dims, keepdim = reduced_dims(c), c["keepdim"]
+    there = s.call(c, aten.logical_not.default, s.call(c, aten.isnan.default, c["self"]))
+    number = s.call(c, aten.sum.dim_IntList, there, dims, keepdim)
+    out = summed(s, c, without_nan(s, c), dims, keepdim, c["dtype"])
+    return cast(s, c, s.call(c, aten.div.Tensor, out, number))
+
+
+def without_nan(s: Sharder, c: Call) -> Value:
+    missing = s.call(c, aten.isnan.default, c["self"])
+    return s.call(c, aten.where.ScalarSelf, missing, 0, c["self"])
+
+
+def cosine_similarity(s: Sharder, c: Call) -> Value:
+    """The product of both, each by its norm; where that is below eps its gradient is as if it
+    were not, as on one device."""
+    shape = torch.broadcast_shapes(c["x1"].shape, c["x2"].shape)
+    dim, sides = c["dim"] % len(shape), []
+    for x in (c["x1"], c["x2"]):
+        x = x if x.shape == shape else s.call(c, aten.expand.default, x, list(shape))
+        size = s.call(c, aten.linalg_vector_norm.default, x, 2, [dim], True)
+        bare = s.call(c, aten.detach.default, size)
+        lift = s.call(c, aten.sub.Tensor, s.call(c, aten.clamp_min.default, bare, c["eps"]), bare)
+        sides.append(s.call(c, aten.div.Tensor, x, s.call(c, aten.add.Tensor, size, lift)))
+    return s.call(c, aten.sum.dim_IntList, s.call(c, aten.mul.Tensor, *sides), [dim])
 
 
 def total(s: Sharder, c: Call) -> Value:

@@ -62,8 +62,22 @@ def split_axis(place: Place, before: torch.Size, after: torch.Size) -> Place | N
     return None
 
 
+def aligned_split(place: Place, before: torch.Size, after: torch.Size) -> Place | None:
+    """The axis cut anew, so that a split of it (n -> n1 x n2) tears no row of n2."""
+    place = place.refined()
+    if (place.outer, place.inner) != (1, 1):
+        return None
+    outside, reach, n = prod(before[: place.dim]), 1, place.layout.n
+    for size in after:
+        if reach == outside and size > 1 and n % size == 0:
+            return place.with_layout(Layout.even(size, place.layout.p).scale(n // size))
+        reach *= size
+    return None
+
+
 def view(s: Sharder, c: Call) -> Value:
-    """Free if the axis survives as one run of elements, or splits where no interval is torn."""
+    """Free if the axis survives as one run of elements, or splits where no interval is torn; where
+    one is, the axis is first cut elsewhere."""
     x, size = c["self"], c.val.shape
     if not x.val.numel() and not (s.is_second and x.place.layout.n):
         # Without elements there is no telling which dim became which.
@@ -74,7 +88,10 @@ def view(s: Sharder, c: Call) -> Value:
         or split_axis(x.place, x.shape, size)
     )
     if place is None:
-        return s.gather_for(c, f"tears the axis apart: {list(x.shape)} -> {list(size)}")
+        whole_rows = aligned_split(x.place, x.shape, size)
+        if whole_rows is None or s.has_recipes(c):
+            return s.gather_for(c, f"tears the axis apart: {list(x.shape)} -> {list(size)}")
+        return s.call(c, aten.view.default, s.at(x, whole_rows), list(size))
     reshape = Call(aten.reshape.default, (x, s.local(size, place)), {}, c.val, c.like)
     return s.emit(reshape, place)
 
@@ -236,15 +253,13 @@ def stack(s: Sharder, c: Call) -> Value:
 
 
 def pad(s: Sharder, c: Call) -> Value:
-    """A cat of constants and a slice."""
+    """A cat of constants, or of slices of x, before and behind it."""
     x, value = c["self"], c["value"] or 0
+    if c.bound.get("mode", "constant") != "constant":
+        return padded_by_itself(s, c)
     before, after = pads(c["pad"], x.ndim)[x.place.dim]
     if (before, after) == (0, 0):
-        if c.bound.get("mode", "constant") != "constant" and 0 in x.place.layout.lengths:
-            return s.gather_for(c, "reflects no empty shard")
         return s.emit(c, x.place)
-    if c.bound.get("mode", "constant") != "constant":
-        return s.gather_for(c, f"pads the axis by {c['mode']}")
     dim = x.place.dim
     inside = list(c["pad"])
     inside[2 * (x.ndim - 1 - dim) : 2 * (x.ndim - dim)] = [0, 0]
@@ -257,6 +272,31 @@ def pad(s: Sharder, c: Call) -> Value:
     ends = [s.call(c, aten.new_full.default, x, shape, value) for shape in shapes]
     parts = [t for t in (ends[0], x, ends[1]) if t.shape[dim]] or [x]
     return s.call(c, aten.cat.default, parts, dim)
+
+
+def padded_by_itself(s: Sharder, c: Call) -> Value:
+    """reflect, replicate and circular."""
+    x = c["self"]
+    sizes = pads(c["pad"], x.ndim)
+    if min(min(pair) for pair in sizes) < 0:
+        return s.gather_for(c, "takes away and pads by itself")
+    for dim, (before, after) in enumerate(sizes):
+        ends = [end(s, c, x, dim, k, first) for k, first in ((before, True), (after, False)) if k]
+        parts = [*ends[: before > 0], x, *ends[before > 0 :]]
+        x = s.call(c, aten.cat.default, parts, dim) if ends else x
+    return x
+
+
+def end(s: Sharder, c: Call, x: Value, dim: int, k: int, first: bool) -> Value:
+    """The k rows that stand before (or behind) x when it is padded by itself."""
+    n, mode = x.shape[dim], c["mode"]
+    if mode == "circular":
+        return s.call(c, aten.slice.Tensor, x, dim, *((n - k, n) if first else (0, k)), 1)
+    if mode == "reflect":
+        part = (1, k + 1) if first else (n - k - 1, n - 1)
+        return s.call(c, aten.flip.default, s.call(c, aten.slice.Tensor, x, dim, *part, 1), [dim])
+    row = s.call(c, aten.slice.Tensor, x, dim, *((0, 1) if first else (n - 1, n)), 1)
+    return s.call(c, aten.repeat_interleave.self_int, row, k, dim)
 
 
 def pads(flat: list[int], ndim: int) -> list[tuple[int, int]]:
@@ -279,11 +319,26 @@ def roll(s: Sharder, c: Call) -> Value:
 
 
 def flip(s: Sharder, c: Call) -> Value:
-    """Free along other dims."""
+    """Every rank flips what it holds: the same intervals, counted from the other end."""
+    place = c["self"].place
+    if place.dim not in {d % c.val.ndim for d in c["dims"]}:
+        return s.emit(c, place)
+    return s.emit(c, place.with_layout(place.layout.reversed))
+
+
+def as_complex(s: Sharder, c: Call) -> Value:
+    """The place stays; the last dim holds the two parts of a number."""
     x = c["self"]
-    if x.place.dim in {d % x.ndim for d in c["dims"]}:
-        return s.gather_for(c, "reverses the axis")
-    return s.emit(c, x.place)
+    return (
+        s.gather_for(c, "joins the axis to numbers")
+        if x.place.dim == c.val.ndim
+        else s.emit(c, x.place)
+    )
+
+
+def same_place(s: Sharder, c: Call) -> Value:
+    """The place stays."""
+    return s.emit(c, c["self"].place)
 
 
 def slice_scatter(s: Sharder, c: Call) -> Value:

@@ -15,6 +15,7 @@ from torch import fx
 from mosaic import collectives, random
 from mosaic.layout import Place, Shard
 from mosaic.local.functions import call_autograd_function
+from mosaic.local.indexing import held_rows, local_rows
 from mosaic.local.randomness import keep_mask
 from mosaic.local.reductions import local_extreme, won
 from mosaic.local.views import view
@@ -113,6 +114,7 @@ COLLECTIVES = {
     collectives.slice_to,
     torch.ops.mosaic.gather.default,
     torch.ops.mosaic.reshard.default,
+    torch.ops.mosaic.halo.default,
 }
 
 HELPERS: dict[Any, HelperRule] = {
@@ -125,7 +127,10 @@ HELPERS: dict[Any, HelperRule] = {
     collectives.slice_share: moved,
     torch.ops.mosaic.gather.default: moved,
     torch.ops.mosaic.reshard.default: moved,
+    torch.ops.mosaic.halo.default: moved,
     local_extreme: extreme,
+    local_rows: elementwise,
+    held_rows: elementwise,
     won: shared_out,
     keep_mask: kept,
     random.draw_seed: drawn,

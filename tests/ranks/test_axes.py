@@ -88,6 +88,10 @@ def test_what_meets_along_both_axes(ranks, name: str) -> None:
     check(ranks, name, BOTH, r=2, c=3)
 
 
+def test_what_works_along_both_axes(ranks) -> None:
+    check(ranks, "Along", BOTH, r=2, c=3)
+
+
 @pytest.mark.parametrize("name", [FULL("Structured"), "FlattenedStructured"])
 def test_masks_made_by_tiles(ranks, name: str) -> None:
     """Windows, documents and learned biases along both axes."""
