@@ -324,9 +324,11 @@ class Sharder:
         return Value(value.val, want, node)
 
     def gather_aloud(self, value: Value, why: str, like: fx.Node | None = None) -> Value:
-        """The whole value on every rank, for an op that is otherwise local: said, or refused."""
+        """The whole value on every rank, for an op that is otherwise local: said, or refused, but
+        for a length of 1."""
         like = like or self.current or value.node
-        if value.place is not None and value.origin is None and like is not None:
+        is_long = value.place is not None and value.place.size > 1
+        if is_long and value.origin is None and like is not None:
             name = str(like.target).removesuffix(".default")
             self.say_gathered(name, f"has an operand that {why}", like, [value])
         return self.gather(value, why, like)

@@ -27,7 +27,7 @@ def run(
     loss = loss_of(called(*args, **kwargs))
     loss.backward()
     if group is not None:
-        for x in (x for x in [args[0], *model.parameters()] if x.grad is not None):
+        for x in (x for x in model.parameters() if x.grad is not None):  # inputs' are whole
             torch.distributed.all_reduce(x.grad, group=group)
     return {
         "loss": loss.detach(),
