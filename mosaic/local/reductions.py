@@ -74,9 +74,7 @@ def norm(s: Sharder, c: Call) -> Value:
     order = c.bound.get("ord", c.bound.get("p"))
     order = 2 if order is None else order
     if order in (float("inf"), -float("inf")):
-        largest = aten.amax.default if order > 0 else aten.amin.default
-        size = s.call(c, aten.abs.default, x)
-        return cast(s, c, s.call(c, largest, size, dims, bool(c["keepdim"])))
+        return cast(s, c, extreme_size(s, c, dims, order > 0))
     if order < 1:
         return s.gather_for(c, "works along the axis")
     dtype = torch.float32 if c.val.dtype.itemsize == 2 else c.val.dtype
@@ -84,6 +82,19 @@ def norm(s: Sharder, c: Call) -> Value:
                 {"dtype": dtype}, None, c.like)  # fmt: skip
     every = each_rank(s, part, "the norms of all parts")
     return cast(s, c, s.call(c, aten.linalg_vector_norm.default, every, order, [0], False))
+
+
+def extreme_size(s: Sharder, c: Call, dims: list[int], largest: bool) -> Value:
+    """The largest or smallest absolute value. A nan is the result, as of any maximum, and takes all
+    of the gradient; that of a maximum would be nan everywhere."""
+    keepdim = bool(c["keepdim"])
+    size = s.call(c, aten.abs.default, c["self"])
+    missing = s.call(c, aten.isnan.default, size)
+    never = 0.0 if largest else float("inf")
+    known = s.call(c, aten.where.ScalarSelf, missing, never, size)
+    found = s.call(c, aten.amax.default if largest else aten.amin.default, known, dims, keepdim)
+    is_missing = s.call(c, aten.any.dims, missing, dims, keepdim)
+    return s.call(c, aten.where.ScalarSelf, is_missing, float("nan"), found)
 
 
 def each_rank(s: Sharder, part: Call, why: str) -> Value:
