@@ -19,6 +19,18 @@ from mosaic.windows import returned
 CARRIERS = {torch.bool: torch.uint8, torch.int16: torch.int32}
 
 
+def carried(x: Tensor) -> Tensor:
+    """As what NCCL and gloo can move: of complex numbers pairs, as a last dim."""
+    if x.is_complex():
+        return torch.view_as_real(x.resolve_conj()).contiguous()
+    return x.to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
+
+
+def restored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo ``carried``."""
+    return torch.view_as_complex(x) if dtype.is_complex else x.to(dtype)
+
+
 def wait(x: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor.default(x)
 
@@ -27,11 +39,9 @@ def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
     """The sum (or max, min) over the ranks. The sum of bools is whether any is true."""
     if not group:
         return x
-    carried = x.to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
     reduce_op = "max" if (x.dtype, op) == (torch.bool, "sum") else op
-    return wait(torch.ops._c10d_functional.all_reduce.default(carried, reduce_op, group)).to(
-        x.dtype
-    )
+    total = torch.ops._c10d_functional.all_reduce.default(carried(x), reduce_op, group)
+    return restored(wait(total), x.dtype)
 
 
 def reduced(x: Tensor, group: str, op: str) -> Tensor:
@@ -49,8 +59,8 @@ def broadcast(x: Tensor, group: str) -> Tensor:
     """Rank 0's values on every rank; they have no gradient."""
     if not group:
         return x
-    carried = x.detach().to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
-    return wait(torch.ops._c10d_functional.broadcast.default(carried, 0, group)).to(x.dtype)
+    sent = torch.ops._c10d_functional.broadcast.default(carried(x.detach()), 0, group)
+    return restored(wait(sent), x.dtype)
 
 
 def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
@@ -148,8 +158,7 @@ def gather_program(x: Tensor, shard: Shard) -> Tensor:
     longest = max(layout.lengths)
     rows = padded(_axis_first(x, place, layout.lengths[shard.rank]), longest)
     if layout.p > 1:
-        carried = rows.to(CARRIERS.get(x.dtype, x.dtype))
-        rows = wait(all_gather(carried, layout.p, shard.group)).to(x.dtype)
+        rows = restored(wait(all_gather(carried(rows), layout.p, shard.group)), x.dtype)
     runs = [Run(r * longest + a, r * longest + b) for r, (a, b, _) in layout.gather_order()]
     return _axis_back(take_runs(rows, joined_runs(runs), 0), place).contiguous()
 
@@ -167,8 +176,8 @@ def exchanged(x: Tensor, source: Shard, target: Shard, old: Layout, new: Layout)
     mine = steps[rank]
     sent = take_runs(_axis_first(x, source.place, old.lengths[rank]), mine.take, 0)
     if any(step.send[peer] for r, step in enumerate(steps) for peer in range(old.p) if peer != r):
-        carried = sent.to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
-        sent = wait(all_to_all(carried, mine.receive, mine.send, source.group)).to(x.dtype)
+        moved = wait(all_to_all(carried(sent), mine.receive, mine.send, source.group))
+        sent = restored(moved, x.dtype)
     return _axis_back(take_runs(sent, mine.place, 0), target.place).contiguous()
 
 
@@ -184,7 +193,8 @@ def halo_sum_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
     mine = steps[rank]
     sent = take_runs(_axis_first(x, target.place, new.lengths[rank]), mine.take, 0)
     if any(step.send[peer] for r, step in enumerate(steps) for peer in range(old.p) if peer != r):
-        sent = wait(all_to_all(sent.contiguous(), mine.receive, mine.send, source.group))
+        moved = wait(all_to_all(carried(sent), mine.receive, mine.send, source.group))
+        sent = restored(moved, x.dtype)
     parts = [added(sent, stretch, at) for stretch, at in mine.add]
     total = joined(parts, 0) if parts else sent.narrow(0, 0, 0)
     return _axis_back(total, source.place).contiguous()

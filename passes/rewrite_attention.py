@@ -25,6 +25,7 @@ from mosaic.attention.visit import Inputs
 from mosaic.context import Context
 from mosaic.layout import Place, Shard
 from mosaic.local.attention import Attention
+from mosaic.passes.choose_method import resolved
 from mosaic.rewrite import insert, splice
 
 aten = torch.ops.aten
@@ -60,7 +61,7 @@ def plan_of(node: fx.Node, context: Context) -> AttentionPlan:
     world = context.on(found.mesh)
     cut = [encoded(place, context) for place in (found.batch, found.heads)]
     return AttentionPlan(
-        way=node.meta["way"],
+        way=node.meta["way"] or resolved(found, context)[0],  # without one: written late, in parts
         rank=world.rank,
         group=world.group,
         query=found.query,
