@@ -135,7 +135,7 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if self.mapped.takes(n):
             return self.vmap()
-        if isinstance(n.meta.get("example_value"), torch.SymFloat):
+        if n.target == "item" and isinstance(n.meta.get("example_value"), torch.SymFloat):
             # A float attribute (LayerNorm.eps) under dynamic=True; with a guard on it.
             return float(n.meta["example_value"])
         # The tracer copies "custom" to every node that this one becomes.

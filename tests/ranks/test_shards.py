@@ -21,7 +21,7 @@ the program depends on the length of an input that arrives cut: on one device it
   fix        pass whole inputs (inputs_are="whole"), or let the model do the same whatever the length is""",  # noqa: E501
     )
     assert_expected_inline(told.splitlines()[0], """rank 1 could not compile this graph""")
-    assert told.endswith(found.split("\n", 1)[1])
+    assert found.split("\n", 1)[1] in told
 
 
 def test_a_branch_that_no_rank_takes(ranks) -> None:
