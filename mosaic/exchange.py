@@ -121,7 +121,7 @@ def _check_they_come(
                 f"and rank {rank} for them to {waits}",
                 fix=SAME,
             )
-        if int(_noted(store, group, RUN, rank) or 0) > _turns[_key(group, RUN)]:
+        if _runs_of(store, group, rank) > _turns[_key(group, RUN)]:
             raise ShardingError(
                 f"rank {dist.get_rank()} waits for the others to {doing}, "
                 f"and rank {rank} runs one that is compiled already",
@@ -142,15 +142,31 @@ def note_run(group: dist.ProcessGroup) -> None:
     default_store().set(f"{prefix}/{dist.get_rank()}", str(_turns[prefix]))
 
 
+def _runs_of(store: dist.Store, group: dist.ProcessGroup, rank: int) -> int:
+    key = f"{_key(group, RUN)}/{rank}"
+    return int(store.get(key)) if store.check([key]) else 0
+
+
 def _note(store: dist.Store, group: dist.ProcessGroup, about: str, text: str) -> None:
+    """Leave word for ranks that wait with another question, with the count of questions so far."""
     key = f"{_key(group, about)}/{dist.get_rank()}"
-    store.set(key, text)
+    store.set(key, f"{_asked(group)} {text}")
     _notes.add(key)
 
 
 def _noted(store: dist.Store, group: dist.ProcessGroup, about: str, rank: int) -> str:
+    """What a rank has left about this question. What it left of an earlier one (after an error that
+    somebody caught) is no news: ranks ask as many questions as each other."""
     key = f"{_key(group, about)}/{rank}"
-    return store.get(key).decode() if store.check([key]) else ""
+    number, _, text = store.get(key).decode().partition(" ") if store.check([key]) else ("", "", "")
+    return text if number and int(number) >= _asked(group) else ""
+
+
+def _asked(group: dist.ProcessGroup) -> int:
+    """How many questions this rank has had in the group."""
+    end = _key(group, "").removeprefix("mosaic/")
+    kinds = (kind for kind in _turns if kind.endswith(end) and kind != _key(group, RUN))
+    return sum(_turns[kind] for kind in kinds)
 
 
 def _take_back(store: dist.Store) -> None:

@@ -173,6 +173,10 @@ rank 1 could not compile this graph
     )
 
 
+def test_a_failure_that_was_caught_is_past(two: RankPool) -> None:
+    assert two.run(jobs.late_after_a_failure, 2) == ["no error", "no error"]
+
+
 def test_other_collectives(two: RankPool) -> None:
     """How many there were before is not the same with every torch."""
     text = two.run(jobs.other_collectives, 2)[0]
