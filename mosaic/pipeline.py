@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from mosaic.errors import MosaicError
+from mosaic.sequence import is_start
 from mosaic.torch_private import HigherOrderOperator
 from mosaic.values import is_effect
 
@@ -72,7 +73,7 @@ def verify(graph: fx.Graph, after: str) -> None:
             continue
         if "val" not in node.meta and not needs_no_value(node):
             raise AssertionError(f"after {after}: {node.name} has no value")
-        if is_collective(node) and isinstance(node.meta["val"], torch.Tensor) and not node.users:
+        if is_start(node) and isinstance(node.meta["val"], torch.Tensor) and not node.users:
             raise AssertionError(f"after {after}: nobody waits for {node.name}")
 
 
@@ -81,9 +82,3 @@ def needs_no_value(node: fx.Node) -> bool:
     recomputes, to keep effects in order) torch writes no value down."""
     source = node.args[0] if node.target is operator.getitem else node
     return is_effect(node) or isinstance(getattr(source, "target", None), HigherOrderOperator)
-
-
-def is_collective(node: fx.Node) -> bool:
-    """A functional collective that something has to wait for."""
-    name = str(node.target)
-    return name.startswith("_c10d_functional.") and "wait_tensor" not in name
