@@ -30,6 +30,7 @@ from mosaic.sequence import sequence
 from mosaic.spec import ShardingSpec
 from mosaic.tensors import mark
 from mosaic.torch_private import (
+    Restart,
     around_each_call,
     bake_floats,
     compile_by_eager,
@@ -76,7 +77,7 @@ def mosaic(
     try:
         with AUTOGRAD_FUNCTIONS.kept():
             return compile_graph(module, example_inputs, options)
-    except MosaicError:
+    except (MosaicError, Restart):
         raise
     except Exception as error:
         raise ours(error) from error
@@ -105,6 +106,8 @@ def compile_graph(
     lowering = Lowering(context, plan)
     try:
         compiled = INNER[chosen.inner](local, example_inputs, lowering)
+    except Restart:  # AOTAutograd wants a number as a constant: Dynamo traces anew, on every rank
+        raise
     except Exception as error:
         report_failure(group, error, agreement.FINISH)
         raise

@@ -109,8 +109,19 @@ class MosaicContext:
         if _context is self:
             _context = None
         reset_dynamo()  # what was compiled for these ranks is not for others
-        if self._owns_group and dist.is_initialized():
+        if not dist.is_initialized():
+            return
+        if self._owns_group:
             dist.destroy_process_group()
+        elif self.mesh is not self._request.mesh and self.device.type == "cpu":
+            for group in self._own_groups():
+                dist.destroy_process_group(group)
+
+    def _own_groups(self) -> list[dist.ProcessGroup]:
+        """The groups that were made for this context: each of gloo has threads that keep waking."""
+        names = [*self.axes, *self._joint]
+        groups = [group for name in names if (group := self.group(name)) is not None]
+        return [g for g in groups if g is not dist.group.WORLD]
 
     def _names(self, mesh_axis: str) -> tuple[str, ...]:
         """The mesh's own axes that a (joint) mesh axis is made of, in the order of the mesh."""

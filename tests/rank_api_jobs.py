@@ -246,3 +246,14 @@ def other_ranks_later(p: int) -> tuple[list[int], list[float]]:
     losses.append(compiled(x).item())
     backend.LISTENERS.remove(plans.append)
     return [plan.ranks for plan in plans], [loss - model(x).item() for loss in losses]
+
+
+def groups_left() -> int:
+    """How many process groups stay behind contexts that came and went."""
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    before = len(groups)
+    for mesh in ({"sp_size": 2}, {"mesh_shape": (2, 1), "mesh_axes": ("a", "b")}):
+        context = mosaic.init(**mesh)
+        context.group(",".join(context.axes))
+        context.shutdown()
+    return len(groups) - before

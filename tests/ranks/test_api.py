@@ -130,3 +130,8 @@ def test_code_for_other_ranks_is_not_kept(ranks) -> None:
     for sizes, apart in ranks(3).run(jobs.other_ranks_later, 3):
         assert sizes == [1, 3]
         assert max(map(abs, apart)) < 1e-10
+
+
+def test_shutdown_leaves_no_groups(ranks) -> None:
+    """Their threads wake up all the time: hundreds of them halve the speed of a machine."""
+    assert ranks(2).run(jobs.groups_left) == [0, 0]
