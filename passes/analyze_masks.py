@@ -157,7 +157,8 @@ def rewrite(node: fx.Node, call: Call, said: dict[str, Any]) -> None:
     """The node becomes the call that says the same; it keeps its name and its line."""
     said = {name: value for name, value in said.items() if value is not None}
     n, m = (call[name].meta["val"].shape[-2] for name in ("query", "key"))
-    if said == {"right": 0} and n == m:
+    rises = call["scale"] is None or call["scale"] > 0  # else ATen's kernel for CPUs makes NaN
+    if said == {"right": 0} and n == m and rises:
         said = {"is_causal": True}
     target = PLAIN if said.keys() <= {"attn_mask", "is_causal"} else STRUCTURED
     plain = {**call.bound, "attn_mask": None}

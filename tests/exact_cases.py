@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,6 +160,18 @@ for scale in (-0.5, 0.0, -1e-3):
             lambda x, scale=scale, options=options: sdpa(x, x, x.sin(), scale=scale, **options),
             X,
         )
+
+
+def across_heads(x: Tensor, scale: float) -> Tensor:
+    """Of every token the heads attend to the heads before them: ``aten``'s kernel makes NaN of
+    ``is_causal`` with such a scale."""
+    q = heads(attended(x)).transpose(1, 2)
+    i = torch.arange(q.shape[-2])
+    return sdpa(q, q, q.sin(), i[:, None] >= i, scale=scale)
+
+
+for scale in (-0.5, 0.0):
+    add(f"scale {scale}, whole, causal mask", partial(across_heads, scale=scale), X)
 
 # --- complex numbers -----------------------------------------------------------------------------
 
