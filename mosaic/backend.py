@@ -139,6 +139,7 @@ def partitioned(
     context = Context(
         spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving
     )
+    context.policies = captured.policies
     resumed = resumed_at(captured.graph)
     context.is_resumed = resumed is not None
     context.is_first_graph = options.is_first_graph

@@ -13,7 +13,7 @@ So Dynamo's graph is run by an interpreter that
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -38,6 +38,7 @@ from mosaic.torch_private import (
     is_alias,
     no_tracing_context,
     placeholder_source,
+    policy_of,
     preserve_node_meta,
     pytree,
     recompute_marks,
@@ -48,6 +49,9 @@ from mosaic.torch_private import (
 )
 from mosaic.unexpected import blamed_on
 from mosaic.vmapped import Region, check_transforms, written_out
+
+#: ``policy(about, op, *args, **kwargs)`` says whether backward keeps an op's result.
+Policy = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Captured:
     root: torch.nn.Module  # holds the constants
     inputs: tuple[Input, ...]
     mutated: tuple[int, ...]  # the first outputs are the new values of these inputs
+    policies: Mapping[int, Policy] = field(default_factory=dict)  # of checkpoints, by ac_graph_id
 
 
 @dataclass
@@ -126,9 +131,10 @@ def _(tensors: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
 class _Interpreter(fx.Interpreter):
     """Runs Dynamo's graph under the tracer; see the module's docstring."""
 
-    def __init__(self, module: fx.GraphModule, modes: Modes):
+    def __init__(self, module: fx.GraphModule, modes: Modes, policies: dict[int, Policy]):
         super().__init__(module, garbage_collect_values=False)  # a vmap asks for its operands late
         self.modes = modes
+        self.policies = policies
         self.outer: list[Modes] = []
         self.mapped = Region()
 
@@ -147,7 +153,7 @@ class _Interpreter(fx.Interpreter):
         if target is tag_activation_checkpoint:
             return self.checkpoint(*args)
         if target in INLINED:
-            return _Interpreter(args[0], self.modes).run(*args[INLINED[target] :])
+            return self.inner(args[0]).run(*args[INLINED[target] :])
         if target is autograd_function_apply:
             return self.autograd_function(target, args, kwargs)
         if target is enter_autocast:
@@ -168,14 +174,19 @@ class _Interpreter(fx.Interpreter):
         self.mapped = Region()
         values = [self.env[operand] for operand in region.operands()]
         body = written_out(region, self.module, values)
-        outs = _Interpreter(body, self.modes).run(*values)
+        outs = self.inner(body).run(*values)
         self.env.update(zip(region.results(), outs, strict=True))
 
     def checkpoint(self, body: fx.GraphModule, *args: Any) -> Any:
-        marks = recompute_marks()
+        marks, policy = recompute_marks(), policy_of(body)
+        if policy is not None:
+            self.policies[marks["ac_graph_id"]] = policy
         for node in body.graph.nodes:
             node.meta.update(marks)
-        return _Interpreter(body, self.modes).run(*args)
+        return self.inner(body).run(*args)
+
+    def inner(self, body: fx.GraphModule) -> _Interpreter:
+        return _Interpreter(body, self.modes, self.policies)
 
     def autograd_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What stays behind in the table are the bodies and the constants, not the traced tensors.
@@ -261,10 +272,11 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
         fakes = [_empty(*v) if isinstance(v, tuple) else v for v in specialise(module, sizes or {})]
 
     ambient = Modes.current()
+    policies: dict[int, Policy] = {}
 
     class Program(torch.nn.Module):
         def forward(self, *args: Any) -> Any:
-            return _Interpreter(module, ambient).run(*args)
+            return _Interpreter(module, ambient, policies).run(*args)
 
     traced: fx.GraphModule
     try:
@@ -289,7 +301,7 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
     mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
     refuse_learned(traced.graph, inputs, mutated)
     refuse_shared(module, traced.graph, inputs, mutated)
-    return Captured(traced.graph, traced, inputs, mutated)
+    return Captured(traced.graph, traced, inputs, mutated, policies)
 
 
 def detach_data(module: fx.GraphModule) -> None:

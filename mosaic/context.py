@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import fx
 
-from mosaic.capture import Input
+from mosaic.capture import Input, Policy
 from mosaic.layout import Place
 from mosaic.local.attention import Attention
 from mosaic.mesh import MosaicContext
@@ -91,6 +91,7 @@ class Context:
     graph_text: str = ""
     constants: int = 0  # tensors of the local program that are no inputs
     worlds: dict[str, World] = field(default_factory=dict)
+    policies: Mapping[int, Policy] = field(default_factory=dict)  # of selective checkpoints
     axes: tuple[Axis, ...] = ()  # what is cut, on different mesh axes
     attentions: list[tuple[Attention, fx.Node]] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)

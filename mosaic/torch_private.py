@@ -65,8 +65,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.printers import PythonPrinter
+from torch.utils.checkpoint import SAC_IGNORED_OPS as POLICIES_IGNORE
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mosaic.errors import UnsupportedError
 from mosaic.real_strides import heeding_strides
 
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
@@ -74,6 +76,7 @@ from torch._functorch.autograd_function import autograd_function_apply  # isort:
 __all__ = [
     "DATA_DEPENDENT",
     "INLINED",
+    "POLICIES_IGNORE",
     "RESUMED",
     "VMAP_BEGINS",
     "VMAP_ENDS",
@@ -108,6 +111,7 @@ __all__ = [
     "guarded_attribute",
     "has_decomposition",
     "is_alias",
+    "is_in_backward",
     "is_of_functorch",
     "is_traceable_wrapper_subclass",
     "is_whole_function",
@@ -118,6 +122,7 @@ __all__ = [
     "no_tracing_context",
     "one_graph_under_ddp",
     "placeholder_source",
+    "policy_of",
     "preserve_node_meta",
     "pytree",
     "recompute_marks",
@@ -268,6 +273,24 @@ def bake_floats(module: fx.GraphModule) -> None:
 
 
 _regions = count()
+
+
+def policy_of(region: fx.GraphModule) -> Callable[..., Any] | None:
+    """The policy of a selective checkpoint, made anew for each region as in eager mode; None of a
+    plain checkpoint. Raises UnsupportedError where ``context_fn`` makes other contexts."""
+    make = region.meta.get("_checkpoint_context_fn")
+    if make is None:
+        return None
+    forward, _ = make()
+    if not hasattr(forward, "policy_fn"):
+        raise UnsupportedError(
+            f"checkpoint's context_fn makes a {type(forward).__name__}, which a compiled program "
+            "cannot enter",
+            fix="give it torch.utils.checkpoint.create_selective_checkpoint_contexts with a "
+            "policy, or leave context_fn out",
+        )
+    policy: Callable[..., Any] = forward.policy_fn
+    return policy
 
 
 def recompute_marks() -> dict[str, Any]:
@@ -438,6 +461,11 @@ def compiles_left() -> int | None:
 #: The cache does not see our lowering; and both graphs are compiled at once, on all ranks alike.
 AOT_CONFIG = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
 Lower = Callable[[fx.Graph, str], None]  # of the "joint", "forward" and "backward" graph
+
+
+def is_in_backward(node: fx.Node) -> bool:
+    """Whether a node of the joint graph was traced by backward."""
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
 def bind_to_backward(node: fx.Node) -> None:

@@ -4,6 +4,7 @@ if __name__ != "mosaic.passes":
     raise ImportError("import mosaic.passes: the folder passes/ is shipped under that name")
 
 from mosaic.passes.analyze_masks import analyze_masks
+from mosaic.passes.ask_policies import ask_policies
 from mosaic.passes.assign_layouts import assign_layouts
 from mosaic.passes.choose_method import choose_method
 from mosaic.passes.infer_axes import infer_axes
@@ -31,7 +32,7 @@ PIPELINE = (
 )
 
 #: On the joint graph, before AOTAutograd's partitioner cuts it into forward and backward.
-JOINT = (pin_collectives,)
+JOINT = (ask_policies, pin_collectives)
 
 #: On the forward and on the backward graph, after AOTAutograd's partitioner.
 LOWERING = (

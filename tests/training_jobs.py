@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from models.gpt import GPT
 from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import mosaic
+from mosaic import backend
+
+aten = torch.ops.aten
 
 SPEC = mosaic.ShardingSpec(inputs={"ids": "batch tokens"}, axes={"tokens": "ring"})
 
@@ -69,3 +79,54 @@ def saved_tensors(out: Tensor) -> Iterator[Tensor]:
         if "CompiledFunction" in function.name():
             yield from (x for x in function.saved_tensors if x is not None)
         todo += [behind for behind, _ in function.next_functions]
+
+
+class Selective(nn.Module):
+    """A block in a selective checkpoint, whose policy decides about products."""
+
+    def __init__(self, policy: Callable[..., CheckpointPolicy]):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.context_fn = partial(create_selective_checkpoint_contexts, policy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False, context_fn=self.context_fn)
+
+    def block(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x)
+        return x + self.down(F.gelu(self.up(y).sin()))
+
+
+def first_product(about: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    """A policy that counts, as torchtitan's does: keeps every second product, from the first."""
+    if op != aten.addmm.default:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    PRODUCTS.append(op)
+    return CheckpointPolicy.MUST_SAVE if len(PRODUCTS) % 2 else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_nothing(about: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE
+
+
+PRODUCTS: list[object] = []
+
+
+def products_in_backward(p: int | None, policy: Callable[..., CheckpointPolicy]) -> dict:
+    """Gradients, and how many products with addition backward runs again."""
+    torch.manual_seed(0)
+    model, x = Selective(policy).double(), torch.randn(2, 13, 8).double()
+    PRODUCTS.clear()
+    plans: list[mosaic.Plan] = []
+    called = model
+    if p is not None:
+        mosaic.init(sp_size=p)
+        backend.LISTENERS[:] = [plans.append]
+        called = torch.compile(model, backend="mosaic", options={"inner": "eager"})
+    called(x).square().sum().backward()
+    backend.LISTENERS.clear()
+    again = [n for plan in plans for n in plan.graphs["backward"].nodes]
+    return {
+        "gradients": {n: w.grad for n, w in model.named_parameters()},
+        "again": sum(node.target == aten.addmm.default for node in again),
+    }

@@ -35,3 +35,12 @@ def test_dropout_is_that_of_one_rank(ranks, p: int) -> None:
             assert abs(a - b) < 1e-12, f"step {step}: {a} is not {b}"
         for ours, theirs in zip(answer["gradients"], alone["gradients"], strict=True):
             compare_gradients(theirs, ours, tol=1e-12)
+
+
+@pytest.mark.parametrize(("policy", "again"), [("first_product", 0), ("save_nothing", 1)])
+def test_a_selective_checkpoint_keeps_what_its_policy_says(ranks, policy: str, again: int) -> None:
+    policy = getattr(jobs, policy)
+    want = jobs.products_in_backward(None, policy)
+    for got in ranks(2).run(jobs.products_in_backward, 2, policy):
+        compare_gradients(want["gradients"], got["gradients"], 1e-10)
+        assert got["again"] == again
