@@ -116,6 +116,7 @@ class MosaicContext:
         elif self.mesh is not self._request.mesh and self.device.type == "cpu":
             for group in self._own_groups():
                 dist.destroy_process_group(group)
+            gc.collect()  # a mesh refers to itself, and with it to its groups
 
     def _own_groups(self) -> list[dist.ProcessGroup]:
         """The groups that were made for this context: each of gloo has threads that keep waking."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -112,6 +113,7 @@ def _report(failures: dict[int, str], silent: list[int], p: int, timeout: float)
 def _serve(connection: Connection, rank: int, p: int, rendezvous: str) -> None:
     torch.set_num_threads(1)  # first: OpenMP with more threads hangs after a fork
     _leave_parent()
+    gc.freeze()  # what the parent has imported stays: no collection need look at it
     startup: BaseException | None = None
     try:
         dist.init_process_group(
