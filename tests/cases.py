@@ -186,6 +186,19 @@ def hf_mixtral(batch: int = 3, n: int = 37) -> Built:
     return MixtralForCausalLM(config), (), {"input_ids": ids, "labels": ids.clone()}
 
 
+def hf_qwen3_next(batch: int = 3, n: int = 37) -> Built:
+    """A layer of linear attention, whose recurrence over the tokens is gathered, and a full one."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        **CAUSAL_LM, head_dim=8, layer_types=["linear_attention", "full_attention"],
+        mlp_only_layers=[0, 1], linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+    ids = tokens(29, batch, n)
+    return Qwen3NextForCausalLM(config), (), {"input_ids": ids, "labels": ids.clone()}
+
+
 def hf_t5(batch: int = 3, n: int = 37) -> Built:
     """Scores get a learned bias by distance: a float mask with a gradient."""
     from transformers import T5Config, T5ForConditionalGeneration
@@ -229,6 +242,7 @@ CASES = {
     "hf_llama_packed_auto": (hf_llama_packed, Spec(on_gather="error")),
     "hf_mistral": (hf_mistral, None),
     "hf_mixtral": (hf_mixtral, Spec(on_gather="error")),
+    "hf_qwen3_next": (hf_qwen3_next, None),
     "hf_bert": (hf_bert, TOKENS),
     "hf_t5": (hf_t5, TOKENS),
     "gpt": (gpt, None),
