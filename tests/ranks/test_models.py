@@ -44,7 +44,9 @@ def check(ranks, name: str, p: int, inner: str = "eager", **sizes: int) -> None:
 ELSEWHERE = (
     "gpt_gather",
     "hf_llama_checkpointing",
+    "hf_llama_packed",
     "hf_llama_packed_auto",
+    "hf_mistral",
     "table_auto",
     "vit_mean",
 )
