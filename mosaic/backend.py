@@ -35,6 +35,7 @@ from mosaic.torch_private import (
     bake_floats,
     compile_by_eager,
     compile_by_inductor,
+    never_inlined,
 )
 from mosaic.unexpected import ours
 
@@ -119,6 +120,7 @@ def compile_graph(
 
 
 around_each_call(mosaic, calls.watch)
+never_inlined(mosaic)
 
 
 def partitioned(

@@ -72,6 +72,9 @@ class Call(AbstractContextManager["Call"]):
     def __exit__(self, *_: object) -> None:
         self._undo()
         _calls().remove(self)
+        outer = current()
+        if outer is not None:  # of a function that calls this one
+            outer.runs += self.runs
         if sys.exc_info()[1] is not self._error:
             return
         if not self.runs:

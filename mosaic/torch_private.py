@@ -119,6 +119,7 @@ __all__ = [
     "may_vary",
     "multi_head_attention_op",
     "never_compiles",
+    "never_inlined",
     "no_tracing_context",
     "one_graph_under_ddp",
     "placeholder_source",
@@ -346,6 +347,38 @@ def around_each_call(
             self.backend_ctx_ctor = entered(self.kwargs.get("options"))
 
     wrapper.__init__ = init
+
+
+BY_ITSELF = "Mosaic compiles it by itself"
+
+
+def never_inlined(backend: Callable[..., Any]) -> None:
+    """Another torch.compile, whose function calls one that is compiled with ``backend``, breaks its
+    graph there and calls it; of that function itself it is refused. Dynamo would take the body
+    into a graph for the other backend, and ours, with all that it watches over, not be asked."""
+    context: Any = eval_frame.OptimizeContext
+    made = context.__call__
+
+    @functools.wraps(made)
+    def call(self: Any, fn: Any) -> Any:
+        compiler: Any = (
+            eval_frame.innermost_backend(self.callback) if callable(self.callback) else None
+        )
+        is_ours = getattr(compiler, "compiler_fn", compiler) is backend
+        inner = getattr(fn, "forward", fn)
+        if not is_ours and getattr(inner, "_torchdynamo_disable_msg", None) == BY_ITSELF:
+            raise UnsupportedError(
+                "a function that is compiled with backend='mosaic' is compiled with another one",
+                fix="compile it once; Mosaic's own inner compiler is Inductor",
+            )
+        wrapped: Any = made(self, fn)
+        if is_ours and not isinstance(wrapped, torch.nn.Module):
+            wrapped._torchdynamo_disable = True
+            wrapped._torchdynamo_disable_msg = BY_ITSELF
+            del wrapped._torchdynamo_inline
+        return wrapped
+
+    context.__call__ = call
 
 
 def result_of_call() -> Any:

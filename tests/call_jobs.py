@@ -210,6 +210,17 @@ def refused_outputs(p: int) -> str:
     return said(lambda: compiled(BreaksLast(), outputs="shards")(random(7)))
 
 
+# --- inside of another torch.compile ------------------------------------------------------------
+
+
+def nested(p: int, how: str) -> Tensor:
+    """What a function gives that another backend compiles, and that calls one of ours on a part."""
+    mosaic.init(sp_size=p)
+    inner = compiled(Attend() if how == "module" else Attend().forward, inputs_are="shards")
+    outer = torch.compile(lambda x: inner(x) * 2, backend="eager")
+    return outer(mosaic.shard_tensor(random(7).detach(), 1))
+
+
 # --- DistributedDataParallel ----------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import call_jobs as jobs
 import pytest
+import torch
 from compare import assert_close, compare_gradients
 from expecttest import assert_expected_inline
 
@@ -99,3 +100,21 @@ def test_ddp_is_one_graph(ranks, inside: bool) -> None:
         assert (got["graphs"], got["axis"]) == ([2], ["tokens"])
         assert_close("loss", got["loss"], want["loss"], 1e-10)
         compare_gradients(want["gradients"], got["gradients"], 1e-10)
+
+
+@pytest.mark.parametrize("how", ["module", "function"])
+def test_another_compile_does_not_take_it_in(ranks, how: str) -> None:
+    """It would attend to this rank's part as if that were all."""
+    want = jobs.Attend()(jobs.random(7)) * 2
+    for got in ranks(2).run(jobs.nested, 2, how):
+        assert_close("what the outer function gives", got, want, 1e-10)
+
+
+@pytest.mark.parametrize("inner", [jobs.Attend(), jobs.Attend().forward])
+def test_compiled_twice_is_refused(inner) -> None:
+    assert_expected_inline(
+        jobs.said(lambda: torch.compile(jobs.compiled(inner), backend="eager")),
+        """\
+a function that is compiled with backend='mosaic' is compiled with another one
+  fix  compile it once; Mosaic's own inner compiler is Inductor""",
+    )
