@@ -19,7 +19,9 @@ from mosaic.torch_private import (
     INLINED,
     HigherOrderOperator,
     autograd_function_apply,
+    has_contexts,
     is_traceable_wrapper_subclass,
+    policy_of,
     tag_activation_checkpoint,
 )
 
@@ -71,6 +73,8 @@ def refuse_called(node: fx.Node) -> None:
             fix="write what it does as a torch.autograd.Function, whose backward is run whole, "
             "or put the hook on a parameter or an input, outside of the compiled function",
         )
+    if target is tag_activation_checkpoint:
+        refuse_contexts(node)
     if is_higher and target not in FOLLOWED:
         raise UnsupportedError(
             f"{name} holds a program of its own, which Mosaic does not cut",
@@ -84,6 +88,19 @@ def refuse_called(node: fx.Node) -> None:
             where=where(node),
             fix="define it with mutates_args=() and return what it makes, "
             "or call it outside of the compiled function",
+        )
+
+
+def refuse_contexts(node: fx.Node) -> None:
+    """Of a checkpoint's ``context_fn``, but for those of a policy, which is asked later."""
+    region: Any = getattr(node.graph.owning_module, str(node.args[0]))
+    if has_contexts(region) and policy_of(region) is None:
+        raise UnsupportedError(
+            "a checkpoint has a context_fn that is no policy, and a compiled program enters no "
+            "contexts",
+            where=where(node),
+            fix="give it torch.utils.checkpoint.create_selective_checkpoint_contexts with a "
+            "policy, or leave context_fn out",
         )
 
 

@@ -109,6 +109,7 @@ __all__ = [
     "functorch_restored",
     "get_data",
     "guarded_attribute",
+    "has_contexts",
     "has_decomposition",
     "is_alias",
     "is_in_backward",
@@ -277,21 +278,17 @@ _regions = count()
 
 
 def policy_of(region: fx.GraphModule) -> Callable[..., Any] | None:
-    """The policy of a selective checkpoint, made anew for each region as in eager mode; None of a
-    plain checkpoint. Raises UnsupportedError where ``context_fn`` makes other contexts."""
-    make = region.meta.get("_checkpoint_context_fn")
-    if make is None:
+    """The policy of a selective checkpoint, made anew for each region as in eager mode. None of a
+    plain checkpoint, and of one whose ``context_fn`` makes other contexts (``has_contexts``)."""
+    if not has_contexts(region):
         return None
-    forward, _ = make()
-    if not hasattr(forward, "policy_fn"):
-        raise UnsupportedError(
-            f"checkpoint's context_fn makes a {type(forward).__name__}, which a compiled program "
-            "cannot enter",
-            fix="give it torch.utils.checkpoint.create_selective_checkpoint_contexts with a "
-            "policy, or leave context_fn out",
-        )
-    policy: Callable[..., Any] = forward.policy_fn
+    forward, _ = region.meta["_checkpoint_context_fn"]()
+    policy: Callable[..., Any] | None = getattr(forward, "policy_fn", None)
     return policy
+
+
+def has_contexts(region: fx.GraphModule) -> bool:
+    return "_checkpoint_context_fn" in region.meta
 
 
 def recompute_marks() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import contract_cases as cc
@@ -13,6 +14,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 
 import mosaic
 from mosaic import MosaicError
@@ -46,6 +48,14 @@ def cond(y: Tensor) -> Tensor:
 def flex(y: Tensor) -> Tensor:
     q = y.unflatten(-1, (2, -1)).transpose(1, 2)
     return flex_attention(q, q, q)
+
+
+def no_policy() -> tuple[nullcontext, nullcontext]:
+    return nullcontext(), nullcontext()
+
+
+def entered(y: Tensor) -> Tensor:
+    return checkpoint(torch.sin, y, use_reentrant=False, context_fn=no_policy)
 
 
 def loop(y: Tensor) -> Tensor:
@@ -102,6 +112,17 @@ flex_attention holds a program of its own, which Mosaic does not cut
   tests/errors/test_refused.py:LINE in flex
     return flex_attention(q, q, q)
   fix  use F.scaled_dot_product_attention with is_causal, or with a mask made of positions and documents: Mosaic reads what it means, and no dense mask is made""",  # noqa: E501
+    )
+
+
+def test_contexts_of_a_checkpoint_that_are_no_policy() -> None:
+    assert_expected_inline(
+        refusal(entered),
+        """\
+a checkpoint has a context_fn that is no policy, and a compiled program enters no contexts
+  tests/errors/test_refused.py:LINE in entered
+    return checkpoint(torch.sin, y, use_reentrant=False, context_fn=no_policy)
+  fix  give it torch.utils.checkpoint.create_selective_checkpoint_contexts with a policy, or leave context_fn out""",  # noqa: E501
     )
 
 
