@@ -139,9 +139,9 @@ def partitioned(
     arriving = arriving_shards(module, inputs, spec, world)
     captured = capture(module, global_sizes(module, arriving))
     context = Context(
-        spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving
-    )
-    context.policies = captured.policies
+        spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
+        policies=captured.policies,
+    )  # fmt: skip
     resumed = resumed_at(captured.graph)
     context.is_resumed = resumed is not None
     context.is_first_graph = options.is_first_graph
