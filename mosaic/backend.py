@@ -31,11 +31,10 @@ from mosaic.spec import ShardingSpec
 from mosaic.tensors import mark
 from mosaic.torch_private import (
     Restart,
-    around_each_call,
     bake_floats,
     compile_by_eager,
     compile_by_inductor,
-    never_inlined,
+    watch_all,
 )
 from mosaic.unexpected import ours
 
@@ -119,8 +118,7 @@ def compile_graph(
     return checked(compiled, context, chosen.spec, check)
 
 
-around_each_call(mosaic, calls.watch)
-never_inlined(mosaic)
+watch_all(mosaic, calls.watch)
 
 
 def partitioned(

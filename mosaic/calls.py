@@ -12,7 +12,7 @@ attend to this rank's part. So
 
 from __future__ import annotations
 
-import sys
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -36,7 +36,6 @@ from mosaic.torch_private import (
     never_compiles,
     one_graph_under_ddp,
     pytree,
-    result_of_call,
     why_eager,
 )
 
@@ -56,17 +55,15 @@ class Made:
 
 @dataclass
 class Call(AbstractContextManager["Call"]):
-    """One call of it. Dynamo enters and leaves this, and gives ``__exit__`` no exception."""
+    """One call of it."""
 
     made: Made
     runs: int = 0  # of graphs that Mosaic compiled
-    _error: BaseException | None = None
     _undo: Any = field(default=None, repr=False)
 
     def __enter__(self) -> Call:
         _calls().append(self)
         self._undo = one_graph_under_ddp()
-        self._error = sys.exc_info()[1]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,12 +72,6 @@ class Call(AbstractContextManager["Call"]):
         outer = current()
         if outer is not None:  # of a function that calls this one
             outer.runs += self.runs
-        if sys.exc_info()[1] is not self._error:
-            return
-        if not self.runs:
-            say_it_ran_eagerly(self.made.spec)
-        if self.made.spec.gradients == "shares" and size_of(self.made.spec) > 1:
-            check_no_parameter(result_of_call())
 
 
 _local = threading.local()
@@ -98,12 +89,35 @@ def current() -> Call | None:
     return _calls()[-1] if _calls() else None
 
 
-def watch(options: Mapping[str, Any] | None) -> Callable[[], Call]:
-    """What Dynamo calls before each call of one ``torch.compile``."""
+def watch(options: Mapping[str, Any] | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """How to watch the function that one ``torch.compile`` makes."""
     made = Made(options)
     if made.spec.parts and never_compiles():
         say_it_ran_eagerly(made.spec)
-    return partial(Call, made)
+    return partial(watched, made)
+
+
+def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, with each call watched. Raises ShardingError for what ``Module.compile`` makes
+    where parts are asked for: in another torch.compile Dynamo would go past it."""
+    if made.spec.parts and getattr(compiled, "__name__", "") == "_call_impl":
+        raise ShardingError(
+            f"a module is compiled in place, and {made.spec.parts}: another torch.compile around "
+            "it would not see that, and run it as plain PyTorch",
+            fix="model = torch.compile(model, ...) in place of model.compile(...)",
+        )
+
+    @functools.wraps(compiled, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with Call(made) as this:
+            result = compiled(*args, **kwargs)
+        if not this.runs:
+            say_it_ran_eagerly(made.spec)
+        if made.spec.gradients == "shares" and size_of(made.spec) > 1:
+            check_no_parameter(result)
+        return result
+
+    return call
 
 
 def counted() -> int:

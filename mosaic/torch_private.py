@@ -89,7 +89,6 @@ __all__ = [
     "Restart",
     "active_ddp",
     "aot_export_module",
-    "around_each_call",
     "autograd_function_apply",
     "bake_floats",
     "break_after",
@@ -120,7 +119,6 @@ __all__ = [
     "may_vary",
     "multi_head_attention_op",
     "never_compiles",
-    "never_inlined",
     "no_tracing_context",
     "one_graph_under_ddp",
     "placeholder_source",
@@ -130,11 +128,11 @@ __all__ = [
     "recompute_marks",
     "rename_afresh",
     "reset_dynamo",
-    "result_of_call",
     "set_grad_enabled",
     "size_symbols",
     "tag_activation_checkpoint",
     "torch_version",
+    "watch_all",
     "why_eager",
     "without_effects",
     "without_modes",
@@ -326,65 +324,48 @@ encoder_layer_op = torch._transformer_encoder_layer_fwd
 multi_head_attention_op = torch._native_multi_head_attention
 
 
-def around_each_call(
-    backend: Callable[..., Any], entered: Callable[[Any], Callable[[], AbstractContextManager[Any]]]
-) -> None:
-    """Enter ``entered(options)()`` around each call of what torch.compile makes with ``backend``.
+BY_ITSELF = "Mosaic compiles it by itself"
+Watched = Callable[[Callable[..., Any]], Callable[..., Any]]  # the same function, watched
 
-    Dynamo does so for the ``backend_ctx_ctor`` of a backend; torch.compile wraps the backend in an
-    object without it, which is given it here. ``entered`` is called once for each torch.compile.
+
+def watch_all(backend: Callable[..., Any], watch: Callable[[Any], Watched]) -> None:
+    """What torch.compile makes of a function with ``backend`` becomes ``watch(options)(it)``;
+    ``watch`` is called once for each torch.compile, also where that does nothing.
+
+    Another torch.compile, whose function calls this one, breaks its graph there and calls it; of
+    this function itself it is refused. Dynamo would take the body into a graph for the other
+    backend, and ours, with all that it watches over, not be asked.
     """
     wrapper: Any = torch._TorchCompileWrapper  # type: ignore[attr-defined]
-    made = wrapper.__init__
+    made_wrapper, compile_it = wrapper.__init__, eval_frame.OptimizeContext.__call__
 
-    @functools.wraps(made)
+    @functools.wraps(made_wrapper)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
+        made_wrapper(self, *args, **kwargs)
         if self.compiler_fn is backend:
-            self.backend_ctx_ctor = entered(self.kwargs.get("options"))
+            self.watched = watch(self.kwargs.get("options"))
 
-    wrapper.__init__ = init
-
-
-BY_ITSELF = "Mosaic compiles it by itself"
-
-
-def never_inlined(backend: Callable[..., Any]) -> None:
-    """Another torch.compile, whose function calls one that is compiled with ``backend``, breaks its
-    graph there and calls it; of that function itself it is refused. Dynamo would take the body
-    into a graph for the other backend, and ours, with all that it watches over, not be asked."""
-    context: Any = eval_frame.OptimizeContext
-    made = context.__call__
-
-    @functools.wraps(made)
+    @functools.wraps(compile_it)
     def call(self: Any, fn: Any) -> Any:
-        compiler: Any = (
-            eval_frame.innermost_backend(self.callback) if callable(self.callback) else None
-        )
-        is_ours = getattr(compiler, "compiler_fn", compiler) is backend
+        callback = self.callback
+        compiler: Any = eval_frame.innermost_backend(callback) if callable(callback) else None
+        watched = getattr(compiler, "watched", None)
         inner = getattr(fn, "forward", fn)
-        if not is_ours and getattr(inner, "_torchdynamo_disable_msg", None) == BY_ITSELF:
+        if watched is None and getattr(inner, "_torchdynamo_disable_msg", None) == BY_ITSELF:
             raise UnsupportedError(
                 "a function that is compiled with backend='mosaic' is compiled with another one",
                 fix="compile it once; Mosaic's own inner compiler is Inductor",
             )
-        wrapped: Any = made(self, fn)
-        if is_ours and not isinstance(wrapped, torch.nn.Module):
-            wrapped._torchdynamo_disable = True
-            wrapped._torchdynamo_disable_msg = BY_ITSELF
-            del wrapped._torchdynamo_inline
-        return wrapped
+        compiled: Any = compile_it(self, fn)
+        if watched is None or isinstance(compiled, torch.nn.Module):  # it calls this for a method
+            return compiled
+        alone: Any = torch.compiler.disable(watched(compiled), reason=BY_ITSELF)
+        alone._torchdynamo_orig_callable = compiled._torchdynamo_orig_callable
+        alone.get_compiler_config = compiled.get_compiler_config
+        return alone
 
-    context.__call__ = call
-
-
-def result_of_call() -> Any:
-    """What the function that the user compiled has returned. Only where Dynamo leaves what
-    ``around_each_call`` entered."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("result")
+    wrapper.__init__ = init
+    eval_frame.OptimizeContext.__call__ = call  # type: ignore[method-assign]
 
 
 def one_graph_under_ddp() -> Callable[[], None]:

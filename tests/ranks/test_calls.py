@@ -8,6 +8,8 @@ import torch
 from compare import assert_close, compare_gradients
 from expecttest import assert_expected_inline
 
+import mosaic
+
 
 def test_no_part_is_attended_to_eagerly(ranks) -> None:
     said = ranks(2).run(jobs.eager_runs, 2)[0]
@@ -118,3 +120,16 @@ def test_compiled_twice_is_refused(inner) -> None:
 a function that is compiled with backend='mosaic' is compiled with another one
   fix  compile it once; Mosaic's own inner compiler is Inductor""",
     )
+
+
+def test_compiled_in_place_with_parts_is_refused() -> None:
+    """A compiled function that calls the module would go past ``Module.compile``."""
+    spec = mosaic.ShardingSpec(gradients="shares")
+    model = jobs.Attend()
+    assert_expected_inline(
+        jobs.said(lambda: model.compile(backend="mosaic", options={"spec": spec})),
+        """\
+a module is compiled in place, and gradients are shares: another torch.compile around it would not see that, and run it as plain PyTorch
+  fix  model = torch.compile(model, ...) in place of model.compile(...)""",  # noqa: E501
+    )
+    model.compile(backend="mosaic", options={"spec": mosaic.ShardingSpec()})
