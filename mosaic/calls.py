@@ -30,7 +30,7 @@ from mosaic.notices import once, resumed_at
 from mosaic.source import shown
 from mosaic.spec import ShardingSpec
 from mosaic.torch_private import (
-    active_ddp,
+    averages,
     break_after,
     is_whole_function,
     never_compiles,
@@ -173,23 +173,29 @@ def check_no_parameter(result: Any) -> None:
 
 
 def check_not_averaged(spec: ShardingSpec) -> None:
-    """Raise ShardingError under a DistributedDataParallel that averages over the ranks whose shares
-    add up to the gradient."""
-    ddp, context = active_ddp(), current_context()
-    if ddp is None or context is None:
+    """Raise ShardingError under a wrapper (DDP, FSDP2) that averages over ranks whose shares add up
+    to the gradient."""
+    context = current_context()
+    if context is None:
         return
-    mine, averaged = (
-        set(dist.get_process_group_ranks(group))
-        for group in (context.group(spec.mesh), ddp.process_group)
-    )
-    if len(mine & averaged) > 1:
-        raise ShardingError(
-            "gradients are shares, and DistributedDataParallel averages them: "
-            f"they would be {len(mine & averaged)} times too small",
-            ranks=f"shares of {sorted(mine)}, average over {sorted(averaged)}",
-            fix='leave gradients whole (gradients="whole"): the average of equal ones is right; '
-            "or give it a process_group of the data-parallel ranks, and sum along the other axis",
-        )
+    mine = set(dist.get_process_group_ranks(context.group(spec.mesh)))
+    for name, averaged in averages():
+        if len(mine & averaged) > 1:
+            raise ShardingError(
+                f"gradients are shares, and {name} averages them: "
+                f"they would be {len(mine & averaged)} times too small",
+                ranks=f"shares of {sorted(mine)}, average over {sorted(averaged)}",
+                fix=SUMMED[name],
+            )
+
+
+WHOLE = 'leave gradients whole (gradients="whole"): the average of equal ones is right; or '
+SUMMED = {
+    "DistributedDataParallel": WHOLE
+    + "give it a process_group of the data-parallel ranks, and sum along the other axis",
+    "fully_shard": WHOLE + "call set_gradient_divide_factor on the wrapped modules, with the "
+    "number of data-parallel ranks",
+}
 
 
 def say_it_ran_eagerly(spec: ShardingSpec) -> None:

@@ -54,8 +54,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.distributed import get_process_group_ranks
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _Namespace
@@ -87,9 +91,9 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "Restart",
-    "active_ddp",
     "aot_export_module",
     "autograd_function_apply",
+    "averages",
     "bake_floats",
     "break_after",
     "broken_guard",
@@ -376,9 +380,19 @@ def one_graph_under_ddp() -> Callable[[], None]:
     return functools.partial(patch.__exit__, None, None, None)
 
 
-def active_ddp() -> DistributedDataParallel | None:
-    """The DistributedDataParallel whose forward is under way."""
-    return DistributedDataParallel._get_active_ddp_module()
+def averages() -> list[tuple[str, set[int]]]:
+    """(name, ranks) of what will average the gradients of the forward that is under way."""
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    found = []
+    if ddp is not None:
+        found.append(("DistributedDataParallel", set(get_process_group_ranks(ddp.process_group))))
+    for state in [reference() for reference in _module_state_mapping.values()]:
+        if isinstance(state, FSDPState) and state._training_state == TrainingState.FORWARD:
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            for group in groups:
+                if group is not None and group.gradient_divide_factor is None:
+                    found.append(("fully_shard", set(group.mesh_info.mesh.mesh.flatten().tolist())))
+    return found
 
 
 #: What stands between the user's function and its graph; between torch.compile's wrapper and it.

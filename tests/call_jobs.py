@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from model_jobs import gradients
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mosaic
@@ -175,7 +175,29 @@ def refused_shares(p: int) -> dict[str, str]:
         "turned": said(lambda: compiled(Returns(turned), gradients="shares")(random(7))),
         "break": said(lambda: compiled(BreaksLast(), gradients="shares")(random(7))),
         "ddp": said(lambda: ddp(random(7))),
+        "fsdp": said(lambda: under_fully_shard(Block())(random(7))),
     }
+
+
+def under_fully_shard(block: nn.Module, factor: float | None = None) -> Any:
+    """The block computes shares of its gradients; it is compiled by itself, and FSDP2 wraps it."""
+    model = nn.Sequential(compiled(block, gradients="shares"))
+    fully_shard(model)
+    if factor is not None:
+        model.set_gradient_divide_factor(factor)
+    return model
+
+
+def shares_that_are_summed(p: int) -> list[Tensor]:
+    """Gradients under FSDP2 that does not divide them; rank 0's parts and the others'."""
+    torch.manual_seed(0)
+    model: Any = Block()
+    if p:
+        mosaic.init(sp_size=p)
+        model = under_fully_shard(model, factor=1.0)
+    model(random(7)).square().mean().backward()
+    found = [w.grad for w in model.parameters()]
+    return [g.full_tensor() if p else g for g in found]
 
 
 # --- outputs that stay cut ----------------------------------------------------------------------

@@ -73,6 +73,20 @@ gradients are shares, and DistributedDataParallel averages them: they would be 2
   ranks  shares of [0, 1], average over [0, 1]
   fix    leave gradients whole (gradients="whole"): the average of equal ones is right; or give it a process_group of the data-parallel ranks, and sum along the other axis""",  # noqa: E501
     )
+    assert_expected_inline(
+        said["fsdp"],
+        """\
+gradients are shares, and fully_shard averages them: they would be 2 times too small
+  ranks  shares of [0, 1], average over [0, 1]
+  fix    leave gradients whole (gradients="whole"): the average of equal ones is right; or call set_gradient_divide_factor on the wrapped modules, with the number of data-parallel ranks""",  # noqa: E501
+    )
+
+
+def test_shares_under_fsdp_that_does_not_divide(ranks) -> None:
+    want = jobs.shares_that_are_summed(0)
+    for got in ranks(2).run(jobs.shares_that_are_summed, 2):
+        for i, (one, other) in enumerate(zip(want, got, strict=True)):
+            assert_close(f"gradient {i}", other, one, 1e-10)
 
 
 @pytest.mark.parametrize("kind", [jobs.ViewOfInput, jobs.TwoLayouts])
