@@ -21,7 +21,7 @@ from mosaic.errors import MosaicError, ShardingError
 from mosaic.exchange import report_failure
 from mosaic.mesh import MosaicContext, context_or_world_of_one
 from mosaic.modes import Modes
-from mosaic.notices import announce, resumed_at
+from mosaic.notices import announce, ended_at, resumed_at
 from mosaic.passes import JOINT, LOWERING, PIPELINE
 from mosaic.pipeline import run_passes
 from mosaic.plan import Plan, plan_of
@@ -143,6 +143,7 @@ def partitioned(
     resumed = resumed_at(captured.graph)
     context.is_resumed = resumed is not None
     context.is_first_graph = options.is_first_graph
+    context.ends_at = ended_at(module)
     context.worlds = {m.mesh: world_of(ranks, m.mesh) for m in spec.sharded.values()}
     context.graph_text = text_of(captured.graph)
     reports = run_passes(PIPELINE, captured.graph, context, "global")

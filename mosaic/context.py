@@ -87,6 +87,7 @@ class Context:
     arriving: dict[int, Place] = field(default_factory=dict)  # inputs that are shards already
     is_resumed: bool = False  # after a graph break: locals may have other meanings
     is_first_graph: bool = True
+    ends_at: str = ""  # the graph break behind this graph, and its reason
     holds_shards: bool = False  # a program that was written for shards: it is only lowered
     graph_text: str = ""
     constants: int = 0  # tensors of the local program that are no inputs

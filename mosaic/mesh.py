@@ -48,20 +48,24 @@ class _Request:
 
 @dataclass(frozen=True)
 class MosaicContext:
-    """The ranks of this run. ``mesh`` is None where there is a single process.
+    """The ranks of this run.
 
     A mesh axis may be a joint one: ``"a,b"`` is one long axis of size_a x size_b ranks, in the
     order of the mesh whichever way it is written: rank = index_a * size_b + index_b.
     """
 
-    mesh: DeviceMesh | None
     device: torch.device
     axes: tuple[str, ...]
     _request: _Request = field(repr=False)
     _owns_group: bool = field(repr=False)
     alike: set[object] = field(repr=False, compare=False, default_factory=set)  # shards compared
     ledgers: dict[Any, Any] = field(repr=False, compare=False, default_factory=dict)  # data_check's
-    _joint: dict[str, DeviceMesh] = field(repr=False, default_factory=dict)
+    _meshes: dict[tuple[str, ...], DeviceMesh] = field(repr=False, default_factory=dict)
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """None where there is a single process, and after ``shutdown``."""
+        return self._meshes.get(())
 
     def size(self, mesh_axis: str = "sp") -> int:
         """How many ranks the mesh axis has."""
@@ -85,10 +89,9 @@ class MosaicContext:
         names = self._names(mesh_axis)
         if self.mesh is None or len(names) == 1:
             return None if self.mesh is None else self.mesh.get_group(names[0])
-        joint = ",".join(names)
-        if joint not in self._joint:
-            self._joint[joint] = flattened(self.mesh, names)
-        return self._joint[joint].get_group()
+        if names not in self._meshes:
+            self._meshes[names] = flattened(self.mesh, names)
+        return self._meshes[names].get_group()
 
     def group_name(self, mesh_axis: str = "sp") -> str:
         """The name by which functional collectives find the group; "" for a single process."""
@@ -116,11 +119,12 @@ class MosaicContext:
         elif self.mesh is not self._request.mesh and self.device.type == "cpu":
             for group in self._own_groups():
                 dist.destroy_process_group(group)
+            self._meshes.clear()  # what was compiled may live on, and this context with it
             gc.collect()  # a mesh refers to itself, and with it to its groups
 
     def _own_groups(self) -> list[dist.ProcessGroup]:
         """The groups that were made for this context: each of gloo has threads that keep waking."""
-        names = [*self.axes, *self._joint]
+        names = [*self.axes, *(",".join(axes) for axes in self._meshes if axes)]
         groups = [group for name in names if (group := self.group(name)) is not None]
         return [g for g in groups if g is not dist.group.WORLD]
 
@@ -296,7 +300,7 @@ def _make(request: _Request) -> MosaicContext:
     axes, shape = _ready_mesh(request) if request.mesh is not None else _shape(request, world)
     device = _device(request.device, world)
     if world == 1:
-        return MosaicContext(None, device, axes, request, _owns_group=False)
+        return MosaicContext(device, axes, request, _owns_group=False)
     owns_group = not dist.is_initialized()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -304,7 +308,7 @@ def _make(request: _Request) -> MosaicContext:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     mesh = request.mesh or init_device_mesh(device.type, shape, mesh_dim_names=axes)
     introduce()
-    context = MosaicContext(mesh, device, axes, request, owns_group)
+    context = MosaicContext(device, axes, request, owns_group, _meshes={(): mesh})
     if "sp" in axes and context.size("sp") == 1 and math.prod(shape) == context.dp_size:
         log.warning("sp_size = 1 in a world of %d ranks: mosaic shards nothing", world)
     return context

@@ -9,7 +9,7 @@ from torch import fx
 from mosaic.attention.cost import size
 from mosaic.plan import Plan
 from mosaic.source import frames, shown
-from mosaic.torch_private import RESUMED, compiles_left
+from mosaic.torch_private import RESUMED, break_after, compiles_left
 
 log = logging.getLogger("mosaic")
 LARGE = 1 << 30  # bytes of an output made whole that are worth a word
@@ -31,6 +31,17 @@ def resumed_at(graph: fx.Graph) -> str | None:
             if frame.function.startswith(RESUMED):
                 return f"{shown(frame.file)}, before line {frame.line}"
     return None
+
+
+def ended_at(module: fx.GraphModule) -> str:
+    """The graph break behind Dynamo's graph, and its reason; "" where the program returns."""
+    ends = break_after(module)
+    if ends is None:
+        return ""
+    reason, frame = ends
+    if frame is None:
+        return reason
+    return f"{shown(frame.filename)}:{frame.lineno} in {frame.name}: {reason}"
 
 
 def announce(plan: Plan, resumed: str | None) -> None:

@@ -33,7 +33,7 @@ def propagate(graph: fx.Graph, context: Context) -> int:
     if context.spec.sharded:
         for axis, planner in zip(context.axes, planners, strict=True):
             if not attends(planner):
-                raise nothing_attends(graph, axis, planner)
+                raise nothing_attends(graph, axis, planner, context.ends_at)
     return sum(node.meta.get("place") is not None for node in graph.nodes)
 
 
@@ -112,7 +112,7 @@ def merged(a: Attention, b: Attention, node: fx.Node, context: Context) -> Atten
     return with_axis(a, b, None)
 
 
-def nothing_attends(graph: fx.Graph, axis: Axis, planner: Sharder) -> ShardingError:
+def nothing_attends(graph: fx.Graph, axis: Axis, planner: Sharder, ends_at: str) -> ShardingError:
     attended = [n for n in graph.nodes if n.target in ATTENTIONS]
     lengths = sorted({n.args[0].meta["val"].shape[-2] for n in attended})
     unread = unread_softmax(graph)
@@ -120,10 +120,13 @@ def nothing_attends(graph: fx.Graph, axis: Axis, planner: Sharder) -> ShardingEr
     if planner.gathered:
         why, node = planner.gathered[0]
         facts["gathered"] = f"{why}: {line(node)}"
+    if ends_at:
+        facts["breaks"] = f"the graph ends here, what comes later was not seen: {ends_at}"
     return ShardingError(
         f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
         sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: "
         + (", ".join(map(str, lengths)) or "none"),
         **facts,
-        fix="name the axis that attention runs over, or leave the spec out to have it found",
+        fix="name the axis that attention runs over, or leave the spec out to have it found"
+        + (", or remove the graph break" if ends_at else ""),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cases
 import contract_cases as cc
 import torch
@@ -248,12 +250,28 @@ def other_ranks_later(p: int) -> tuple[list[int], list[float]]:
     return [plan.ranks for plan in plans], [loss - model(x).item() for loss in losses]
 
 
-def groups_left() -> int:
-    """How many process groups stay behind contexts that came and went."""
+def groups_left() -> tuple[int, int]:
+    """How many groups, and threads of gloo, stay behind contexts that came and went, though what
+    was compiled is kept."""
     groups = torch.distributed.distributed_c10d._world.pg_map
-    before = len(groups)
+    before, threads_before = len(groups), gloo_threads()
+    kept = []
     for mesh in ({"sp_size": 2}, {"mesh_shape": (2, 1), "mesh_axes": ("a", "b")}):
         context = mosaic.init(**mesh)
         context.group(",".join(context.axes))
+        method = mosaic.Ring(mesh=context.axes[1])
+        spec = mosaic.ShardingSpec(inputs={"x": "b n e"}, axes={"n": method})
+        run = torch.compile(attend, backend="mosaic", options={**EAGER, "spec": spec})
+        run(torch.ones(1, 4, 2))
+        kept.append((context, run))
         context.shutdown()
-    return len(groups) - before
+    return len(groups) - before, gloo_threads() - threads_before
+
+
+def attend(x: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(x, x, x)
+
+
+def gloo_threads() -> int:
+    tasks = Path("/proc/self/task")
+    return sum("gloo" in (task / "comm").read_text() for task in tasks.iterdir())

@@ -32,10 +32,13 @@ class RankError(RuntimeError):
 
 
 class RankPool:
-    """p forked processes in one gloo group. A failed job costs them their lives, not the pool."""
+    """p forked processes in one group: of gloo, or of NCCL with a GPU for each (``device="cuda"``,
+    for which this process must not have used CUDA). A failed job costs them their lives, not the
+    pool."""
 
-    def __init__(self, p: int, timeout: float = 180.0):
+    def __init__(self, p: int, timeout: float = 180.0, device: str = "cpu"):
         self.p = p
+        self.device = device
         self.timeout = timeout
         self._ranks: list[tuple[Any, Connection]] = []
 
@@ -68,7 +71,7 @@ class RankPool:
         for rank in range(self.p):
             here, there = fork.Pipe()
             process = fork.Process(
-                target=_serve, args=(there, rank, self.p, rendezvous), daemon=True
+                target=_serve, args=(there, rank, self.p, rendezvous, self.device), daemon=True
             )
             process.start()
             there.close()
@@ -110,14 +113,17 @@ def _report(failures: dict[int, str], silent: list[int], p: int, timeout: float)
 # --- in the rank -------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection, rank: int, p: int, rendezvous: str) -> None:
+def _serve(connection: Connection, rank: int, p: int, rendezvous: str, device: str) -> None:
     torch.set_num_threads(1)  # first: OpenMP with more threads hangs after a fork
     _leave_parent()
     gc.freeze()  # what the parent has imported stays: no collection need look at it
     startup: BaseException | None = None
     try:
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(
-            "gloo", store=dist.FileStore(rendezvous, p), rank=rank, world_size=p
+            backend, store=dist.FileStore(rendezvous, p), rank=rank, world_size=p
         )
     except BaseException as error:  # told as the first job's answer
         startup = error

@@ -127,6 +127,25 @@ nothing attends over axis 'batch', so there is no reason to cut it
     )
 
 
+class BreaksBefore(Model):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_attention_behind_a_break() -> None:
+    spec = ShardingSpec(inputs={"x": "batch tokens features"}, axes={"tokens": "ring"})
+    assert_expected_inline(
+        explained(BreaksBefore(), X, spec=spec),
+        """\
+nothing attends over axis 'tokens', so there is no reason to cut it
+  sizes   tokens = 13; lengths attended over: none
+  breaks  the graph ends here, what comes later was not seen: tests/errors/test_messages.py:LINE in forward: Call to `torch._dynamo.graph_break()`
+  fix     name the axis that attention runs over, or leave the spec out to have it found, or remove the graph break""",  # noqa: E501
+    )
+
+
 def test_two_axes_of_shards() -> None:
     axes = {"rows": mosaic.Ring(mesh="r"), "columns": mosaic.Ring(mesh="c")}
     text = message_of(ShardingSpec, inputs={"x": "batch rows columns"}, axes=axes, outputs="shards")

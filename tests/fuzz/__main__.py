@@ -20,7 +20,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import torch
 from fuzz.draw import seeded
 from fuzz.generate import MESHES, generate
-from fuzz.judge import judge
+from fuzz.judge import Verdict, judge
 from fuzz.malformed import generate_call, judge_call
 from fuzz.ranks import BAD, FuzzRanks
 from fuzz.reduce import reduced
@@ -39,9 +39,12 @@ def main() -> None:
     parser.add_argument("--malformed", action="store_true", help="wrong calls, not programs")
     parser.add_argument("--skip", help="pass over programs whose text matches this pattern")
     parser.add_argument("--no-reduce", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="a GPU per rank")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ranks = FuzzRanks(RankPool(MESHES[options.mesh].count))
+    if options.device == "cuda":  # asked of the driver's library, CUDA stays unused in this process
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    ranks = FuzzRanks(RankPool(MESHES[options.mesh].count, device=options.device))
     try:
         replay(options, ranks) if options.replay else campaign(options, ranks)
     finally:
@@ -49,11 +52,16 @@ def main() -> None:
 
 
 def replay(options: argparse.Namespace, ranks: FuzzRanks) -> None:
-    verdict = ranks.try_out(judge, Path(options.replay).read_text())
+    verdict = ranks.try_out(judge, Path(options.replay).read_text(), options.device)
     print(verdict.outcome, verdict.detail, verdict.gathered, verdict.attentions, sep="\n")
 
 
 def campaign(options: argparse.Namespace, ranks: FuzzRanks) -> None:
+    def tried(source: str) -> Verdict:
+        if options.malformed:
+            return ranks.try_out(judge_call, source)
+        return ranks.try_out(judge, source, options.device)
+
     counts: Counter[str] = Counter()
     start = time.monotonic()
     log = None
@@ -71,7 +79,7 @@ def campaign(options: argparse.Namespace, ranks: FuzzRanks) -> None:
             continue
         if options.show:
             print(source)
-        verdict = ranks.try_out(judge_call if program is None else judge, source)
+        verdict = tried(source)
         counts[verdict.outcome] += 1
         counts["gathered"] += verdict.outcome == "ok" and bool(verdict.gathered)
         counts["nothing cut"] += verdict.outcome == "ok" and not cuts(verdict.attentions)
@@ -81,7 +89,9 @@ def campaign(options: argparse.Namespace, ranks: FuzzRanks) -> None:
         if verdict.outcome not in BAD:
             continue
         if program is not None and not options.no_reduce:
-            program, verdict = reduced(program, verdict, lambda p: ranks.try_out(judge, p.source))
+            program, verdict = reduced(
+                program, verdict, lambda p: ranks.try_out(judge, p.source, options.device)
+            )
             source = program.source
         text = f"# seed {seed}, mesh {options.mesh}: {verdict.outcome}\n"
         text += "".join(f"# {line}\n" for line in verdict.detail.splitlines()) + source

@@ -6,7 +6,9 @@ invalid (eager mode fails) and unstable (rounding decides the result). The pool 
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import traceback
 import warnings
 from collections.abc import Callable
@@ -16,8 +18,10 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from fuzz.program import loaded
+import torch.distributed as dist
+from fuzz.program import loaded, on_device
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,11 +43,11 @@ class Verdict:
     attentions: tuple[str, ...] = ()
 
 
-def judge(source: str) -> Verdict:
+def judge(source: str, device: str = "cpu") -> Verdict:
     """Compare a program with its reference; runs on every rank of a pool."""
     quiet()
-    space = loaded(source)
-    space["SOURCE"] = source
+    space = loaded(source if device == "cpu" else on_device(source, device))
+    space |= {"SOURCE": source, "DEVICE": device}
     torch.set_default_dtype(space["DTYPE"])
     try:
         return compared(space)
@@ -108,7 +112,7 @@ def alone(spec: mosaic.ShardingSpec) -> mosaic.ShardingSpec:
 
 def through_mosaic(space: dict[str, Any], init: dict[str, Any]) -> dict[str, Any]:
     torch._dynamo.reset()
-    context = mosaic.init(**init)
+    context = mosaic.init(**(init if space["DEVICE"] == "cpu" else kept_mesh(**init)))
     options: dict[str, Any] = {"inner": "eager"}
     if space["SPEC"] is not None:
         options["spec"] = space["SPEC"]
@@ -118,10 +122,24 @@ def through_mosaic(space: dict[str, Any], init: dict[str, Any]) -> dict[str, Any
         context.shutdown()
 
 
+@functools.cache
+def kept_mesh(
+    sp_size: int = 1,
+    mesh_shape: tuple[int, ...] | None = None,
+    mesh_axes: tuple[str, ...] = ("sp",),
+) -> dict[str, Any]:
+    """What ``mosaic.init`` makes a mesh of, as one mesh for all programs: communicators of NCCL
+    are dear."""
+    shape = mesh_shape or (sp_size,)
+    whole = (dist.get_world_size() // math.prod(shape), *shape)
+    return {"mesh": init_device_mesh("cuda", whole, mesh_dim_names=("dp", *mesh_axes))}
+
+
 def results(space: dict[str, Any], wrap: Callable[[nn.Module], Any]) -> dict[str, Any]:
     """Everything that a user could look at after forward and backward, by name."""
     torch.manual_seed(0)
-    model, args = space["make"]()
+    with torch.device(space["DEVICE"]):
+        model, args = space["make"]()
     run = wrap(model)
     torch.manual_seed(7)
     with nullcontext() if space["GRAD"] else torch.no_grad():
@@ -147,14 +165,19 @@ def results(space: dict[str, Any], wrap: Callable[[nn.Module], Any]) -> dict[str
 
 def backward(outputs: list[Tensor]) -> None:
     """Of a weighted sum of all outputs; the weights are alike in every run."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     terms = []
     for out in outputs:
         real = torch.view_as_real(out) if out.is_complex() else out
-        weights = torch.randn(real.shape, generator=generator, dtype=torch.float64)
+        weights = noise(real, generator)
         terms.append((real.double() * weights).sum())
     if terms:
         sum(terms[1:], terms[0]).backward()
+
+
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(like.device)
 
 
 # --- comparing -----------------------------------------------------------------------------------
@@ -227,7 +250,7 @@ class Rounding(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator("cpu").manual_seed(self.seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -238,8 +261,7 @@ class Rounding(TorchDispatchMode):
     def shaken(self, value: Tensor) -> Tensor:
         if value.dtype not in ROUNDING or value.layout != torch.strided:
             return value
-        noise = torch.randn(value.shape, generator=self.generator, dtype=torch.float64)
-        off = value * (1 + ROUNDING[value.dtype] * noise).to(value.dtype)
+        off = value * (1 + ROUNDING[value.dtype] * noise(value, self.generator)).to(value.dtype)
         return torch.where((value == value.round()) | ~value.isfinite(), value, off)
 
 

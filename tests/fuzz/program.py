@@ -17,6 +17,7 @@ class Model(nn.Module):
 
 from __future__ import annotations
 
+import ast
 import linecache
 import re
 from dataclasses import dataclass
@@ -112,6 +113,19 @@ def indented(lines: list[str], by: int) -> str:
 
 def names_in(text: str) -> set[str]:
     return set(re.findall(r"[A-Za-z_]\w*", text))
+
+
+MAKERS = set("arange empty eye full linspace ones rand randn tensor tril_indices zeros".split())
+
+
+def on_device(source: str, device: str) -> str:
+    """The program with the device said wherever it makes a tensor, as its user would have to."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if ast.unparse(node.func.value) == "torch" and node.func.attr in MAKERS:
+                node.keywords.append(ast.keyword("device", ast.Constant(device)))
+    return ast.unparse(tree)
 
 
 def loaded(source: str, space: dict[str, Any] | None = None) -> dict[str, Any]:

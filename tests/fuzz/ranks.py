@@ -39,7 +39,7 @@ class FuzzRanks:
             self.pool.close()
             return Verdict("died", "a process was gone before the program came")
         outcomes = Counter(v.outcome for v in found)
-        if outcomes.keys() - {"ok", "invalid", "unstable"} or len(outcomes) > 1:
+        if outcomes.keys() - {"ok", "invalid", "unstable", "refused"} or len(outcomes) > 1:
             self.pool.close()
         worst = min(found, key=lambda v: OUTCOMES.index(v.outcome))
         if worst.outcome == "hang":

@@ -134,4 +134,4 @@ def test_code_for_other_ranks_is_not_kept(ranks) -> None:
 
 def test_shutdown_leaves_no_groups(ranks) -> None:
     """Their threads wake up all the time: hundreds of them halve the speed of a machine."""
-    assert ranks(2).run(jobs.groups_left) == [0, 0]
+    assert ranks(2).run(jobs.groups_left) == [(0, 0), (0, 0)]
