@@ -45,6 +45,7 @@ from mosaic.torch_private import (
     rename_afresh,
     set_grad_enabled,
     tag_activation_checkpoint,
+    without_cudnn,
     without_effects,
 )
 from mosaic.unexpected import blamed_on
@@ -280,12 +281,14 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
 
     traced: fx.GraphModule
     try:
-        with no_tracing_context(), preserve_node_meta(), without_effects():
+        with no_tracing_context(), preserve_node_meta(), without_effects(), without_cudnn():
             traced, signature = aot_export_module(
                 Program(), fakes, trace_joint=False, pre_dispatch=True
             )
     finally:
         ambient.autocast_on()
+    # A draw that nothing reads would move the generator on some ranks only, or for some p only.
+    traced.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
     for node in traced.graph.nodes:
         node.meta["modes"] = node.meta.get("custom", {}).get("modes", ambient)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]

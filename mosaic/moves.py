@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mosaic.errors import ShardingError
 from mosaic.layout import Interval, Layout, Place, Run, Shard, exchange, joined_runs
+from mosaic.mesh import current_context
 from mosaic.windows import returned
 
 #: What carries a dtype that NCCL or gloo cannot move or reduce; every value fits.
@@ -20,15 +21,20 @@ CARRIERS = {torch.bool: torch.uint8, torch.int16: torch.int32}
 
 
 def carried(x: Tensor) -> Tensor:
-    """As what NCCL and gloo can move: of complex numbers pairs, as a last dim."""
+    """As what NCCL and gloo can move: of complex numbers pairs, as a last dim; on the GPU where
+    NCCL connects the ranks (a ``torch.randperm(n)`` is on the CPU)."""
+    context = current_context()
+    if context is not None and context.device.type == "cuda":
+        x = x.to(context.device)
     if x.is_complex():
         return torch.view_as_real(x.resolve_conj()).contiguous()
     return x.to(CARRIERS.get(x.dtype, x.dtype)).contiguous()
 
 
-def restored(x: Tensor, dtype: torch.dtype) -> Tensor:
+def restored(x: Tensor, like: Tensor) -> Tensor:
     """Undo ``carried``."""
-    return torch.view_as_complex(x) if dtype.is_complex else x.to(dtype)
+    x = torch.view_as_complex(x) if like.is_complex() else x.to(like.dtype)
+    return x.to(like.device)
 
 
 def wait(x: Tensor) -> Tensor:
@@ -41,7 +47,7 @@ def all_reduce(x: Tensor, group: str, op: str = "sum") -> Tensor:
         return x
     reduce_op = "max" if (x.dtype, op) == (torch.bool, "sum") else op
     total = torch.ops._c10d_functional.all_reduce.default(carried(x), reduce_op, group)
-    return restored(wait(total), x.dtype)
+    return restored(wait(total), x)
 
 
 def reduced(x: Tensor, group: str, op: str) -> Tensor:
@@ -60,7 +66,7 @@ def broadcast(x: Tensor, group: str) -> Tensor:
     if not group:
         return x
     sent = torch.ops._c10d_functional.broadcast.default(carried(x.detach()), 0, group)
-    return restored(wait(sent), x.dtype)
+    return restored(wait(sent), x)
 
 
 def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: str) -> Tensor:
@@ -158,7 +164,7 @@ def gather_program(x: Tensor, shard: Shard) -> Tensor:
     longest = max(layout.lengths)
     rows = padded(_axis_first(x, place, layout.lengths[shard.rank]), longest)
     if layout.p > 1:
-        rows = restored(wait(all_gather(carried(rows), layout.p, shard.group)), x.dtype)
+        rows = restored(wait(all_gather(carried(rows), layout.p, shard.group)), x)
     runs = [Run(r * longest + a, r * longest + b) for r, (a, b, _) in layout.gather_order()]
     return _axis_back(take_runs(rows, joined_runs(runs), 0), place).contiguous()
 
@@ -177,7 +183,7 @@ def exchanged(x: Tensor, source: Shard, target: Shard, old: Layout, new: Layout)
     sent = take_runs(_axis_first(x, source.place, old.lengths[rank]), mine.take, 0)
     if any(step.send[peer] for r, step in enumerate(steps) for peer in range(old.p) if peer != r):
         moved = wait(all_to_all(carried(sent), mine.receive, mine.send, source.group))
-        sent = restored(moved, x.dtype)
+        sent = restored(moved, x)
     return _axis_back(take_runs(sent, mine.place, 0), target.place).contiguous()
 
 
@@ -194,7 +200,7 @@ def halo_sum_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
     sent = take_runs(_axis_first(x, target.place, new.lengths[rank]), mine.take, 0)
     if any(step.send[peer] for r, step in enumerate(steps) for peer in range(old.p) if peer != r):
         moved = wait(all_to_all(carried(sent), mine.receive, mine.send, source.group))
-        sent = restored(moved, x.dtype)
+        sent = restored(moved, x)
     parts = [added(sent, stretch, at) for stretch, at in mine.add]
     total = joined(parts, 0) if parts else sent.narrow(0, 0, 0)
     return _axis_back(total, source.place).contiguous()

@@ -310,7 +310,7 @@ POINTWISE = frozenset(
     "__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor "
     "_conj _to_copy alias clone complex detach detach_copy empty_like fill.Scalar fill.Tensor "
     "full_like masked_fill.Scalar masked_fill.Tensor ones_like polar type_as "
-    "where.self where.ScalarOther where.ScalarSelf where.Scalar zeros_like".split()
+    "where.self where.ScalarOther where.ScalarSelf where.Scalar zero zeros_like".split()
 )
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
 NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function", "mosaic::sdpa"})

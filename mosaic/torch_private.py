@@ -138,6 +138,7 @@ __all__ = [
     "torch_version",
     "watch_all",
     "why_eager",
+    "without_cudnn",
     "without_effects",
     "without_modes",
     "without_traces",
@@ -263,6 +264,18 @@ def without_effects() -> Iterator[None]:
         yield
     finally:
         effect._effect = before
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Trace batch norms and recurrences as ATen's own ops: of ``cudnn_batch_norm`` torch does not
+    say that it writes the running statistics."""
+    before = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(before)
 
 
 def bake_floats(module: fx.GraphModule) -> None:

@@ -257,10 +257,12 @@ def pad(s: Sharder, c: Call) -> Value:
     x, value = c["self"], c["value"] or 0
     if c.bound.get("mode", "constant") != "constant":
         return padded_by_itself(s, c)
-    before, after = pads(c["pad"], x.ndim)[x.place.dim]
+    dim = x.place.dim
+    before, after = pads(c["pad"], x.ndim)[dim]
     if (before, after) == (0, 0):
         return s.emit(c, x.place)
-    dim = x.place.dim
+    if x.shape[dim] + min(before, 0) + min(after, 0) <= 0:
+        return s.gather_for(c, "takes all of the axis away")
     inside = list(c["pad"])
     inside[2 * (x.ndim - 1 - dim) : 2 * (x.ndim - dim)] = [0, 0]
     if any(inside):
@@ -346,6 +348,7 @@ def slice_scatter(s: Sharder, c: Call) -> Value:
     x, src = c["self"], c["src"]
     dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
     start, stop, step = slice(c["start"], c["end"], c["step"]).indices(n)
+    stop = max(start, stop)  # 16:2 is empty, and stands at 16
     place = x.place or src.place
     if place.dim != dim:
         return s.emit(c, place, self=s.at(x, place), src=s.at(src, place))

@@ -56,4 +56,27 @@ FOUND: dict[str, Program] = {
         "y = (w @ x.sin()).nan_to_num()",
         "y.detach()",
     ),
+    "a write into a slice that ends before it begins": found(
+        LONG, ATTEND + "\nv = y.clone()\nv[:, 5:2] = 0.5", "v"
+    ),
+    "an output that is all padding": found(
+        "x = torch.randn(2, 12, 8, requires_grad=True)",
+        "q = x[..., 11:, :]\n"
+        "y = torch.softmax(q @ x.mT, dim=-1) @ x\n"
+        "v = F.pad(y, (0, 0, -1, 1), value=-1.5)",
+        "v",
+        spec="mosaic.ShardingSpec(inputs={'x': 'b n e'}, axes={'n': 'all_gather'})",
+    ),
+    "an output that is zeroed": found(LONG, ATTEND + "\nv = x.clone()\nv.zero_()", "y, v"),
+    "a draw that nothing reads": found(
+        LONG,
+        ATTEND + "\nu = F.gumbel_softmax(y, dim=-2)\nv = F.dropout(y, 0.5, True)",
+        "v",
+        reference="one rank",
+        calls=2,
+    ),
+    "a draw on the CPU": found(LONG, ATTEND + "\nv = torch.randperm(7)", "y, v * 0"),
+    "running statistics": found(
+        LONG, ATTEND + "\nv = self.norm(x.mT).mT + y", "v", "self.norm = nn.BatchNorm1d(8)"
+    ),
 }

@@ -96,7 +96,9 @@ def reference(space: dict[str, Any]) -> dict[str, Any]:
     results(space, lambda model: model)
     spec = space["SPEC"]
     try:
-        return through_mosaic({**space, "SPEC": None if spec is None else alone(spec)}, ALONE)
+        if spec is None:
+            return through_mosaic(space, {"sp_size": 1})
+        return through_mosaic({**space, "SPEC": alone(spec)}, ALONE)
     finally:
         torch._dynamo.reset()
 
