@@ -6,6 +6,7 @@ refused by a MosaicError that says a sentence and a way out.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -348,7 +349,8 @@ def judge_call(source: str) -> Verdict:
         loaded(source, space)
     except Exception as error:
         verdict = failed(error)
-        is_own = verdict.outcome == "crash" and fails_eagerly(space)
+        model = vars(sys.modules["program"])
+        is_own = verdict.outcome == "crash" and fails_eagerly(model)
         return Verdict("invalid", verdict.detail) if is_own else verdict
     finally:
         torch.set_grad_enabled(True)

@@ -20,7 +20,9 @@ from __future__ import annotations
 import ast
 import linecache
 import re
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 HEAD = """\
@@ -129,10 +131,11 @@ def on_device(source: str, device: str) -> str:
 
 
 def loaded(source: str, space: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Run a program's text as a module would, in ``space``; tracebacks find its lines."""
+    """Run a program's text as a module, where Dynamo finds it by its name, with the names in
+    ``space``; tracebacks find its lines."""
     path = "program.py"
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-    space = {} if space is None else space
-    space["__name__"] = "program"
-    exec(compile(source, path, "exec"), space)
-    return space
+    module = sys.modules["program"] = ModuleType("program")
+    module.__dict__.update(space or {})
+    exec(compile(source, path, "exec"), module.__dict__)
+    return module.__dict__
