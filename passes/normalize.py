@@ -13,6 +13,7 @@ every random op.
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ DROPPED = {aten._assert_tensor_metadata.default}
 
 
 def normalize(graph: fx.Graph, context: Context) -> int:
+    mark_gradients(graph)
+    mark_learned_outputs(graph)
     changed = drop_assertions(graph)
     changed += undo_copies(graph)
     changed += pin_strides(graph)
@@ -138,16 +141,31 @@ def mark_gradients(graph: fx.Graph) -> None:
         node.meta["needs_gradient"] = needs_gradient(node)
 
 
+def mark_learned_outputs(graph: fx.Graph) -> None:
+    """Which outputs autograd gives a gradient, if only one of zeros."""
+    output = graph.output_node()
+    output.meta["learned"] = [
+        isinstance(n, fx.Node) and n.meta["needs_gradient"] for n in output.args[0]
+    ]
+
+
 def needs_gradient(node: fx.Node) -> bool:
-    val = node.meta.get("val")
     if node.op == "placeholder":
         return bool(node.meta.get("requires_grad"))
-    if node.op != "call_function" or node.target == aten.detach.default:
-        return False
-    if not any(isinstance(v, torch.Tensor) and differentiable(v) for v in as_tuple(val)):
+    if not passes_gradients(node):
         return False
     inside = node.target == operator.getitem or node.meta["modes"].grad
     return inside and any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
+
+
+def passes_gradients(node: fx.Node) -> bool:
+    """Whether an op has a derivative: not a detach, ``zeros_like``, ``new_full``, or integers."""
+    if node.op != "call_function" or node.target == aten.detach.default:
+        return False
+    if re.match(r"new_|\w+_like\b", getattr(node.target, "__name__", "")):
+        return False
+    values = as_tuple(node.meta.get("val"))
+    return any(isinstance(v, torch.Tensor) and differentiable(v) for v in values)
 
 
 def as_tuple(val: Any) -> tuple[Any, ...]:

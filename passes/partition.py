@@ -23,7 +23,7 @@ from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout
 from mosaic.methods import Local
 from mosaic.modes import Modes
-from mosaic.passes.normalize import mark_gradients
+from mosaic.passes.normalize import mark_gradients, needs_gradient, passes_gradients
 from mosaic.passes.propagate import attended, follow
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
@@ -90,6 +90,11 @@ def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Sharder
         whole = spec.outputs == "whole"
         outputs = [result(sharder, r, whole) for r in output.args[0][written:]]
         if is_last:
+            learned = output.meta["learned"][written:]
+            outputs = [
+                (tied(writer, out) if learns else out, shard)
+                for (out, shard), learns in zip(outputs, learned, strict=True)
+            ]
             write_back(writer, [node for node, _ in updates], context)
         writer.switch(Modes.current())
     output.args = (tuple(node for node, _ in (outputs if is_last else updates + outputs)),)
@@ -176,6 +181,35 @@ def apart(writer: Writer, node: fx.Node) -> fx.Node:
         return node
     options = {"memory_format": torch.contiguous_format}
     return writer.op(node, aten.clone.default, (node,), options)
+
+
+def tied(writer: Writer, out: fx.Node) -> fx.Node:
+    """An output that the rules made of constants alone (all of it is padding, or written over),
+    though autograd gives it a gradient of zeros: a sum of no elements of an input is added."""
+    if is_learned(out):
+        return out
+    device = out.meta["val"].device
+    inputs = (n for n in writer.graph.nodes if n.op == "placeholder" and needs_gradient(n))
+    source = next((n for n in inputs if n.meta["val"].device == device), None)
+    if source is None:
+        return out
+    flat = writer.op(out, aten.reshape.default, (source, [-1]), {})
+    none = writer.op(out, aten.slice.Tensor, (flat, 0, 0, 0), {})
+    zero = writer.op(out, aten.sum.default, (none,), {"dtype": out.meta["val"].dtype})
+    return writer.op(out, aten.add.Tensor, (out, zero), {})
+
+
+def is_learned(out: fx.Node) -> bool:
+    """Whether autograd finds an input that requires a gradient behind a node."""
+    todo, seen = [out], {out}
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder" and needs_gradient(node):
+            return True
+        new = [n for n in node.all_input_nodes if n not in seen] if passes_gradients(node) else []
+        todo += new
+        seen.update(new)
+    return False
 
 
 def write_back(writer: Writer, updates: list[Any], context: Context) -> None:

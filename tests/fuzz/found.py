@@ -79,4 +79,11 @@ FOUND: dict[str, Program] = {
     "running statistics": found(
         LONG, ATTEND + "\nv = self.norm(x.mT).mT + y", "v", "self.norm = nn.BatchNorm1d(8)"
     ),
+    "an output that is written over": found(
+        LONG, ATTEND + "\nv = y.clone()\nv.copy_(torch.arange(7.0).view(7, 1))", "v"
+    ),
+    "an output that counts": found(LONG, ATTEND, "y.norm(0)"),
+    "an output into which nothing is written": found(
+        LONG, ATTEND + "\nv = torch.zeros_like(y)\nv[:, -7:-7] = y[:, -7:-7]", "v"
+    ),
 }
