@@ -119,3 +119,23 @@ def check_shards_alike(
 
 
 COMPARE = "compare the sizes of its shards"
+
+
+def check_calls_alike(context: MosaicContext, mesh_axis: str, asked: str) -> None:
+    """Raise ShardingError if ranks ask for an attention by different methods, scales, windows ...
+    Asked once for each, through the store as above."""
+    group, question = context.group(mesh_axis), (mesh_axis, asked)
+    if group is None or question in context.alike or dist.get_backend(group) == "fake":
+        return
+    said = exchange(group, asked, COMPARE_CALLS)
+    if len(set(said)) == 1:
+        context.alike.add(question)
+        return
+    raise ShardingError(
+        "the ranks ask for different attentions",
+        **{f"rank {rank}": text for rank, text in enumerate(said)},
+        fix="call mosaic.attention, and mosaic's modules, with the same arguments on all ranks",
+    )
+
+
+COMPARE_CALLS = "compare how it calls attention"

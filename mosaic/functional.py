@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mosaic.agreement import check_shards_alike
+from mosaic.agreement import check_calls_alike, check_shards_alike
 from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
 from mosaic.attention.op import calls_of, sharded_attention
@@ -30,6 +30,7 @@ from mosaic.operands import (
     band_of,
     check_inputs,
     check_probability,
+    check_scale,
     check_tensors,
     fitted,
     four_dims,
@@ -140,6 +141,8 @@ def attention_node(
     causal, left, right, scale, dropout, layout, key_layout,
 ):  # fmt: skip
     """``attention``, with a method and layouts as strings."""
+    check_probability(dropout)
+    check_scale(scale)
     request = Request(
         method_named(method),
         band_of(causal, left, right),
@@ -180,7 +183,11 @@ def carry_out(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request)
     """Check everything, decide how it is done, and do it."""
     world = ranks_of(request.method)
     check_tensors(q, k, v)
-    check_probability(request.dropout)
+    context = context_or_world_of_one()
+    if world.size > 1 and context is not None:
+        names = ("method", "band", "scale", "dropout")  # layouts and sizes are compared below
+        asked = ", ".join(f"{name} = {str(getattr(request, name)) or 'full'}" for name in names)
+        check_calls_alike(context, world.mesh_axis, asked)
     query, key = layouts(q, k, request, world)
     inputs = four_dims(inputs)
     check_inputs(q, inputs, query, key)

@@ -20,6 +20,7 @@ reshard    to change a layout
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -90,7 +91,11 @@ def _check_sizes(n: int, p: int, multiple_of: int = 1) -> None:
     """Raise ShardingError unless they are whole numbers, none too small."""
     named = (("n", n, 0), ("p", p, 1), ("multiple_of", multiple_of, 1))
     for name, size, least in named:
-        if not hasattr(size, "__index__") or size < least:
+        try:
+            is_number = operator.index(size) >= least
+        except (TypeError, ValueError):
+            is_number = False
+        if not is_number:
             raise ShardingError(
                 f"{name} = {size!r} in a layout", fix=f"use a whole number, {least} or more"
             )
@@ -112,9 +117,10 @@ class Layout:
     @classmethod
     def of(cls, n: int, ranks: Iterable[Iterable[tuple[int, int]]]) -> Layout:
         """From each rank's (start, stop)."""
+        _check_sizes(n, 1)
         try:
             return cls(n, tuple(_joined(r) for r in ranks))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ShardingError(
                 "a layout takes a list of (start, stop) for each rank",
                 fix="write Layout.of(4, [[(0, 2)], [(2, 4)]])",

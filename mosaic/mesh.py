@@ -397,11 +397,18 @@ def _check_no_sp_size(request: _Request, name: str, given: object) -> None:
 def _device(wanted: torch.device | None, world: int) -> torch.device:
     """The device of this rank: by its place on its host, never by its place in the world."""
     kind = wanted.type if wanted is not None else _default_kind()
+    count = torch.cuda.device_count()
+    if kind == "cuda" and ((wanted and wanted.index) or 0) >= count:
+        raise ShardingError(
+            f"there is no device {str(wanted or kind)!r}",
+            sizes=f"{count} GPUs on this host",
+            fix="use a GPU that torch sees, or mosaic.init(..., device='cpu')",
+        )
     if kind != "cuda" or (wanted is not None and wanted.index is not None):
         return wanted or torch.device(kind)
     if world == 1 or "LOCAL_RANK" not in os.environ:
         return torch.device("cuda", torch.cuda.current_device())  # whatever the caller has chosen
-    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local = int(os.environ["LOCAL_RANK"])
     if count == 1:  # launchers that show every rank its own GPU only
         return torch.device("cuda", 0)
     if local >= count:

@@ -74,6 +74,13 @@ def check_probability(dropout: object) -> None:
         raise ShardingError(f"dropout = {dropout!r} is no probability", fix="use 0 to 1")
 
 
+def check_scale(scale: object) -> None:
+    if scale is not None and not hasattr(scale, "__float__"):
+        raise ShardingError(
+            f"scale = {scale!r} is no number", fix="give a float, or None for 1 / sqrt(head_dim)"
+        )
+
+
 def fitted(name: str, x: Tensor, layout: Layout | None, world: World, option: str) -> Layout:
     """The layout of dim 2 of ``x`` over these ranks; equal shards where nothing is said. Raises
     ShardingError where ``layout``, the argument ``option``, is for other ranks or sizes."""

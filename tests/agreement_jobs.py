@@ -150,6 +150,12 @@ def one_is_late(p: int) -> tuple[str, set[str]]:
         del exchange.log.warning
 
 
+def other_methods(p: int) -> str:
+    mosaic.init(sp_size=p)
+    q = torch.randn(1, 2, 3, 8)
+    return caught(lambda: mosaic.attention(q, q, q, ("ring", "ulysses")[rank()]))
+
+
 def each_waits_for_another_thing(p: int) -> str:
     if rank() == 0:
         return message(p, attention_and_input)

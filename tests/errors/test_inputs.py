@@ -425,3 +425,21 @@ def test_a_kernel_is_chosen_for_one_thread_only() -> None:
     with kernels.using("math"), ThreadPoolExecutor(1) as other:
         assert [k.name for k in kernels._table()] == ["math"]
         assert other.submit(kernels._table).result() == kernels.KERNELS
+
+
+@pytest.mark.parametrize("n", [[1], torch.ones(2), "7", None, -1])
+def test_no_length_of_a_layout(n: Any) -> None:
+    for make in (Layout.even, Layout.zigzag):
+        assert message_of(make, n, 2).startswith("n = ")
+    assert message_of(Layout.of, n, {"x": 1}).startswith("n = ")
+    assert message_of(Layout.of, 4, {"x": 1}).startswith("a layout takes a list of (start, stop)")
+
+
+def test_no_number_for_an_attention(alone: None) -> None:
+    q = torch.randn(1, 2, 3, 8)
+    assert message_of(mosaic.attention, q, q, q, dropout=()).startswith("dropout = () is no")
+    assert message_of(mosaic.attention, q, q, q, scale="x").startswith("scale = 'x' is no number")
+
+
+def test_no_such_gpu() -> None:
+    assert message_of(mosaic.init, device="cuda:99").startswith("there is no device 'cuda:99'")

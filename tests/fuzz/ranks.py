@@ -63,9 +63,24 @@ class FuzzRanks:
                 found[rank] = received(connection)
                 if found[rank].outcome not in ("ok", "invalid", "unstable"):
                     deadline = min(deadline, time.monotonic() + GRACE)
-        for rank in waiting.values():
-            found[rank] = Verdict("hang")
+        found |= self._left_alone(waiting, found)
         return [found[rank] for rank in sorted(found)]
+
+    def _left_alone(self, waiting: dict[Any, int], found: dict[int, Verdict]) -> dict[int, Verdict]:
+        """Ranks that wait for one that was refused. Its error would have ended its process, and
+        with it the wait: then they count as refused, too."""
+        refused = [rank for rank, verdict in found.items() if verdict.outcome == "refused"]
+        for rank in refused:
+            self.pool._ranks[rank][0].kill()
+        verdicts = {}
+        for connection, rank in waiting.items():
+            ended = bool(refused) and connection.poll(GRACE)
+            answer = received(connection) if ended else Verdict("hang")
+            gone = ended and answer.outcome in ("crash", "refused")
+            verdicts[rank] = found[refused[0]] if gone else answer
+        if waiting:
+            self.pool.close()
+        return verdicts
 
 
 def received(connection: Any) -> Verdict:

@@ -120,6 +120,18 @@ def test_a_rank_that_is_late_is_waited_for(two: RankPool) -> None:
     assert set(logged) == {"rank 0 waits for ranks [1] to compile this graph"}
 
 
+def test_other_methods_of_an_eager_attention(two: RankPool) -> None:
+    for text in two.run(jobs.other_methods, 2):
+        assert_expected_inline(
+            text,
+            """\
+the ranks ask for different attentions
+  rank 0  method = Ring(mesh='sp', stages='auto', grad_dtype=None), band = full, scale = None, dropout = 0.0
+  rank 1  method = Ulysses(mesh='sp'), band = full, scale = None, dropout = 0.0
+  fix     call mosaic.attention, and mosaic's modules, with the same arguments on all ranks""",  # noqa: E501
+        )
+
+
 def test_ranks_that_wait_for_each_other(two: RankPool) -> None:
     first, second = two.run(jobs.each_waits_for_another_thing, 2)
     assert_expected_inline(
