@@ -57,7 +57,8 @@ def undo_copies(graph: fx.Graph) -> int:
     for node in found:
         into, source = node.args[0].meta["val"], node.args[1]
         with graph.inserting_before(node):
-            cast = insert(graph, node, aten._to_copy.default, (source,), {"dtype": into.dtype})
+            to = {"dtype": into.dtype, "device": into.device}
+            cast = insert(graph, node, aten._to_copy.default, (source,), to)
             whole = insert(graph, node, aten.expand.default, (cast, list(into.shape)))
         node.replace_all_uses_with(whole)
         graph.erase_node(node)

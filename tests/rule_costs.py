@@ -332,7 +332,7 @@ COSTS = {
     "rrelu eval": "GG",
     "lstm": "GGG GGG GG GG",
     "multinomial": "GG",
-    "rand_like": "GG",
+    "rand_like": "..",
     "bernoulli": "GG",
     # along
     "cumsum first": "w.",

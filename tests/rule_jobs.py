@@ -91,6 +91,8 @@ def local_program(case: Case, cut: Cut, layout: str, world: World) -> Any:
     graph = copied(program.graph)
     context = Context(ShardingSpec(), world, program.inputs, program.mutated, Modes.current())
     context.axes = (axis_of(case, cut, layout, world.size, graph),)
+    output = graph.output_node()
+    output.meta["learned"] = [False] * len(output.args[0])  # normalize marks them
     partition(graph, context)
     rewrite_attention(graph, context)
     local = fx.GraphModule(program.root, graph)

@@ -53,21 +53,38 @@ DRAWS = frozenset(
     "uniform".split()
 )
 
+#: Of their operand they take the form only: sizes, and strides, in whose order they draw.
+FORMS = frozenset(
+    "cauchy exponential geometric log_normal normal_functional rand_like randint_like randn_like "
+    "uniform".split()
+)
+
 
 def drawn_once(s: Sharder, c: Call) -> Any:
     """rand, randn, bernoulli, multinomial ...: drawn whole, and rank 0's draw is everybody's."""
     if not is_draw(c):
         return computed_with_draws(s, c)
-    if any(v.place for v in c.tensors()):
-        c = s.with_whole_operands(c, "draws random numbers for the whole tensor")
-    drawn = s.emit(c, None, enter=False)
+    if name_of(c) in FORMS:
+        x = c["self"].val
+        form = {"dtype": x.dtype, "device": x.device}
+        blank = s.call(c, aten.empty_strided.default, list(x.shape), list(x.stride()), **form)
+        drawn = s.emit(c, None, enter=False, self=blank)
+    else:
+        if any(v.place for v in c.tensors()):
+            c = s.with_whole_operands(c, "draws random numbers for the whole tensor")
+        drawn = s.emit(c, None, enter=False)
     if not s.writer or s.axis.p == 1:
         return drawn
     return s.function(c, broadcast, (drawn, s.writer.group), c.val)
 
 
+def name_of(c: Call) -> str:
+    name: str = c.target._schema.name
+    return name.removeprefix("aten::")
+
+
 def is_draw(c: Call) -> bool:
-    return c.target._schema.name.removeprefix("aten::") in DRAWS
+    return name_of(c) in DRAWS
 
 
 def is_certain(c: Call) -> bool:

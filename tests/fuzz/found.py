@@ -86,4 +86,10 @@ FOUND: dict[str, Program] = {
     "an output into which nothing is written": found(
         LONG, ATTEND + "\nv = torch.zeros_like(y)\nv[:, -7:-7] = y[:, -7:-7]", "v"
     ),
+    "a draw in the order of memory": found(
+        TABLE,
+        "y = F.scaled_dot_product_attention(x, x, x)\nz = y.transpose(1, 2)",
+        "z + torch.rand_like(z)",
+        reference="one rank",
+    ),
 }

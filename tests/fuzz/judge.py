@@ -1,7 +1,8 @@
 """On a rank: run a program's text in eager mode and through Mosaic, and say how they compare.
 
 Outcomes: ok, refused (a MosaicError), wrong, crash, and those that say nothing about Mosaic:
-invalid (eager mode fails) and unstable (rounding decides the result). The pool adds died and hang.
+invalid (eager mode fails), unstable (rounding decides the result) and torch (torch.compile without
+Mosaic is wrong, too). The pool adds died and hang.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def compared(space: dict[str, Any]) -> Verdict:
     try:
         got = through_mosaic(space, space["INIT"])
     except Exception as error:
-        return failed(error)
+        verdict = failed(error)
+        own = verdict.outcome == "crash" and set(want) <= wrong_by_torch(space, want)
+        return Verdict("torch", verdict.detail) if own else verdict
     wrong = differences(want, got, tolerance(space))
     shown = {
         "gathered": tuple(g for p in plans for g in p.gathered),
@@ -83,9 +86,23 @@ def compared(space: dict[str, Any]) -> Verdict:
         wrong = [w for w in wrong if w[0] not in unstable(space, want)]
         if not wrong:
             return Verdict("unstable", **shown)
+        if {key for key, _ in wrong} <= wrong_by_torch(space, want):
+            return Verdict("torch", str(wrong[0]), **shown)
     if wrong:
         return Verdict("wrong", "; ".join(f"{k}: {text}" for k, text in wrong[:6]), **shown)
     return Verdict("ok", **shown)
+
+
+def wrong_by_torch(space: dict[str, Any], want: dict[str, Any]) -> set[str]:
+    """What torch.compile gives another result for without Mosaic; all, where it fails."""
+    torch._dynamo.reset()
+    try:
+        got = results(space, lambda m: torch.compile(m, backend="aot_eager"))
+    except Exception:
+        return set(want)
+    finally:
+        torch._dynamo.reset()
+    return {key for key, _ in differences(want, got, tolerance(space))}
 
 
 def reference(space: dict[str, Any]) -> dict[str, Any]:

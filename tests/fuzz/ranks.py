@@ -14,7 +14,8 @@ from fuzz.judge import Verdict
 from rank_pool import RankPool
 
 #: The worst comes first: a program's outcome is that of its worst rank.
-OUTCOMES = ("died", "hang", "crash", "wrong", "refused", "unstable", "invalid", "ok")
+OUTCOMES = ("died", "hang", "crash", "wrong", "refused", "torch", "unstable", "invalid", "ok")
+HARMLESS = frozenset(OUTCOMES[5:])
 BAD = frozenset(OUTCOMES[:4])
 GRACE = 25.0  # seconds for the others, once one rank has failed
 
@@ -39,14 +40,14 @@ class FuzzRanks:
             self.pool.close()
             return Verdict("died", "a process was gone before the program came")
         outcomes = Counter(v.outcome for v in found)
-        if outcomes.keys() - {"ok", "invalid", "unstable", "refused"} or len(outcomes) > 1:
+        if outcomes.keys() - HARMLESS - {"refused"} or len(outcomes) > 1:
             self.pool.close()
         worst = min(found, key=lambda v: OUTCOMES.index(v.outcome))
         if worst.outcome == "hang":
             others = [v for v in found if v.outcome != "hang"]
             said = others[0].detail if others else ""
             return replace(worst, detail=f"{dict(outcomes)} {said}")
-        if len(outcomes) > 1 and worst.outcome in ("refused", "unstable", "invalid"):
+        if len(outcomes) > 1 and worst.outcome == "refused":
             return Verdict("crash", f"ranks disagree: {dict(outcomes)} {worst.detail}")
         return worst
 
@@ -61,7 +62,7 @@ class FuzzRanks:
             for connection in ready:
                 rank = waiting.pop(connection)
                 found[rank] = received(connection)
-                if found[rank].outcome not in ("ok", "invalid", "unstable"):
+                if found[rank].outcome not in HARMLESS:
                     deadline = min(deadline, time.monotonic() + GRACE)
         found |= self._left_alone(waiting, found)
         return [found[rank] for rank in sorted(found)]

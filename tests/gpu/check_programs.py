@@ -23,6 +23,9 @@ TESTS = Path(__file__).resolve().parents[1]
 MESHES = {2: ("2",), 3: ("2", "3"), 4: ("2", "3", "2", "2x2")}
 RANKS = {"2": 2, "3": 3, "2x2": 4}
 BAD = {"wrong", "crash", "died", "hang"}
+#: Of torch 2.11's own on CUDA: the gradient of an average pool of a transposed tensor is wrong, a
+#: scatter with equal indices takes one at random, hardswish computes with float32 constants.
+NOT_EXACT = r"avg_pool1d|scatter\(|hardswish"
 
 
 def main() -> None:
@@ -54,6 +57,7 @@ def start(number: int, gpus: int, options: argparse.Namespace) -> subprocess.Pop
     command = [sys.executable, "-m", "fuzz", "--device", "cuda", "--mesh", mesh, "--no-reduce"]
     command += ["--seed", str(options.seed + 100_000 * number), "--count", str(options.count)]
     command += ["--minutes", str(options.minutes), "--save", str(options.save.resolve())]
+    command += ["--skip", NOT_EXACT]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(cards), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=TESTS, env=env, stdout=subprocess.DEVNULL)
 
