@@ -259,7 +259,7 @@ def test_dropout_of_more_than_everything() -> None:
     assert_expected_inline(
         message_of(mosaic.attention, Q, Q, Q, dropout=2),
         """\
-dropout = 2.0 is no probability
+dropout = 2 is no probability
   fix  use 0 to 1""",
     )
 

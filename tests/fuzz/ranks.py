@@ -70,6 +70,8 @@ class FuzzRanks:
     def _left_alone(self, waiting: dict[Any, int], found: dict[int, Verdict]) -> dict[int, Verdict]:
         """Ranks that wait for one that was refused. Its error would have ended its process, and
         with it the wait: then they count as refused, too."""
+        if not waiting:
+            return {}
         refused = [rank for rank, verdict in found.items() if verdict.outcome == "refused"]
         for rank in refused:
             self.pool._ranks[rank][0].kill()
@@ -79,8 +81,7 @@ class FuzzRanks:
             answer = received(connection) if ended else Verdict("hang")
             gone = ended and answer.outcome in ("crash", "refused")
             verdicts[rank] = found[refused[0]] if gone else answer
-        if waiting:
-            self.pool.close()
+        self.pool.close()
         return verdicts
 
 
