@@ -40,7 +40,8 @@ class FuzzRanks:
             self.pool.close()
             return Verdict("died", "a process was gone before the program came")
         outcomes = Counter(v.outcome for v in found)
-        if outcomes.keys() - HARMLESS - {"refused"} or len(outcomes) > 1:
+        is_lost = any("device-side assert" in v.detail for v in found)  # CUDA fails from then on
+        if outcomes.keys() - HARMLESS - {"refused"} or len(outcomes) > 1 or is_lost:
             self.pool.close()
         worst = min(found, key=lambda v: OUTCOMES.index(v.outcome))
         if worst.outcome == "hang":
