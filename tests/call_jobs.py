@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mosaic
-from mosaic import backend
+from mosaic import backend, notices
 
 E = 8
 TOKENS: dict[str, Any] = {"inputs": {"x": "batch tokens features"}, "axes": {"tokens": "ring"}}
@@ -100,14 +100,13 @@ def eager_runs(p: int) -> dict[str, str]:
 
 def whole_and_eager(p: int) -> list[str]:
     """Right, and said once."""
+    notices._said.clear()
     mosaic.init(sp_size=p)
     attend, x = compiled(Attend()), random(8).detach()
     with torch.compiler.set_stance("force_eager"):
         found = [(attend(x) - Attend()(x)).abs().max().item() for _ in range(2)]
     assert found == [0.0, 0.0]
-    from mosaic.notices import _said
-
-    return [text for text in _said if "ran eagerly" in text]
+    return [text for text in notices._said if "ran eagerly" in text]
 
 
 def under_fsdp(p: int) -> list[str]:
