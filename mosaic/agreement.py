@@ -96,19 +96,11 @@ def _different(said: dict[int, dict[str, list[list[str]]]]) -> MosaicError:
 def check_shards_alike(
     context: MosaicContext, mesh_axis: str, shapes: tuple[tuple[int, ...], ...], dim: int
 ) -> None:
-    """Raise ShardingError if shards without a layout are not of one shape on every rank.
-
-    Asked once for each shape. It goes through the store: a rank with another shape, whose turn it
-    is not on the others, meets no collective that is not its own.
-    """
-    group, question = context.group(mesh_axis), (mesh_axis, shapes)
-    if group is None or question in context.alike or dist.get_backend(group) == "fake":
+    """Raise ShardingError if shards without a layout are not of one shape on every rank."""
+    said = [json.loads(s) for s in differing(context, mesh_axis, json.dumps(shapes), COMPARE)]
+    if not said:
         return
-    said = [json.loads(text) for text in exchange(group, json.dumps(shapes), COMPARE)]
-    wrong = next((i for i in range(len(shapes)) if len({str(s[i]) for s in said}) > 1), None)
-    if wrong is None:
-        context.alike.add(question)
-        return
+    wrong = next(i for i in range(len(shapes)) if len({str(s[i]) for s in said}) > 1)
     everyone = [shape[wrong] for shape in said]
     n, p = sum(shape[dim] for shape in everyone), len(said)
     raise ShardingError(
@@ -118,24 +110,31 @@ def check_shards_alike(
     )
 
 
-COMPARE = "compare the sizes of its shards"
-
-
 def check_calls_alike(context: MosaicContext, mesh_axis: str, asked: str) -> None:
-    """Raise ShardingError if ranks ask for an attention by different methods, scales, windows ...
-    Asked once for each, through the store as above."""
-    group, question = context.group(mesh_axis), (mesh_axis, asked)
+    """Raise ShardingError if ranks ask for an attention by different methods, scales, windows."""
+    said = differing(context, mesh_axis, asked, COMPARE_CALLS)
+    if said:
+        raise ShardingError(
+            "the ranks ask for different attentions",
+            **{f"rank {rank}": text for rank, text in enumerate(said)},
+            fix="call mosaic.attention, and mosaic's modules, with the same arguments on all ranks",
+        )
+
+
+COMPARE, COMPARE_CALLS = "compare the sizes of its shards", "compare how it calls attention"
+
+
+def differing(context: MosaicContext, mesh_axis: str, text: str, doing: str) -> list[str]:
+    """What every rank says, where one says something else; nothing where all agree.
+
+    Asked once for each text. It goes through the store: a rank with another text, whose turn it is
+    not on the others, meets no collective that is not its own.
+    """
+    group, question = context.group(mesh_axis), (mesh_axis, doing, text)
     if group is None or question in context.alike or dist.get_backend(group) == "fake":
-        return
-    said = exchange(group, asked, COMPARE_CALLS)
-    if len(set(said)) == 1:
-        context.alike.add(question)
-        return
-    raise ShardingError(
-        "the ranks ask for different attentions",
-        **{f"rank {rank}": text for rank, text in enumerate(said)},
-        fix="call mosaic.attention, and mosaic's modules, with the same arguments on all ranks",
-    )
-
-
-COMPARE_CALLS = "compare how it calls attention"
+        return []
+    said = exchange(group, text, doing)
+    if len(set(said)) > 1:
+        return said
+    context.alike.add(question)
+    return []

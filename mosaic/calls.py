@@ -6,8 +6,8 @@ that is slow and right. Where inputs, outputs or gradients are parts it is wrong
 attend to this rank's part. So
 
 * the compiled program must be one graph: ``check_one_graph`` says so before anything runs;
-* every call must have run it: ``Call`` is entered around each, and refuses the result of one
-  that has not.
+* every call must have run it: ``watched`` stands around each, and refuses the result of one that
+  has not.
 """
 
 from __future__ import annotations

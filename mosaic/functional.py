@@ -185,9 +185,8 @@ def carry_out(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request)
     check_tensors(q, k, v)
     context = context_or_world_of_one()
     if world.size > 1 and context is not None:
-        names = ("method", "band", "scale", "dropout")  # layouts and sizes are compared below
-        asked = ", ".join(f"{name} = {str(getattr(request, name)) or 'full'}" for name in names)
-        check_calls_alike(context, world.mesh_axis, asked)
+        asked = _text_of(request.method, request.band, request.scale, request.dropout)
+        check_calls_alike(context, world.mesh_axis, asked)  # layouts and sizes are compared below
     query, key = layouts(q, k, request, world)
     inputs = four_dims(inputs)
     check_inputs(q, inputs, query, key)
@@ -207,7 +206,12 @@ def carry_out(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, request: Request)
     )
 
 
+def text_of(method: Method, band: Band, scale: float | None, dropout: float) -> str:
+    return f"method = {method}, band = {str(band) or 'full'}, scale = {scale}, dropout = {dropout}"
+
+
 # Eager code asks at every call, and "auto" compares all methods to answer.
+_text_of = lru_cache(maxsize=1024)(text_of)
 _way_between = lru_cache(maxsize=1024)(way_between)
 _calls = lru_cache(maxsize=1024)(calls_of)
 

@@ -58,7 +58,7 @@ class MosaicContext:
     axes: tuple[str, ...]
     _request: _Request = field(repr=False)
     _owns_group: bool = field(repr=False)
-    alike: set[object] = field(repr=False, compare=False, default_factory=set)  # shards compared
+    alike: set[object] = field(repr=False, compare=False, default_factory=set)  # compared texts
     ledgers: dict[Any, Any] = field(repr=False, compare=False, default_factory=dict)  # data_check's
     _meshes: dict[tuple[str, ...], DeviceMesh] = field(repr=False, default_factory=dict)
 
@@ -397,7 +397,7 @@ def _check_no_sp_size(request: _Request, name: str, given: object) -> None:
 def _device(wanted: torch.device | None, world: int) -> torch.device:
     """The device of this rank: by its place on its host, never by its place in the world."""
     kind = wanted.type if wanted is not None else _default_kind()
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if kind == "cuda" else 0
     if kind == "cuda" and ((wanted and wanted.index) or 0) >= count:
         raise ShardingError(
             f"there is no device {str(wanted or kind)!r}",

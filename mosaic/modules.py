@@ -32,6 +32,7 @@ from mosaic.functional import (
 from mosaic.layout import Layout
 from mosaic.mesh import get_context
 from mosaic.methods import Composed, Folded, Hierarchical, Mesh2D, Method, Ulysses, method_of
+from mosaic.operands import check_probability
 from mosaic.projections import (
     Projected,
     axis_of,
@@ -222,6 +223,7 @@ def grid_node(q, k, v, method: str, causal: bool, dropout: float, layout: str) -
         joint = _equal_grid(n1, n2, found.rows, found.cols, world.size)
     if joint is not None and not causal and not dropout:
         joint = _renumbered(joint)
+    check_probability(dropout)
     request = Request(found, CAUSAL if causal else FULL, None, float(dropout), joint, joint)
     q, k, v = (x.flatten(2, 3) for x in (q, k, v))
     out = carry_out(q, k, v, Inputs(), request)

@@ -114,9 +114,7 @@ def under_fsdp(p: int) -> list[str]:
     mosaic.init(sp_size=p)
     model = FullyShardedDataParallel(Block(), use_orig_params=False, device_id=torch.device("cpu"))
     compiled(model)(random(8)).sum().backward()
-    from mosaic.notices import _said
-
-    return [text for text in _said if "use_orig_params" in text]
+    return [text for text in notices._said if "use_orig_params" in text]
 
 
 # --- gradients that are shares ------------------------------------------------------------------

@@ -89,9 +89,7 @@ def campaign(options: argparse.Namespace, ranks: FuzzRanks) -> None:
         if verdict.outcome not in BAD:
             continue
         if program is not None and not options.no_reduce:
-            program, verdict = reduced(
-                program, verdict, lambda p: ranks.try_out(judge, p.source, options.device)
-            )
+            program, verdict = reduced(program, verdict, lambda p: tried(p.source))
             source = program.source
         text = f"# seed {seed}, mesh {options.mesh}: {verdict.outcome}\n"
         text += "".join(f"# {line}\n" for line in verdict.detail.splitlines()) + source

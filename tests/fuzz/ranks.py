@@ -48,7 +48,7 @@ class FuzzRanks:
             others = [v for v in found if v.outcome != "hang"]
             said = others[0].detail if others else ""
             return replace(worst, detail=f"{dict(outcomes)} {said}")
-        if len(outcomes) > 1 and worst.outcome == "refused":
+        if len(outcomes) > 1 and worst.outcome not in BAD:
             return Verdict("crash", f"ranks disagree: {dict(outcomes)} {worst.detail}")
         return worst
 

@@ -17,12 +17,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+
+import torch  # noqa: E402
+from fuzz import generate  # noqa: E402
+from fuzz.ranks import BAD  # noqa: E402
+
 MESHES = {2: ("2",), 3: ("2", "3"), 4: ("2", "3", "2", "2x2")}
-RANKS = {"2": 2, "3": 3, "2x2": 4}
-BAD = {"wrong", "crash", "died", "hang"}
 #: Of torch 2.11's own on CUDA: the gradient of an average pool of a transposed tensor is wrong, a
 #: scatter with equal indices takes one at random, hardswish computes with float32 constants.
 NOT_EXACT = r"avg_pool1d|scatter\(|hardswish"
@@ -53,7 +55,7 @@ def main() -> None:
 
 def start(number: int, gpus: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     mesh = MESHES[gpus][number % len(MESHES[gpus])]
-    cards = [str((number + i) % gpus) for i in range(RANKS[mesh])]
+    cards = [str((number + i) % gpus) for i in range(generate.MESHES[mesh].count)]
     command = [sys.executable, "-m", "fuzz", "--device", "cuda", "--mesh", mesh, "--no-reduce"]
     command += ["--seed", str(options.seed + 100_000 * number), "--count", str(options.count)]
     command += ["--minutes", str(options.minutes), "--save", str(options.save.resolve())]
