@@ -74,6 +74,14 @@ def own_axes(mesh_axis: str) -> set[str]:
     return {name.strip() for name in mesh_axis.split(",")}
 
 
+@dataclass(frozen=True)
+class Output:
+    """What the user's program says of one of its outputs beside its values."""
+
+    requires_grad: bool = False
+    order: tuple[int, ...] = ()  # its dims from the outermost in memory; () if nothing is said
+
+
 @dataclass
 class Context:
     """Shared by the passes of one graph. ``world`` are all ranks that take part, and ``worlds``
@@ -93,6 +101,7 @@ class Context:
     constants: int = 0  # tensors of the local program that are no inputs
     worlds: dict[str, World] = field(default_factory=dict)
     policies: Mapping[int, Policy] = field(default_factory=dict)  # of selective checkpoints
+    outputs: tuple[Output, ...] = ()  # with the new values of mutated inputs first
     axes: tuple[Axis, ...] = ()  # what is cut, on different mesh axes
     attentions: list[tuple[Attention, fx.Node]] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)

@@ -1,7 +1,8 @@
 """A graph that is run node by node must heed the strides that come, not those that were traced.
 
-Some ops give other strides than torch's description of them says (``huber_loss_backward``). A
-``view`` then fails, and a kernel that was chosen for the traced strides may read memory wrongly.
+Some ops give other strides than torch's description of them says (``huber_loss_backward``, and on
+GPUs einsums). A ``view`` then fails, a collective refuses what is not contiguous, and a kernel that
+was chosen for the traced strides may read memory wrongly.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -31,10 +33,27 @@ def in_rows(x: Any) -> Any:
     return x.contiguous() if is_block else x
 
 
+def contiguous_first(collective: Any) -> Any:
+    """The collective of its input in order of memory."""
+
+    def sent(x: Tensor, *args: Any) -> Tensor:
+        return collective(x.contiguous(), *args)
+
+    return sent
+
+
 HEEDFUL = {
     aten.view.default: aten.reshape.default,
     FLASH: cpu_flash,
     FLASH_BACKWARD: cpu_flash_backward,
+    **{
+        op: contiguous_first(op)
+        for op in (
+            c10d.all_gather_into_tensor.default,
+            c10d.all_to_all_single.default,
+            c10d.reduce_scatter_tensor.default,
+        )
+    },
 }
 
 

@@ -75,8 +75,13 @@ def starts_later(graph: fx.Graph) -> bool:
 
 def in_memory(x: Tensor) -> list[int] | None:
     """The dims of x from the outermost in memory; None where it has gaps or shares elements."""
-    order = sorted(range(x.ndim), key=lambda d: (x.stride(d), x.shape[d] != 1), reverse=True)
+    order = from_outermost(x)
     return order if x.permute(order).is_contiguous() else None
+
+
+def from_outermost(x: Tensor) -> list[int]:
+    """The dims of x by their strides, the largest first."""
+    return sorted(range(x.ndim), key=lambda d: (x.stride(d), x.shape[d] != 1), reverse=True)
 
 
 def reach(size: Sequence[int], stride: Sequence[int]) -> int:

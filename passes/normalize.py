@@ -3,11 +3,12 @@
     _assert_tensor_metadata(x)            ->  (gone)
     a = x[0:3]; b = x[0:3]                ->  a = x[0:3]            common subexpressions, once
     copy(dst, src)                        ->  expand(_to_copy(src)) copy has no derivative
+    broadcast_tensors(x, y)[0]            ->  x                     where y's shape adds nothing
     as_strided(x, ...)                    ->  as_strided(clone(x), ...) of strides that are known
     sdpa(q, view(clone(expand(unsqueeze(k)))), ...)  ->  sdpa(q, k, ..., enable_gqa=True)
 
-It also marks what later passes ask for: which nodes a gradient flows through, and a number for
-every random op.
+It also marks what later passes ask for: which nodes a gradient flows through, a number for every
+random op, and what eager mode says of the outputs beside their values.
 """
 
 from __future__ import annotations
@@ -19,20 +20,27 @@ from typing import Any
 import torch
 from torch import fx
 
-from mosaic.context import Context
+from mosaic.context import Context, Output
 from mosaic.masks.op import PLAIN
 from mosaic.rewrite import drop_dead, insert
-from mosaic.strides import pin_strides
+from mosaic.strides import from_outermost, pin_strides, shares_elements
 from mosaic.values import differentiable
 
 aten = torch.ops.aten
 DROPPED = {aten._assert_tensor_metadata.default}
+LISTS_OF_VIEWS = {
+    aten.broadcast_tensors.default,
+    aten.atleast_1d.Sequence,
+    aten.atleast_2d.Sequence,
+    aten.atleast_3d.Sequence,
+}
 
 
 def normalize(graph: fx.Graph, context: Context) -> int:
+    changed = undo_identities(graph)
     mark_gradients(graph)
-    mark_learned_outputs(graph)
-    changed = drop_assertions(graph)
+    context.outputs = outputs_of(graph)
+    changed += drop_assertions(graph)
     changed += undo_copies(graph)
     changed += pin_strides(graph)
     changed += undo_repeat_kv(graph)
@@ -50,6 +58,28 @@ def drop_assertions(graph: fx.Graph) -> int:
     for node in dead:
         graph.erase_node(node)
     return len(dead)
+
+
+def undo_identities(graph: fx.Graph) -> int:
+    """Capture takes what an op hands back unchanged for the op's own result: under ``no_grad`` a
+    loss of ``y`` would cost ``y`` its gradient."""
+    count = 0
+    for node in list(graph.nodes):
+        x = handed_back(node)
+        if x is not None and same_kind(x, node):
+            node.replace_all_uses_with(x)
+            graph.erase_node(node)
+            count += 1
+    return count
+
+
+def handed_back(node: fx.Node) -> fx.Node | None:
+    """The operand that ``node`` is, if it has that one's shape and dtype."""
+    if node.target == aten.type_as.default:
+        return node.args[0]
+    if node.target == operator.getitem and node.args[0].target in LISTS_OF_VIEWS:
+        return node.args[0].args[0][node.args[1]]
+    return None
 
 
 def undo_copies(graph: fx.Graph) -> int:
@@ -111,6 +141,11 @@ def same_shape(a: fx.Node, b: fx.Node) -> bool:
     return a.meta["val"].shape == b.meta["val"].shape
 
 
+def same_kind(a: fx.Node, b: fx.Node) -> bool:
+    old, new = a.meta["val"], b.meta["val"]
+    return (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+
+
 def merge_common(graph: fx.Graph) -> int:
     """Equal calls under equal modes, in the same checkpointed region, are one call."""
     seen: dict[object, fx.Node] = {}
@@ -137,26 +172,51 @@ def is_random_attention(node: fx.Node) -> bool:
     return node.target == PLAIN
 
 
-def mark_gradients(graph: fx.Graph) -> None:
+def outputs_of(graph: fx.Graph) -> tuple[Output, ...]:
+    """What eager mode says of the outputs. A view requires a gradient under ``no_grad``, too,
+    although it passes none on."""
+    requires: set[fx.Node] = set()
     for node in graph.nodes:
-        node.meta["needs_gradient"] = needs_gradient(node)
+        if requires_gradient(node, requires, or_view=True):
+            requires.add(node)
+    return tuple(Output(n in requires, order_of(n)) for n in graph.output_node().args[0])
 
 
-def mark_learned_outputs(graph: fx.Graph) -> None:
-    """Which outputs autograd gives a gradient, if only one of zeros."""
-    output = graph.output_node()
-    output.meta["learned"] = [
-        isinstance(n, fx.Node) and n.meta["needs_gradient"] for n in output.args[0]
-    ]
+def order_of(node: Any) -> tuple[int, ...]:
+    val = node.meta["val"] if isinstance(node, fx.Node) else None
+    if not isinstance(val, torch.Tensor) or shares_elements(val):
+        return ()
+    return tuple(from_outermost(val))
 
 
-def needs_gradient(node: fx.Node) -> bool:
+def mark_gradients(graph: fx.Graph) -> None:
+    """Through which nodes a gradient flows."""
+    needs: set[fx.Node] = set()
+    for node in graph.nodes:
+        if requires_gradient(node, needs):
+            needs.add(node)
+        node.meta["needs_gradient"] = node in needs
+
+
+def requires_gradient(node: fx.Node, required: set[fx.Node], or_view: bool = False) -> bool:
+    """Whether a node requires a gradient, given which nodes before it do."""
     if node.op == "placeholder":
         return bool(node.meta.get("requires_grad"))
-    if not passes_gradients(node):
+    if not passes_gradients(node) or required.isdisjoint(node.all_input_nodes):
         return False
-    inside = node.target == operator.getitem or node.meta["modes"].grad
-    return inside and any(n.meta.get("needs_gradient") for n in node.all_input_nodes)
+    return records_gradients(node) or (or_view and is_view(node))
+
+
+def records_gradients(node: fx.Node) -> bool:
+    """Whether an op ran with gradients enabled."""
+    modes = node.meta.get("modes")
+    return node.target == operator.getitem or modes is None or modes.grad
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether an op gives a view of its operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(x.alias_info is not None for x in schema.returns)
 
 
 def passes_gradients(node: fx.Node) -> bool:

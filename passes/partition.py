@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from mosaic.context import Context
+from mosaic.context import Context, Output
 from mosaic.errors import UnsupportedError
 from mosaic.layout import Layout
 from mosaic.methods import Local
 from mosaic.modes import Modes
-from mosaic.passes.normalize import mark_gradients, needs_gradient, passes_gradients
+from mosaic.passes.normalize import mark_gradients, passes_gradients, records_gradients
 from mosaic.passes.propagate import attended, follow
 from mosaic.rewrite import insert, rename_all
 from mosaic.sharder import Sharder
@@ -90,10 +90,9 @@ def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Sharder
         whole = spec.outputs == "whole"
         outputs = [result(sharder, r, whole) for r in output.args[0][written:]]
         if is_last:
-            learned = output.meta["learned"][written:]
             outputs = [
-                (tied(writer, out) if learns else out, shard)
-                for (out, shard), learns in zip(outputs, learned, strict=True)
+                (as_promised(writer, out, said), shard)
+                for (out, shard), said in zip(outputs, context.outputs[written:], strict=True)
             ]
             write_back(writer, [node for node, _ in updates], context)
         writer.switch(Modes.current())
@@ -183,20 +182,41 @@ def apart(writer: Writer, node: fx.Node) -> fx.Node:
     return writer.op(node, aten.clone.default, (node,), options)
 
 
+def as_promised(writer: Writer, out: Any, said: Output) -> Any:
+    """An output as eager mode would give it, beside its values."""
+    out = tied(writer, out) if said.requires_grad else out
+    return laid_out(writer, out, said.order) if said.order else out
+
+
+def laid_out(writer: Writer, out: fx.Node, order: tuple[int, ...]) -> fx.Node:
+    """An output with its dims in the order that they have in the user's memory: views, and draws
+    of its form, that follow a graph break depend on it."""
+    if out.meta["val"].permute(order).is_contiguous() or shared_input(writer.graph, out):
+        return out
+    back = [order.index(d) for d in range(len(order))]
+    writer.switch(Modes.current())
+    dense = writer.op(out, aten.permute.default, (out, list(order)), {})
+    options = {"memory_format": torch.contiguous_format}
+    dense = writer.op(out, aten.clone.default, (dense,), options)
+    return writer.op(out, aten.permute.default, (dense, back), {})
+
+
 def tied(writer: Writer, out: fx.Node) -> fx.Node:
-    """An output that the rules made of constants alone (all of it is padding, or written over),
-    though autograd gives it a gradient of zeros: a sum of no elements of an input is added."""
+    """An output that the rules made of constants alone (all of it is padding, or written over), or
+    a view under ``no_grad``, though autograd says that it requires a gradient (which is zero): a
+    sum of no elements of an input is added."""
     if is_learned(out):
         return out
     device = out.meta["val"].device
-    inputs = (n for n in writer.graph.nodes if n.op == "placeholder" and needs_gradient(n))
+    inputs = (n for n in writer.graph.nodes if n.meta.get("requires_grad"))
     source = next((n for n in inputs if n.meta["val"].device == device), None)
     if source is None:
         return out
-    flat = writer.op(out, aten.reshape.default, (source, [-1]), {})
-    none = writer.op(out, aten.slice.Tensor, (flat, 0, 0, 0), {})
-    zero = writer.op(out, aten.sum.default, (none,), {"dtype": out.meta["val"].dtype})
-    return writer.op(out, aten.add.Tensor, (out, zero), {})
+    writer.switch(Modes.current())
+    flat = writer.op(source, aten.reshape.default, (source, [-1]), {})
+    none = writer.op(source, aten.slice.Tensor, (flat, 0, 0, 0), {})
+    zero = writer.op(source, aten.sum.default, (none,), {"dtype": out.meta["val"].dtype})
+    return writer.op(source, aten.add.Tensor, (out, zero), {})
 
 
 def is_learned(out: fx.Node) -> bool:
@@ -204,9 +224,11 @@ def is_learned(out: fx.Node) -> bool:
     todo, seen = [out], {out}
     while todo:
         node = todo.pop()
-        if node.op == "placeholder" and needs_gradient(node):
+        if node.meta.get("requires_grad"):
             return True
-        new = [n for n in node.all_input_nodes if n not in seen] if passes_gradients(node) else []
+        if not passes_gradients(node) or not records_gradients(node):
+            continue
+        new = [n for n in node.all_input_nodes if n not in seen]
         todo += new
         seen.update(new)
     return False

@@ -117,6 +117,7 @@ def _serve(connection: Connection, rank: int, p: int, rendezvous: str, device: s
     torch.set_num_threads(1)  # first: OpenMP with more threads hangs after a fork
     _leave_parent()
     gc.freeze()  # what the parent has imported stays: no collection need look at it
+    gc.set_threshold(50_000, 20, 20)  # else a compile spends a tenth of its time on collections
     startup: BaseException | None = None
     try:
         if device == "cuda":

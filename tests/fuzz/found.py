@@ -92,4 +92,31 @@ FOUND: dict[str, Program] = {
         "z + torch.rand_like(z)",
         reference="one rank",
     ),
+    "a loss under no_grad": found(
+        LONG, ATTEND + "\nwith torch.no_grad():\n    loss = F.huber_loss(y, y.detach())", "y, loss"
+    ),
+    "its own type under no_grad": found(
+        LONG, ATTEND + "\nwith torch.no_grad():\n    z = y.type_as(x) + 1", "y, z"
+    ),
+    "a list of one under no_grad": found(
+        LONG, ATTEND + "\nwith torch.no_grad():\n    z = torch.atleast_1d(y, x)[0] + 1", "y, z"
+    ),
+    "a view under no_grad": found(
+        LONG,
+        ATTEND + "\nwith torch.no_grad():\n    v, w = x.unflatten(0, (-1, 1)), y.mT",
+        "y, v, v.unsqueeze(0), w * 2",
+    ),
+    "a view of an output, across a graph break": found(
+        TABLE,
+        "y = F.scaled_dot_product_attention(x, x, x).transpose(1, 2)\n"
+        "torch._dynamo.graph_break()\nz = y.transpose(1, 2).view(11, -1) * 2",
+        "z",
+    ),
+    "a draw behind a graph break": found(
+        TABLE,
+        "y = F.scaled_dot_product_attention(x, x, x).transpose(1, 2)\n"
+        "torch._dynamo.graph_break()\nz = y + torch.randn_like(y)",
+        "z",
+        reference="one rank",
+    ),
 }

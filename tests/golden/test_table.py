@@ -96,9 +96,10 @@ def test_ranks_issue_the_same_collectives(planned, kind: str):
 
 
 BUILT = [
-    *(cases.table, cases.gpt, cases.llama, cases.vit, cases.hf_llama_packed, cases.hf_t5_encoder),
+    *(cases.table, cases.llama, cases.hf_t5_encoder),
+    *(pytest.param(c, marks=pytest.mark.full) for c in (cases.gpt, cases.vit, cases.hf_bert)),
     *(pytest.param(c, marks=pytest.mark.full) for c in (cases.hf_llama, cases.hf_mistral)),
-    pytest.param(cases.hf_bert, marks=pytest.mark.full),
+    pytest.param(cases.hf_llama_packed, marks=pytest.mark.full),
 ]
 
 

@@ -18,7 +18,7 @@ def check(answers: list[dict[str, float]], tol: float = 1e-10) -> None:
     )
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4])
+@pytest.mark.parametrize("p", [1, 2, 3, pytest.param(4, marks=pytest.mark.full)])
 def test_equals_one_process(ranks, p: int) -> None:
     """A sample of the matrix: method x mask x KV heads x cut x lengths."""
     check(ranks(p).run(jobs.all_cases, timeout=120))

@@ -36,15 +36,17 @@ def test_train_gpt() -> None:
 
 
 @pytest.mark.parametrize(
-    "known, inputs", [(13, "shards"), pytest.param(64, "whole", marks=pytest.mark.full)]
+    "known, inputs", [(13, "shards"), pytest.param(100, "whole", marks=pytest.mark.full)]
 )
 def test_table_150k(known: int, inputs: str) -> None:
-    """The parts of 4 ranks have 32 or 33 rows; with 64 known ones the table is given whole."""
-    said = run("examples/table_150k.py", "--rows", "131", "--known", str(known))
+    """The parts of 2 ranks have 65 or 66 rows; with 100 known ones the table is given whole."""
+    sizes = ("--ranks", "2", "--rows", "131", "--known", str(known))
+    said = run("examples/table_150k.py", *sizes)
     assert f"inputs are {inputs}" in said, said
     assert max(errors(said)) < 1e-5 and len(errors(said)) == 2, said
 
 
+@pytest.mark.full
 def test_video_2d() -> None:
     said = run("examples/video_2d.py", "--times", "5", "--places", "9")
     assert "times x places, 45 x 45" in said, said

@@ -42,12 +42,17 @@ def check(ranks, name: str, p: int, inner: str = "eager", **sizes: int) -> None:
 
 #: What each shows another case shows, too, or another test: behind the marker on three ranks.
 ELSEWHERE = (
+    "gpt",
     "gpt_gather",
+    "hf_bert",
     "hf_llama_checkpointing",
     "hf_llama_packed",
     "hf_llama_packed_auto",
     "hf_mistral",
+    "hf_t5",
+    "llama",
     "table_auto",
+    "table_few",
     "vit_mean",
 )
 
@@ -119,16 +124,12 @@ def check_method(ranks, name: str, p: int, method: str) -> None:
     ("name", "method"),
     [
         ("table", "ring(stages=4)"),
-        ("table", "mesh2d(2, 2)"),
         ("llama", "ulysses(4)"),
         ("llama", "ulysses(2) x ring(stages=2)"),
         ("llama", "hierarchical(2, ulysses, ring)"),
         ("llama", "auto"),
         ("window", "ring(stages=4)"),
-        ("window", "ulysses(4)"),
         ("documents", "mesh2d(2, 2)"),
-        ("documents", "ulysses(4)"),
-        ("relative", "mesh2d(2, 2)"),
         ("relative", "ulysses(4)"),
     ],
 )

@@ -3,11 +3,15 @@ outputs, and gradients of inputs and parameters."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import module_jobs as jobs
 import pytest
 import torch
 
 import mosaic
+
+FULL = partial(pytest.param, marks=pytest.mark.full)
 
 
 def check(answers: list[dict[str, float]], tol: float = 1e-10) -> None:
@@ -20,7 +24,7 @@ def check(answers: list[dict[str, float]], tol: float = 1e-10) -> None:
     assert answers[0] and not wrong, dict(list(wrong.items())[:8])
 
 
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, FULL(2), 4])
 @pytest.mark.parametrize(
     "job", ["functional", "multi_axis", "cross", "two_axes", "plain_modules", "masked"]
 )
@@ -42,7 +46,7 @@ def test_dropout_is_the_same_for_every_backend_and_p(ranks) -> None:
     assert (want[0] - want[-1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("compiler", [None, "aot_eager", "mosaic"])
+@pytest.mark.parametrize("compiler", [None, FULL("aot_eager"), "mosaic"])
 def test_a_model_with_other_layers(ranks, compiler: str | None) -> None:
     check(ranks(2).run(jobs.block, 2, compiler))
 
@@ -56,7 +60,7 @@ def test_each_module_is_one_graph(ranks, compiler: str) -> None:
     check(ranks(2).run(jobs.compiled, 2, compiler, KINDS, **options))
 
 
-@pytest.mark.parametrize("compiler", ["inductor", "mosaic"])
+@pytest.mark.parametrize("compiler", [FULL("inductor"), "mosaic"])
 def test_by_inductor(ranks, compiler: str) -> None:
     check(ranks(2).run(jobs.compiled, 2, compiler, KINDS[:1]))
 
