@@ -4,6 +4,7 @@
     a = x[0:3]; b = x[0:3]                ->  a = x[0:3]            common subexpressions, once
     copy(dst, src)                        ->  expand(_to_copy(src)) copy has no derivative
     broadcast_tensors(x, y)[0]            ->  x                     where y's shape adds nothing
+    with no_grad: x[0:3]                  ->  detach(x)[0:3]        no rule need know of no_grad
     as_strided(x, ...)                    ->  as_strided(clone(x), ...) of strides that are known
     sdpa(q, view(clone(expand(unsqueeze(k)))), ...)  ->  sdpa(q, k, ..., enable_gqa=True)
 
@@ -28,6 +29,12 @@ from mosaic.values import differentiable
 
 aten = torch.ops.aten
 DROPPED = {aten._assert_tensor_metadata.default}
+DROPOUTS = {
+    aten.dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
 LISTS_OF_VIEWS = {
     aten.broadcast_tensors.default,
     aten.atleast_1d.Sequence,
@@ -40,6 +47,7 @@ def normalize(graph: fx.Graph, context: Context) -> int:
     changed = undo_identities(graph)
     mark_gradients(graph)
     context.outputs = outputs_of(graph)
+    changed += detach_without_grad(graph)
     changed += drop_assertions(graph)
     changed += undo_copies(graph)
     changed += pin_strides(graph)
@@ -77,9 +85,31 @@ def handed_back(node: fx.Node) -> fx.Node | None:
     """The operand that ``node`` is, if it has that one's shape and dtype."""
     if node.target == aten.type_as.default:
         return node.args[0]
+    if node.target in DROPOUTS and (node.args[1] == 0 or not node.args[2]):
+        return node.args[0]
     if node.target == operator.getitem and node.args[0].target in LISTS_OF_VIEWS:
         return node.args[0].args[0][node.args[1]]
     return None
+
+
+def detach_without_grad(graph: fx.Graph) -> int:
+    """What is read under ``no_grad`` passes no gradient on, not even through a slice of everything,
+    for which rules write nothing. Nothing is done where no gradient is recorded at all."""
+    flows = [n for n in graph.nodes if n.meta["needs_gradient"]]
+    if all(n.op == "placeholder" for n in flows):
+        return 0
+    count = 0
+    for x in flows:
+        readers = [n for n in x.users if n.op == "call_function" and not records_gradients(n)]
+        readers = [n for n in readers if n.target != aten.detach.default]
+        if not readers:
+            continue
+        first = min(readers)
+        with graph.inserting_before(first):
+            cut = insert(graph, first, aten.detach.default, (x,))
+        x.replace_all_uses_with(cut, delete_user_cb=readers.__contains__)
+        count += 1
+    return count
 
 
 def undo_copies(graph: fx.Graph) -> int:

@@ -99,8 +99,7 @@ def batch_norm(s: Sharder, c: Call) -> Any:
 
 def trained(s: Sharder, c: Call, x: Value) -> tuple[Value, ...]:
     dims = [d for d in range(x.ndim) if d != 1]
-    mean = s.call(c, aten.mean.dim, x, dims, False)
-    var = s.call(c, aten.var.correction, x, dims, correction=0)
+    var, mean = s.call(c, aten.var_mean.correction, x, dims, correction=0)
     rstd = s.call(c, aten.rsqrt.default, s.call(c, aten.add.Tensor, var, c["eps"]))
     out = scaled(s, c, x, mean, rstd)
     if c.bound.get("running_mean") is None:

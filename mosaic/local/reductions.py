@@ -13,6 +13,7 @@ from mosaic.sharder import Sharder
 from mosaic.values import Call, Value
 
 aten = torch.ops.aten
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def reduced_dims(c: Call, name: str = "dim") -> list[int]:
@@ -163,7 +164,7 @@ def summed(
     s: Sharder, c: Call, x: Value, dims: list[int], keepdim: bool, dtype: Any = None
 ) -> Value:
     """A sum whose partial results are not rounded to half precision before they meet."""
-    wide = torch.float32 if x.val.dtype in (torch.float16, torch.bfloat16) else None
+    wide = torch.float32 if x.val.dtype in HALVES else None
     return s.call(c, aten.sum.dim_IntList, x, dims, keepdim, dtype=dtype or wide)
 
 
@@ -181,24 +182,35 @@ def count(x: Value, dims: list[int]) -> int:
     return prod(x.shape[d] for d in dims)
 
 
-def cast(s: Sharder, c: Call, out: Value) -> Value:
-    if out.val.dtype == c.val.dtype:
-        return out
-    return s.call(c, aten._to_copy.default, out, dtype=c.val.dtype)
+def cast(s: Sharder, c: Call, out: Value, like: torch.Tensor | None = None) -> Value:
+    """In the dtype of the result (``like``, where there are several)."""
+    dtype = (c.val if like is None else like).dtype
+    return out if out.val.dtype == dtype else s.call(c, aten._to_copy.default, out, dtype=dtype)
 
 
-def variance(s: Sharder, c: Call) -> Value:
-    """Two passes (the mean, then squares about it): sums of squares would cancel."""
+def variance(s: Sharder, c: Call) -> tuple[Value, Value]:
+    """The variance and the mean in two passes (the mean, then squares about it): sums of squares
+    would cancel. All is told from the largest, so that equal numbers have a variance of zero, as on
+    one device."""
     x, dims, keepdim = c["self"], reduced_dims(c), bool(c.bound.get("keepdim"))
-    centre = s.call(c, aten.mean.dim, x, dims, True)
-    apart = s.call(c, aten.sub.Tensor, x, centre)
+    if x.val.dtype in HALVES:
+        x = s.call(c, aten._to_copy.default, x, dtype=torch.float32)
+    largest = None
+    if not x.val.is_complex() and x.val.numel():
+        largest = extreme_value(s, c, x, dims, largest=True)
+        x = s.call(c, aten.sub.Tensor, x, largest)
+    mean = s.call(c, aten.mean.dim, x, dims, True)
+    apart = s.call(c, aten.sub.Tensor, x, mean)
     if x.val.is_complex():
         apart = s.call(c, aten.abs.default, apart)
-    squares = summed(s, c, s.call(c, aten.mul.Tensor, apart, apart), dims, keepdim)
+    squares = s.call(c, aten.mul.Tensor, apart, apart)
+    squares = s.call(c, aten.sum.dim_IntList, squares, dims, keepdim)
     left = max(0, count(x, dims) - correction(c))
     # Zero degrees of freedom give nan, as on one device.
     over = left if left else float("nan")
-    return s.call(c, aten.div.Tensor, squares, over)
+    mean = mean if largest is None else s.call(c, aten.add.Tensor, mean, largest)
+    mean = mean if keepdim else s.call(c, aten.squeeze.dims, mean, dims)
+    return s.call(c, aten.div.Tensor, squares, over), mean
 
 
 def correction(c: Call) -> float:
@@ -210,17 +222,17 @@ def correction(c: Call) -> float:
 def var(s: Sharder, c: Call) -> Value:
     """Two passes over the axis: the mean, then squares about it."""
     dims = reduced_dims(c)
-    return cast(s, c, variance(s, c)) if c["self"].place.dim in dims else free(s, c, dims)
+    return cast(s, c, variance(s, c)[0]) if c["self"].place.dim in dims else free(s, c, dims)
 
 
 def var_mean(s: Sharder, c: Call) -> tuple[Value, Value]:
     """The variance (or its root) and the mean."""
-    x, dims = c["self"], reduced_dims(c)
-    if x.place.dim not in dims:
+    dims = reduced_dims(c)
+    if c["self"].place.dim not in dims:
         return free(s, c, dims)
-    mean = s.call(c, aten.mean.dim, x, dims, bool(c.bound.get("keepdim")))
-    spread = variance(s, c)
-    return (s.call(c, aten.sqrt.default, spread) if "std" in c.name else spread), mean
+    spread, mean = variance(s, c)
+    spread = root(s, c, spread) if "std" in c.name else spread
+    return cast(s, c, spread, c.val[0]), cast(s, c, mean, c.val[1])
 
 
 def std(s: Sharder, c: Call) -> Value:
@@ -228,7 +240,14 @@ def std(s: Sharder, c: Call) -> Value:
     dims = reduced_dims(c)
     if c["self"].place.dim not in dims:
         return free(s, c, dims)
-    return cast(s, c, s.call(c, aten.sqrt.default, variance(s, c)))
+    return cast(s, c, root(s, c, variance(s, c)[0]))
+
+
+def root(s: Sharder, c: Call, spread: Value) -> Value:
+    """The root of a variance: its gradient is zero where the variance is, as on one device."""
+    is_zero = s.call(c, aten.eq.Scalar, spread, 0)
+    known = s.call(c, aten.where.ScalarSelf, is_zero, 1.0, spread)
+    return s.call(c, aten.where.ScalarSelf, is_zero, 0.0, s.call(c, aten.sqrt.default, known))
 
 
 def extreme(s: Sharder, c: Call) -> Value:

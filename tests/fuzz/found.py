@@ -119,4 +119,18 @@ FOUND: dict[str, Program] = {
         "z",
         reference="one rank",
     ),
+    "a slice of everything under no_grad": found(
+        LONG,
+        ATTEND + "\nwith torch.no_grad():\n    u, v = y.split(7, 1)[0], y.narrow(1, 0, 7)",
+        "y.cos() + u * 2 + v * 3",
+    ),
+    "a dropout of nothing under no_grad": found(
+        LONG, ATTEND + "\nwith torch.no_grad():\n    v = F.dropout(y, 0.5, False)", "v * 2"
+    ),
+    "the spread of equal numbers": found(
+        TABLE,
+        "y = F.scaled_dot_product_attention(x, x, x)\nz = y * 0 + 0.1",
+        "y / (z.std(1, keepdim=True, correction=0) + y.mean(1, keepdim=True).exp())",
+        spec="mosaic.ShardingSpec(inputs={'x': 'b n c e'})",
+    ),
 }
