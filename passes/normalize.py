@@ -35,8 +35,11 @@ DROPOUTS = {
     aten.feature_dropout.default,
     aten.feature_alpha_dropout.default,
 }
+#: The schemas of these say nothing of views.
 LISTS_OF_VIEWS = {
     aten.broadcast_tensors.default,
+    aten.meshgrid.default,
+    aten.meshgrid.indexing,
     aten.atleast_1d.Sequence,
     aten.atleast_2d.Sequence,
     aten.atleast_3d.Sequence,
@@ -245,6 +248,8 @@ def records_gradients(node: fx.Node) -> bool:
 
 def is_view(node: fx.Node) -> bool:
     """Whether an op gives a view of its operand."""
+    if node.target in LISTS_OF_VIEWS:
+        return True
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(x.alias_info is not None for x in schema.returns)
 

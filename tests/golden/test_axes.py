@@ -43,6 +43,7 @@ rows 7 x 7 1792 B
 1 x all_reduce rows 128 B: sum over the axis
 1 x all_reduce rows 8 B: sum over the axis
 1 x all_reduce columns 170 B: sum over the axis
+1 x all_reduce columns 597 B: largest over the axis
 2 x all_reduce columns 597 B: sum over the axis
 1 x all_reduce columns 10 B: sum over the axis
 1 x all_reduce rows 4992 B: gradients of whole tensors, in backward

@@ -40,8 +40,9 @@ other dim 6 x 6 local full 0 B
 x.1 26 x 26 all_gather full 179712 B
 x.1 11 x 26 all_gather full 179712 B
 3 x all_reduce x.1 180 B: sum over the axis
+1 x all_reduce x.1 180 B: largest over the axis
 1 x all_gather x.1 396 B: an output is whole
-1 x all_reduce x.1 336768 B: gradients of whole tensors, in backward
+1 x all_reduce x.1 336948 B: gradients of whole tensors, in backward
 """,
     )
 
