@@ -138,6 +138,8 @@ def check_divides(name: str, n: int, by: str, d: int) -> None:
             raise ShardingError(f"{what} = {given!r} is no whole number", fix="use 1 or more")
     if n < 1:
         raise ShardingError(f"{name} = {n} is not enough", fix="use 1 or more")
+    if n >= 2**31:
+        raise ShardingError(f"{name} = {n} is too much", fix=f"use less than {2**31}")
     if d < 1 or n % d:
         divisors = ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)
         raise ShardingError(

@@ -57,9 +57,10 @@ class ShardingSpec:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            given = getattr(self, name)
+            if not isinstance(given, (str, bool)) or given not in allowed:
                 raise ShardingError(
-                    f"{name} = {getattr(self, name)!r} is not a choice",
+                    f"{name} = {given!r} is not a choice",
                     fix=f"use one of {', '.join(map(repr, allowed))}",
                 )
         check_mappings(self.inputs, self.axes)

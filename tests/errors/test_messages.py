@@ -222,6 +222,12 @@ def test_wrong_choices() -> None:
 outputs = 'pieces' is not a choice
   fix  use one of 'whole', 'shards'""",
     )
+    assert_expected_inline(
+        message_of(ShardingSpec, check_inputs=torch.ones(2)),
+        """\
+check_inputs = tensor([1., 1.]) is not a choice
+  fix  use one of 'always', 'first', False""",
+    )
     compiled = torch.compile(Model(), backend="mosaic", options={"inner": "tvm"})
     assert_expected_inline(
         message_of(compiled, X),

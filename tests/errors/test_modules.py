@@ -288,6 +288,11 @@ num_heads = 2.0 is no whole number
 embed_dim = 0 is not enough
   fix  use 1 or more""",
     )
+    assert_expected_inline(
+        message_of(mosaic.MultiAxisAttention, 10**12, 3, 1),
+        """embed_dim = 1000000000000 is too much
+  fix  use less than 2147483648""",
+    )
 
 
 def test_an_axis_by_its_name() -> None:
