@@ -237,6 +237,8 @@ def requires_gradient(node: fx.Node, required: set[fx.Node], or_view: bool = Fal
         return bool(node.meta.get("requires_grad"))
     if not passes_gradients(node) or required.isdisjoint(node.all_input_nodes):
         return False
+    if node.target == operator.getitem and node.args[0].target in LISTS_OF_VIEWS:
+        return node.args[0].args[0][node.args[1]] in required  # each is a view of its own operand
     return records_gradients(node) or (or_view and is_view(node))
 
 

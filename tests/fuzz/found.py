@@ -133,4 +133,9 @@ FOUND: dict[str, Program] = {
         "y / (z.std(1, keepdim=True, correction=0) + y.mean(1, keepdim=True).exp())",
         spec="mosaic.ShardingSpec(inputs={'x': 'b n c e'})",
     ),
+    "a list of views under no_grad": found(
+        LONG,
+        ATTEND + "\nwith torch.no_grad():\n    v = torch.meshgrid(y.sum((1, 2)), x[0, :, 0])",
+        "y, v[0], v[1].unsqueeze(0)",
+    ),
 }
