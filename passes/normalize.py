@@ -208,10 +208,7 @@ def is_random_attention(node: fx.Node) -> bool:
 def outputs_of(graph: fx.Graph) -> tuple[Output, ...]:
     """What eager mode says of the outputs. A view requires a gradient under ``no_grad``, too,
     although it passes none on."""
-    requires: set[fx.Node] = set()
-    for node in graph.nodes:
-        if requires_gradient(node, requires, or_view=True):
-            requires.add(node)
+    requires = requiring(graph, or_view=True)
     return tuple(Output(n in requires, order_of(n)) for n in graph.output_node().args[0])
 
 
@@ -224,14 +221,20 @@ def order_of(node: Any) -> tuple[int, ...]:
 
 def mark_gradients(graph: fx.Graph) -> None:
     """Through which nodes a gradient flows."""
-    needs: set[fx.Node] = set()
+    needs = requiring(graph)
     for node in graph.nodes:
-        if requires_gradient(node, needs):
-            needs.add(node)
         node.meta["needs_gradient"] = node in needs
 
 
-def requires_gradient(node: fx.Node, required: set[fx.Node], or_view: bool = False) -> bool:
+def requiring(graph: fx.Graph, or_view: bool = False) -> set[fx.Node]:
+    required: set[fx.Node] = set()
+    for node in graph.nodes:
+        if requires_gradient(node, required, or_view):
+            required.add(node)
+    return required
+
+
+def requires_gradient(node: fx.Node, required: set[fx.Node], or_view: bool) -> bool:
     """Whether a node requires a gradient, given which nodes before it do."""
     if node.op == "placeholder":
         return bool(node.meta.get("requires_grad"))

@@ -194,7 +194,6 @@ def laid_out(writer: Writer, out: fx.Node, order: tuple[int, ...]) -> fx.Node:
     if out.meta["val"].permute(order).is_contiguous() or shared_input(writer.graph, out):
         return out
     back = [order.index(d) for d in range(len(order))]
-    writer.switch(Modes.current())
     dense = writer.op(out, aten.permute.default, (out, list(order)), {})
     options = {"memory_format": torch.contiguous_format}
     dense = writer.op(out, aten.clone.default, (dense,), options)
