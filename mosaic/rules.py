@@ -23,6 +23,7 @@ from torch import fx
 from mosaic.layout import Place
 from mosaic.local import (
     attention,
+    empty,
     functions,
     indexing,
     losses,
@@ -139,6 +140,9 @@ def embedding(s: Sharder, c: Call) -> Any:
     """Looks up what is here, unless the gradient depends on what is looked up elsewhere."""
     if c["scale_grad_by_freq"] or c["sparse"]:
         return s.gather_for(c, "counts how often an entry is used, or has a sparse gradient")
+    table = c["weight"]
+    if table.place and table.place.dim == 1:  # CUDA's gradient of a width of 0 reads out of bounds
+        return empty.emit(s, c, table.place.at(c.val.ndim - 1), "weight")
     return EMBEDDING(s, c)
 
 

@@ -497,7 +497,11 @@ def compiles_left() -> int | None:
 
 
 #: The cache does not see our lowering; and both graphs are compiled at once, on all ranks alike.
-AOT_CONFIG = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+AOT_CONFIG = {
+    "enable_autograd_cache": False,
+    "force_non_lazy_backward_lowering": True,
+    "graphsafe_rng_functionalization": False,  # its numbers are not those of the generator
+}
 Lower = Callable[[fx.Graph, str], None]  # of the "joint", "forward" and "backward" graph
 
 

@@ -13,15 +13,18 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from fuzz.draw import seeded
+from fuzz.found import FOUND
 from fuzz.generate import MESHES, generate
 from fuzz.judge import Verdict, judge
 from fuzz.malformed import generate_call, judge_call
+from fuzz.program import Program
 from fuzz.ranks import BAD, FuzzRanks
 from fuzz.reduce import reduced
 from rank_pool import RankPool
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--save")
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--malformed", action="store_true", help="wrong calls, not programs")
+    parser.add_argument("--found", action="store_true", help="the programs of found.py again")
     parser.add_argument("--skip", help="pass over programs whose text matches this pattern")
     parser.add_argument("--no-reduce", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="a GPU per rank")
@@ -68,13 +72,9 @@ def campaign(options: argparse.Namespace, ranks: FuzzRanks) -> None:
     if options.save:
         Path(options.save).mkdir(parents=True, exist_ok=True)
         log = open(Path(options.save) / f"log-{options.mesh}-{options.seed}.jsonl", "a")
-    for seed in range(options.seed, options.seed + options.count):
+    for seed, program, source in drawn(options):
         if time.monotonic() - start > 60 * options.minutes:
             break
-        torch.set_default_dtype(torch.float64)
-        program = None if options.malformed else generate(seeded(seed), options.mesh)
-        torch.set_default_dtype(torch.float32)
-        source = generate_call(seeded(seed)) if program is None else program.source
         if options.skip and re.search(options.skip, source):
             continue
         if options.show:
@@ -101,6 +101,21 @@ def campaign(options: argparse.Namespace, ranks: FuzzRanks) -> None:
             )
     seconds = time.monotonic() - start
     print(f"mesh {options.mesh}: {dict(counts)} in {seconds:.0f} s", flush=True)
+
+
+def drawn(options: argparse.Namespace) -> Iterator[tuple[int, Program | None, str]]:
+    """A number, the program (None: a wrong call) and its text."""
+    if options.found:
+        yield from ((i, program, program.source) for i, program in enumerate(FOUND.values()))
+        return
+    for seed in range(options.seed, options.seed + options.count):
+        if options.malformed:
+            yield seed, None, generate_call(seeded(seed))
+            continue
+        torch.set_default_dtype(torch.float64)
+        program = generate(seeded(seed), options.mesh)
+        torch.set_default_dtype(torch.float32)
+        yield seed, program, program.source
 
 
 def cuts(attentions: tuple[str, ...]) -> bool:

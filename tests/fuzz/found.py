@@ -138,4 +138,18 @@ FOUND: dict[str, Program] = {
         ATTEND + "\nwith torch.no_grad():\n    v = torch.meshgrid(y.sum((1, 2)), x[0, :, 0])",
         "y, v[0], v[1].unsqueeze(0)",
     ),
+    "a draw in a checkpoint": found(
+        LONG,
+        ATTEND + "\nz = checkpoint(lambda t: t + torch.rand_like(t), y, use_reentrant=False)",
+        "z",
+        reference="one rank",
+    ),
+    "an embedding of no width": found(
+        "x = torch.randn(13, 4, requires_grad=True)\nids = torch.randint(0, 9, (4, 1))",
+        "y = F.scaled_dot_product_attention(x[:4], x, x)\n"
+        "z = F.embedding(ids, self.w) + y.square().sum(1)",
+        "z",
+        "self.w = nn.Parameter(torch.randn(9, 4))",
+        spec="mosaic.ShardingSpec(inputs={'x': 'n e'}, axes={'n': 'all_gather'})",
+    ),
 }

@@ -3,8 +3,9 @@
     python tests/gpu/check_programs.py --campaigns 16 --minutes 8 --save found
 
 Two GPUs run programs of two ranks; with four, three ranks and a mesh of 2 x 2 as well. A campaign
-has a processor's core and a process on a GPU for each rank. Prints the outcomes of each mesh, and
-the programs that are wrong, or die. Exits 1 if there is one.
+has a processor's core and a process on a GPU for each rank. What was found before (``found.py``) is
+run again, too. Prints the outcomes of each mesh, and the programs that are wrong, or die. Exits 1
+if there is one.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     gpus = torch.cuda.device_count()
     started = [start(i, min(gpus, 4), options) for i in range(options.campaigns)]
+    started.append(start(0, min(gpus, 4), options, "--found"))
     for process in started:
         process.wait()
     counts: dict[str, Counter[str]] = {}
@@ -53,13 +55,15 @@ def main() -> None:
     sys.exit(any(BAD & outcomes.keys() for outcomes in counts.values()))
 
 
-def start(number: int, gpus: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:
+def start(
+    number: int, gpus: int, options: argparse.Namespace, *more: str
+) -> subprocess.Popen[bytes]:
     mesh = MESHES[gpus][number % len(MESHES[gpus])]
     cards = [str((number + i) % gpus) for i in range(generate.MESHES[mesh].count)]
     command = [sys.executable, "-m", "fuzz", "--device", "cuda", "--mesh", mesh, "--no-reduce"]
     command += ["--seed", str(options.seed + 100_000 * number), "--count", str(options.count)]
     command += ["--minutes", str(options.minutes), "--save", str(options.save.resolve())]
-    command += ["--skip", NOT_EXACT]
+    command += ["--skip", NOT_EXACT, *more]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(cards), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=TESTS, env=env, stdout=subprocess.DEVNULL)
 
