@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from mosaic.context import Context, Output
 from mosaic.errors import UnsupportedError
@@ -243,9 +244,11 @@ def write_back(writer: Writer, updates: list[Any], context: Context) -> None:
 
 
 def read_from_copy(writer: Writer, target: fx.Node) -> None:
-    """What backward saved of an input must be what it was before the write."""
+    """What backward saved of an input must be what it was before the write: the copy is saved, a
+    second one in backward would be of what was written."""
+    saved = {"recompute": CheckpointPolicy.MUST_SAVE}
     with writer.graph.inserting_before(writer.first()):
-        copy = insert(writer.graph, target, aten.clone.default, (target,))
+        copy = insert(writer.graph, target, aten.clone.default, (target,), meta=saved)
     target.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
 

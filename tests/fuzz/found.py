@@ -152,4 +152,10 @@ FOUND: dict[str, Program] = {
         "self.w = nn.Parameter(torch.randn(9, 4))",
         spec="mosaic.ShardingSpec(inputs={'x': 'n e'}, axes={'n': 'all_gather'})",
     ),
+    "a write in a checkpoint": found(
+        LONG,
+        ATTEND + "\nz = checkpoint(lambda t: self.b.clamp_(-1, 1) * t, y, use_reentrant=False)",
+        "z",
+        "self.register_buffer('b', torch.randn(8) * 2)",
+    ),
 }
