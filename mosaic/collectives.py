@@ -30,7 +30,7 @@ from mosaic import moves
 from mosaic.layout import Shard
 from mosaic.moves import fresh, gather_program, local_slice, reshard_program, spread
 
-_decode = lru_cache(maxsize=None)(Shard.decode)
+_decode = lru_cache(maxsize=4096)(Shard.decode)
 
 
 # --- the registered ops -----------------------------------------------------------------------

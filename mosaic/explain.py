@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,12 +156,14 @@ def ranks(wanted: Ranks, rank: int) -> Iterator[None]:
             f"there is no rank {rank!r} among {wanted.world}", fix="count them from 0"
         )
     size = wanted.sp_size if wanted.mesh_shape else wanted.world
+    hook = sys.excepthook  # a group puts "[rank0]:" before all that the process says when it dies
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=wanted.world)
     try:
         with mesh.pretended(size, wanted.mesh_shape, wanted.mesh_axes):
             yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def check_same(wanted: Ranks, context: mesh.MosaicContext) -> None:

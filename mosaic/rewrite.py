@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -14,7 +13,6 @@ from torch.fx.node import map_arg
 
 from mosaic.modes import modes_of
 from mosaic.torch_private import (
-    FakeTensorMode,
     decompositions_for_inductor,
     fake_mode_of,
     make_fx,
@@ -97,7 +95,7 @@ def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
     flat, tree = pytree.tree_flatten(args)
     values = [x.meta["val"] for x in flat if isinstance(x, fx.Node)]
     mode = fake_mode_of(values)
-    known = _traces.setdefault(mode, {}) if mode else {}
+    known = vars(mode).setdefault("mosaic_traces", {}) if mode else {}  # they live as long as it
     key = (fn, str(tree), *(_signature(x) if isinstance(x, fx.Node) else x for x in flat))
     if key not in known:
 
@@ -118,9 +116,6 @@ def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
 def _signature(node: fx.Node) -> tuple[object, ...]:
     val = node.meta["val"]
     return tuple(val.shape), tuple(val.stride()), val.dtype, val.device
-
-
-_traces: WeakKeyDictionary[FakeTensorMode, dict[Any, fx.Graph]] = WeakKeyDictionary()
 
 
 def name_of(target: Callable[..., Any]) -> str | None:

@@ -134,6 +134,8 @@ def _serve(connection: Connection, rank: int, p: int, rendezvous: str, device: s
         except EOFError:
             return
         connection.send_bytes(_answer(job, startup))
+        gc.collect()
+        gc.freeze()  # torch's caches grow with each program, and collections with them
 
 
 def _answer(job: bytes, startup: BaseException | None) -> bytes:

@@ -93,7 +93,7 @@ def _compact(ranks: Sequence[Sequence[Interval]]) -> Layout:
     return Layout.of(offset, ([new[i] for i in held] for held in ranks))
 
 
-decode = lru_cache(maxsize=None)(HeadExchange.decode)
+decode = lru_cache(maxsize=4096)(HeadExchange.decode)
 
 
 def program(xs: Sequence[Tensor], spec: str, to_heads: bool) -> list[Tensor]:

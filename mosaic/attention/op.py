@@ -21,7 +21,7 @@ from mosaic.attention.tiles import TileProgram, of_heads
 from mosaic.attention.visit import Inputs
 from mosaic.moves import fresh
 
-decode = lru_cache(maxsize=None)(AttentionPlan.decode)
+decode = lru_cache(maxsize=4096)(AttentionPlan.decode)
 
 
 class Calls(NamedTuple):

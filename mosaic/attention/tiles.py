@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,7 @@ class TileProgram:
         return f"{' '.join(head)}: {'; '.join(map(str, self.steps))}"
 
     @staticmethod
-    @cache
+    @lru_cache(maxsize=1024)
     def parse(text: str) -> TileProgram:
         head, _, steps = text.partition(": ")
         dtype, *learned = head.split(" ")

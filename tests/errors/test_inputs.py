@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -222,6 +223,12 @@ mesh_axes = 'rc' are no names of mesh axes
 def test_a_mesh_shape_without_names() -> None:
     message_of(explain, attend, X, mesh_shape=(2, 2))
     assert not torch.distributed.is_initialized()  # no fake group is left behind
+
+
+def test_explain_leaves_the_processs_last_words() -> None:
+    hook = sys.excepthook
+    explain(attend, X, sp_size=2)
+    assert sys.excepthook is hook
 
 
 def test_a_rank_that_is_not_there() -> None:

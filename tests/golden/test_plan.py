@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from types import SimpleNamespace
 
@@ -9,8 +10,10 @@ import cases
 import contract_cases as cc
 import pytest
 import torch
+import torch.nn.functional as F
 from models.gpt import GPT
 from plan_text import collectives
+from torch import fx
 
 from mosaic import ShardingSpec, pipeline
 from mosaic.plan import Plan
@@ -131,3 +134,19 @@ def test_passes_are_fast(planned, monkeypatch: pytest.MonkeyPatch):
     assert len(plan.attentions) == 12
     whole = time.process_time() - start
     assert plan.seconds < 0.3 * whole, "\n".join(map(str, plan.passes))
+
+
+def test_nothing_is_kept_of_a_compilation(planned):
+    """A service that meets length after length must not grow: no graph outlives its plan."""
+
+    def attend(x):
+        return F.scaled_dot_product_attention(x, x.sin(), x, is_causal=True).sum()
+
+    def kept(length: int) -> int:
+        planned(attend, torch.randn(1, 2, length, 8, requires_grad=True))
+        torch._dynamo.reset()
+        gc.collect()
+        return sum(type(o) is fx.Node for o in gc.get_objects())
+
+    once = kept(5)  # torch itself holds on to the last one
+    assert kept(6) and kept(7) and kept(5) == once
