@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,9 @@ import hypothesis
 import pytest
 import torch
 from rank_pool import RankPool
+
+gc.freeze()  # collections, of which compilers cause many, need not look at what is imported
+gc.set_threshold(50_000, 20, 20)
 
 # Ranks are forked from this process, which is safe only while OpenMP has no threads here.
 torch.set_num_threads(1)

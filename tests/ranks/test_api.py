@@ -46,7 +46,7 @@ def test_the_decorator(ranks, what: str) -> None:
 
 def test_every_length_is_right(ranks) -> None:
     want = jobs.three_lengths_plain()
-    for got in ranks(3).run(jobs.three_lengths, 3):
+    for got in ranks(2).run(jobs.three_lengths, 2):
         for mine, theirs in zip(got, want, strict=True):
             same(mine, theirs)
 
@@ -65,6 +65,7 @@ def test_ambient_autocast(ranks) -> None:
         same(got, want, 3e-2)
 
 
+@pytest.mark.full
 def test_a_batch_of_one_gpt_on_four(ranks) -> None:
     build = partial(gpt, batch=1)
     want = run_model(build, None)

@@ -35,7 +35,7 @@ def test_dropout_draws_what_one_process_draws(ranks, p: int) -> None:
     check(ranks(p).run(jobs.dropout_cases))
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_lowered_after_autograd(ranks, inner: str) -> None:
     answers = ranks(3).run(jobs.lowered_cases, inner, timeout=150)
     check([{case: result.error for case, result in answer.items()} for answer in answers])

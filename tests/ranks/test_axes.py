@@ -51,7 +51,7 @@ def test_two_axes(ranks, name: str, columns: int) -> None:
     check(ranks, name, BOTH, r=2, c=columns)
 
 
-@pytest.mark.parametrize("name", [FULL("Flattened"), "FlattenedCausal", "FlattenedMasked"])
+@pytest.mark.parametrize("name", [FULL("Flattened"), FULL("FlattenedCausal"), "FlattenedMasked"])
 def test_two_axes_flattened(ranks, name: str) -> None:
     """One attention over all cells, its rows on one mesh axis and its columns on the other."""
     check(ranks, name, BOTH, r=2, c=2)
@@ -79,7 +79,8 @@ def test_whole_queries_and_sharded_keys(ranks) -> None:
     check(ranks, "Latents", BOTH, r=2, c=2)
 
 
-@pytest.mark.parametrize("name", ["Everything", pytest.param("tokens", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["Everything", "tokens"])
 def test_what_meets_along_both_axes(ranks, name: str) -> None:
     check(ranks, name, BOTH, r=2, c=3)
 
