@@ -166,6 +166,7 @@ COSTS = {
     "std.dim": "3.",
     "std": "33",
     "var correction": "3.",
+    "var of no freedom": "3.",
     "var nan": "3.",
     "var_mean": "3.",
     "std_mean": "3.",

@@ -200,17 +200,17 @@ def variance(s: Sharder, c: Call) -> tuple[Value, Value]:
         largest = extreme_value(s, c, x, dims, largest=True)
         x = s.call(c, aten.sub.Tensor, x, largest)
     mean = s.call(c, aten.mean.dim, x, dims, True)
-    apart = s.call(c, aten.sub.Tensor, x, mean)
+    # The gradients by way of the mean sum to zero: one all-reduce less, and inf stays inf.
+    apart = s.call(c, aten.sub.Tensor, x, s.call(c, aten.detach.default, mean))
     if x.val.is_complex():
         apart = s.call(c, aten.abs.default, apart)
     squares = s.call(c, aten.mul.Tensor, apart, apart)
     squares = s.call(c, aten.sum.dim_IntList, squares, dims, keepdim)
     left = max(0, count(x, dims) - correction(c))
-    # Zero degrees of freedom give nan, as on one device.
-    over = left if left else float("nan")
     mean = mean if largest is None else s.call(c, aten.add.Tensor, mean, largest)
     mean = mean if keepdim else s.call(c, aten.squeeze.dims, mean, dims)
-    return s.call(c, aten.div.Tensor, squares, over), mean
+    # No degrees of freedom give inf, and nan where there is no spread, as on one device.
+    return s.call(c, aten.div.Tensor, squares, float(left)), mean
 
 
 def correction(c: Call) -> float:

@@ -148,5 +148,6 @@ def test_nothing_is_kept_of_a_compilation(planned):
         gc.collect()
         return sum(type(o) is fx.Node for o in gc.get_objects())
 
+    kept(5)
     once = kept(5)  # torch itself holds on to the last one
-    assert kept(6) and kept(7) and kept(5) == once
+    assert kept(6) and kept(7) and kept(5) <= once

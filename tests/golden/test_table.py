@@ -97,9 +97,9 @@ def test_ranks_issue_the_same_collectives(planned):
 
 
 BUILT = [
-    *(cases.table, cases.hf_t5_encoder),
+    cases.table,
     *(pytest.param(c, marks=pytest.mark.full) for c in (cases.gpt, cases.vit, cases.hf_bert)),
-    pytest.param(cases.llama, marks=pytest.mark.full),
+    *(pytest.param(c, marks=pytest.mark.full) for c in (cases.llama, cases.hf_t5_encoder)),
     *(pytest.param(c, marks=pytest.mark.full) for c in (cases.hf_llama, cases.hf_mistral)),
     pytest.param(cases.hf_llama_packed, marks=pytest.mark.full),
 ]

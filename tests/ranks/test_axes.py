@@ -61,6 +61,7 @@ def test_the_mesh_in_the_other_order(ranks) -> None:
     check(ranks, "FlattenedMasked", BOTH, c=2, r=2)
 
 
+@pytest.mark.full
 def test_one_of_two_axes_on_two_mesh_axes(ranks) -> None:
     spec = spec_of(rows=Ring(mesh="a,b"), columns=Ring(mesh="c"))
     check(ranks, "InTurnFlat", spec, a=2, c=2, b=1)
@@ -85,6 +86,7 @@ def test_what_meets_along_both_axes(ranks, name: str) -> None:
     check(ranks, name, BOTH, r=2, c=3)
 
 
+@pytest.mark.full
 def test_what_works_along_both_axes(ranks) -> None:
     check(ranks, "Along", BOTH, r=2, c=2)
 

@@ -53,6 +53,7 @@ def test_video_2d() -> None:
     assert max(errors(said)) < 1e-12 and len(errors(said)) == 4, said
 
 
+@pytest.mark.full
 def test_hierarchical() -> None:
     said = run("examples/hierarchical.py", "--length", "67")
     assert max(errors(said)) < 1e-12 and len(errors(said)) == 28, said

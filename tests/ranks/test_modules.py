@@ -54,7 +54,7 @@ def test_a_model_with_other_layers(ranks, compiler: str | None) -> None:
 KINDS = ["rows", "heads", "two axes", "cross", "composed", "nodes", "dropout"]
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "mosaic"])
+@pytest.mark.parametrize("compiler", [FULL("aot_eager"), "mosaic"])
 def test_each_module_is_one_graph(ranks, compiler: str) -> None:
     options = {"options": {"inner": "eager"}} if compiler == "mosaic" else {}
     check(ranks(2).run(jobs.compiled, 2, compiler, KINDS, **options))
