@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import cases
 import pytest
+from sampling import sampled
 from torch import fx
 
 N = 41  # 11, 11, 11 and 8 rows, or in zigzag 12, 12, 11 and 6: no other size of the models
@@ -25,10 +26,9 @@ MEANINGS = {
 
 #: Of these the ranks show that they are exact, and what is said of them is said of others, too.
 ELSEWHERE = ("llama", "llama, packed", "bert")
-NAMES = [pytest.param(n, marks=pytest.mark.full) if n in ELSEWHERE else n for n in MEANINGS]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sampled(MEANINGS, ELSEWHERE))
 def test_meaning(planned, name: str) -> None:
     build, meaning = MEANINGS[name]
     model, args, inputs = build(2, N)

@@ -8,6 +8,7 @@ from itertools import combinations
 import cases
 import pytest
 import torch
+from sampling import FULL
 from torch import Tensor, fx, nn
 
 from mosaic.attention import way
@@ -98,10 +99,8 @@ def test_ranks_issue_the_same_collectives(planned):
 
 BUILT = [
     cases.table,
-    *(pytest.param(c, marks=pytest.mark.full) for c in (cases.gpt, cases.vit, cases.hf_bert)),
-    *(pytest.param(c, marks=pytest.mark.full) for c in (cases.llama, cases.hf_t5_encoder)),
-    *(pytest.param(c, marks=pytest.mark.full) for c in (cases.hf_llama, cases.hf_mistral)),
-    pytest.param(cases.hf_llama_packed, marks=pytest.mark.full),
+    *map(FULL, (cases.gpt, cases.llama, cases.vit, cases.hf_bert, cases.hf_t5_encoder)),
+    *map(FULL, (cases.hf_llama, cases.hf_llama_packed, cases.hf_mistral)),
 ]
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from math import prod
 
 import axes_jobs as jobs
 import pytest
 from compare import assert_close, compare_gradients
+from sampling import FULL
 
 from mosaic import AllGather, Method, Ring, ShardingSpec
-
-FULL = partial(pytest.param, marks=pytest.mark.full)
 
 
 def spec_of(**axes: Method | str) -> ShardingSpec:

@@ -5,13 +5,13 @@ CI runs what no other test shows; ``pytest -m full`` runs every model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from functools import partial
 
 import pytest
 from cases import BY_METHOD, CASES
 from compare import assert_close, compare_gradients
 from model_jobs import run_by_method, run_model
+from sampling import FULL, sampled
 
 from mosaic import (
     AllGather,
@@ -58,16 +58,12 @@ ELSEWHERE = (
 )
 
 
-def sampled(names: Iterable[str], elsewhere: Collection[str]) -> list[object]:
-    return [pytest.param(n, marks=pytest.mark.full) if n in elsewhere else n for n in names]
-
-
 @pytest.mark.parametrize("name", sampled(CASES, ELSEWHERE))
 def test_three_ranks(ranks, name: str) -> None:
     check(ranks, name, 3)
 
 
-@pytest.mark.parametrize("name", ["gpt", pytest.param("table", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["gpt", FULL("table")])
 def test_through_inductor(ranks, name: str) -> None:
     """Equal shards, which share their compiled kernels: uneven ones take thrice as long."""
     check(ranks, name, 2, "inductor", **({"rows": 36} if name == "table" else {"n": 36}))
@@ -125,11 +121,11 @@ def check_method(ranks, name: str, p: int, method: str) -> None:
     ("name", "method"),
     [
         ("table", "ring(stages=4)"),
-        pytest.param("llama", "ulysses(4)", marks=pytest.mark.full),
+        FULL("llama", "ulysses(4)"),
         ("llama", "ulysses(2) x ring(stages=2)"),
         ("llama", "hierarchical(2, ulysses, ring)"),
-        pytest.param("llama", "auto", marks=pytest.mark.full),
-        pytest.param("window", "ring(stages=4)", marks=pytest.mark.full),
+        FULL("llama", "auto"),
+        FULL("window", "ring(stages=4)"),
         ("documents", "mesh2d(2, 2)"),
         ("relative", "ulysses(4)"),
     ],

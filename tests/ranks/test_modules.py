@@ -3,15 +3,12 @@ outputs, and gradients of inputs and parameters."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import module_jobs as jobs
 import pytest
 import torch
+from sampling import FULL
 
 import mosaic
-
-FULL = partial(pytest.param, marks=pytest.mark.full)
 
 
 def check(answers: list[dict[str, float]], tol: float = 1e-10) -> None:

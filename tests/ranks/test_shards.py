@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import shard_jobs as jobs
 from compare import assert_close, compare_gradients
 from expecttest import assert_expected_inline
-
-FULL = partial(pytest.param, marks=pytest.mark.full)
+from sampling import FULL, sampled
 
 
 def test_a_branch_that_one_rank_takes(ranks) -> None:
@@ -111,9 +108,7 @@ dim 1 of y has the local length of an input that arrives cut, and nothing says t
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["decided", FULL("gpt"), FULL("llama"), FULL("table"), "video", "hf_llama"]
-)
+@pytest.mark.parametrize("name", sampled(jobs.MODELS, ("gpt", "llama", "table")))
 def test_models_whose_guards_hold(ranks, name: str) -> None:
     said = ranks(2).run(jobs.captured_lengths, 2, name)
     assert said == [LENGTHS[name]] * 2
