@@ -21,10 +21,11 @@ reshard    to change a layout
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, islice, pairwise, product
 from math import gcd
 from typing import NamedTuple
 
@@ -52,18 +53,42 @@ class Run(NamedTuple):
     stop: int
     step: int = 1
 
+    @property
+    def length(self) -> int:
+        """From start to stop; the elements, where the step is 1."""
+        return self.stop - self.start
+
 
 def _joined(intervals: Iterable[tuple[int, int]]) -> Intervals:
     """Drop empty intervals and join those that touch: one normal form, so that == is equality."""
     out: list[Interval] = []
+    begin, end = None, 0
     for start, stop in intervals:
         if start >= stop:
             continue
-        if out and out[-1].stop == start:
-            out[-1] = Interval(out[-1].start, stop)
+        if begin is None or start != end:
+            if begin is not None:
+                out.append(Interval(begin, end))
+            begin = start
+        end = stop
+    return (*out, Interval(begin, end)) if begin is not None else ()
+
+
+def united(intervals: Iterable[Interval]) -> Intervals:
+    """Sorted, with those that touch or overlap as one."""
+    out: list[Interval] = []
+    for start, stop in sorted(i for i in intervals if i.length):
+        if out and start <= out[-1].stop:
+            out[-1] = Interval(out[-1].start, max(stop, out[-1].stop))
         else:
             out.append(Interval(start, stop))
     return tuple(out)
+
+
+def common(held: Intervals, wanted: Intervals) -> Intervals:
+    """What is held of what is wanted (in ascending order), in the order in which it is held."""
+    parts = placed(wanted)
+    return _joined(piece for interval in held for piece, _ in cut(parts, interval))
 
 
 def joined_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
@@ -75,6 +100,57 @@ def joined_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
         else:
             out.append(run)
     return tuple(out)
+
+
+class Tooth(NamedTuple):
+    """Stretches of ``length`` elements; each begins ``spacing`` after (or before) the last."""
+
+    start: int
+    length: int
+    spacing: int
+
+
+class Comb(NamedTuple):
+    """``count`` stretches of each tooth in turn: first those of all teeth that come first."""
+
+    count: int
+    teeth: tuple[Tooth, ...]
+
+
+def combs(runs: Sequence[Run], least: int) -> list[Run | Comb]:
+    """The same stretches, with ``least`` or more that are evenly spaced as one comb. Layouts that
+    are cut evenly make a few combs, for any number of ranks; zigzag ones have two teeth.
+
+    >>> combs([Run(0, 2), Run(9, 11), Run(7, 9), Run(5, 7)], 3)
+    [Run(start=0, stop=2, step=1), Comb(count=3, teeth=(Tooth(start=9, length=2, spacing=-2),))]
+    """
+    out: list[Run | Comb] = []
+    at = 0
+    while at < len(runs):
+        best = max((_comb(runs, at, teeth) for teeth in (1, 2)), key=lambda c: c.count)
+        out.append(best if best.count >= least else runs[at])
+        at += best.count * len(best.teeth) if best.count >= least else 1
+    return out
+
+
+def _comb(runs: Sequence[Run], at: int, teeth: int) -> Comb:
+    """The longest comb of so many teeth that begins with ``runs[at]``."""
+    first, second = runs[at : at + teeth], runs[at + teeth : at + 2 * teeth]
+    found = tuple(
+        Tooth(a.start, a.stop - a.start, b.start - a.start)
+        for a, b in zip(first, second, strict=False)
+    )
+    if len(found) < teeth or not all(tooth.spacing for tooth in found):
+        return Comb(1, (Tooth(first[0].start, first[0].stop - first[0].start, 0),))
+    count = 1
+    while [
+        (run.start, run.stop) for run in runs[at + count * teeth : at + (count + 1) * teeth]
+    ] == [
+        (start + count * spacing, start + count * spacing + length)
+        for start, length, spacing in found
+    ]:
+        count += 1
+    return Comb(count, found)
 
 
 def placed(intervals: Intervals, offset: int = 0) -> list[tuple[Interval, Run]]:
@@ -189,10 +265,32 @@ class Layout:
         held = [Interval(0, 0), *sorted(i for r in self.ranks for i in r)]
         return sum(self.lengths) == self.n and all(a.stop == b.start for a, b in pairwise(held))
 
+    def is_within(self, other: Layout) -> bool:
+        """Whether every rank of ``other`` holds what it holds here: nothing has to be sent."""
+        return all(
+            sum(piece.length for i in mine for piece, _ in cut(sorted(placed(held)), i)) == length
+            for mine, held, length in zip(self.ranks, other.ranks, self.lengths, strict=True)
+        )
+
     @property
     def is_cut(self) -> bool:
         """Whether the ranks hold parts, and not all of it each."""
         return self.p > 1 and self.is_partition
+
+    @cached_property
+    def _ascending(self) -> list[tuple[int, int, int]]:
+        """(start, stop, rank) of every interval."""
+        return sorted((*i, rank) for rank, held in enumerate(self.ranks) for i in held)
+
+    def holders(self, intervals: Intervals) -> set[int]:
+        """The ranks that hold something of these."""
+        longest = max((stop - start for start, stop, _ in self._ascending), default=0)
+        found = set()
+        for start, stop in intervals:
+            first = bisect_left(self._ascending, (start - longest,))
+            last = bisect_left(self._ascending, (stop,))
+            found |= {rank for _, end, rank in self._ascending[first:last] if end > start}
+        return found
 
     def indices(self, rank: int) -> list[int]:
         return [i for interval in self.ranks[rank] for i in range(*interval)]
@@ -321,37 +419,39 @@ class Exchange(NamedTuple):
 
 
 def exchange(source: Layout, target: Layout, rank: int) -> Exchange:
-    """What ``rank`` sends and receives when an axis changes from one partition to another."""
-    take, send = [], []
-    for peer in range(target.p):
-        pieces = _common(source, rank, target, peer)
-        take += [source.runs(rank, *piece)[0] for piece in pieces]
-        send.append(sum(piece.length for piece in pieces))
-    arrived, offset = {}, 0
-    for peer in range(source.p):
-        for piece in _common(source, peer, target, rank):
-            arrived[piece] = Run(offset, offset + piece.length)
-            offset += piece.length
-    receive = tuple(
-        sum(i.length for i in _common(source, peer, target, rank)) for peer in range(source.p)
-    )
-
-    def position(piece: Interval) -> int:
-        for interval, run in placed(target.ranks[rank]):
-            if interval.start <= piece.start < interval.stop:
-                return run.start + piece.start - interval.start
-        raise AssertionError("a received piece lies outside the target layout")
-
-    order = sorted(arrived, key=position)
-    return Exchange(
-        tuple(take), tuple(send), receive, joined_runs(arrived[piece] for piece in order)
-    )
+    """What ``rank`` sends and receives when an axis changes from one partition to another. A peer's
+    pieces travel in the order of the receiver's memory."""
+    take: list[Run] = []
+    send, receive = [], []
+    held = sorted(placed(source.ranks[rank]))
+    for wanted in target.ranks:
+        runs = [run for interval in wanted for _, run in cut(held, interval)]
+        send.append(sum(run.stop - run.start for run in runs))
+        take += runs
+    arrived, offset = [], 0  # (where it belongs in memory, where it lies in the receive buffer)
+    wants = placed(target.ranks[rank])
+    for peer in source.ranks:
+        theirs, before = sorted(placed(peer)), offset
+        for interval, run in wants:
+            for piece, _ in cut(theirs, interval):
+                belongs = run.start + piece.start - interval.start
+                arrived.append((belongs, Run(offset, offset + piece.length)))
+                offset += piece.length
+        receive.append(offset - before)
+    place = joined_runs(run for _, run in sorted(arrived))
+    return Exchange(joined_runs(take), tuple(send), tuple(receive), place)
 
 
-def _common(source: Layout, sender: int, target: Layout, receiver: int) -> list[Interval]:
-    """The intervals that ``sender`` holds and ``receiver`` wants, in the receiver's order."""
-    cuts = (_intersect(a, b) for b in target.ranks[receiver] for a in sorted(source.ranks[sender]))
-    return [cut for cut in cuts if cut.length > 0]
+def cut(held: Sequence[tuple[Interval, Run]], wanted: Interval) -> Iterator[tuple[Interval, Run]]:
+    """What is wanted of intervals in ascending order, each with its stretch of memory."""
+    at = max(bisect_right(held, wanted.start, key=lambda part: part[0].start) - 1, 0)
+    for interval, run in islice(held, at, None):
+        if interval.start >= wanted.stop:
+            return
+        piece = _intersect(interval, wanted)
+        if piece.length > 0:
+            start = run.start + piece.start - interval.start
+            yield piece, Run(start, start + piece.length)
 
 
 @dataclass(frozen=True)

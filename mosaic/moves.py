@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from mosaic.errors import ShardingError
-from mosaic.layout import Interval, Layout, Place, Run, Shard, exchange, joined_runs
+from mosaic.layout import (
+    Comb,
+    Interval,
+    Layout,
+    Place,
+    Run,
+    Shard,
+    combs,
+    exchange,
+    joined_runs,
+)
 from mosaic.mesh import current_context
 from mosaic.windows import returned
 
@@ -82,10 +92,30 @@ def all_gather(x: Tensor, p: int, group: str) -> Tensor:
 # --- pieces of an axis ----------------------------------------------------------------------
 
 
+#: So many evenly spaced stretches are taken as one view, so that programs for 1,024 ranks are as
+#: long as those for 8. Fewer are slices, which are easier to read.
+MANY = 8
+
+
 def take_runs(x: Tensor, runs: Sequence[Run], dim: int) -> Tensor:
     """Join stretches of ``x`` along ``dim``; no copy where they are one stretch."""
-    parts = [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
+    parts = [
+        combed(x, run, dim) if isinstance(run, Comb) else x.narrow(dim, run.start, run.length)
+        for run in combs(runs, MANY)
+    ]
     return joined(parts, dim) if parts else x.narrow(dim, 0, 0)
+
+
+def combed(x: Tensor, comb: Comb, dim: int) -> Tensor:
+    """The stretches of a comb, joined along ``dim``."""
+    found = []
+    for start, length, spacing in comb.teeth:
+        reach = (comb.count - 1) * abs(spacing)
+        low = start if spacing > 0 else start - reach
+        tooth = x.narrow(dim, low, reach + length).unfold(dim, length, abs(spacing))
+        tooth = tooth.movedim(-1, dim + 1)
+        found.append(tooth.flip(dim) if spacing < 0 else tooth)
+    return joined(found, dim + 1).flatten(dim, dim + 1)
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -178,10 +208,10 @@ def reshard_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
 
 
 def exchanged(x: Tensor, source: Shard, target: Shard, old: Layout, new: Layout) -> Tensor:
-    steps, rank = [exchange(old, new, r) for r in range(old.p)], source.rank
-    mine = steps[rank]
+    rank = source.rank
+    mine = exchange(old, new, rank)
     sent = take_runs(_axis_first(x, source.place, old.lengths[rank]), mine.take, 0)
-    if any(step.send[peer] for r, step in enumerate(steps) for peer in range(old.p) if peer != r):
+    if not new.is_within(old):
         moved = wait(all_to_all(carried(sent), mine.receive, mine.send, source.group))
         sent = restored(moved, x)
     return _axis_back(take_runs(sent, mine.place, 0), target.place).contiguous()
@@ -195,10 +225,9 @@ def halo_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
 def halo_sum_program(x: Tensor, source: Shard, target: Shard) -> Tensor:
     """The adjoint of ``halo_program(source, target)``: what was lent comes back and is added."""
     old, new, rank = _partition(source), target.place.layout, source.rank
-    steps = [returned(old, new, r) for r in range(old.p)]
-    mine = steps[rank]
+    mine = returned(old, new, rank)
     sent = take_runs(_axis_first(x, target.place, new.lengths[rank]), mine.take, 0)
-    if any(step.send[peer] for r, step in enumerate(steps) for peer in range(old.p) if peer != r):
+    if not new.is_within(old):
         moved = wait(all_to_all(carried(sent), mine.receive, mine.send, source.group))
         sent = restored(moved, x)
     parts = [added(sent, stretch, at) for stretch, at in mine.add]

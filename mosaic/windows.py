@@ -13,12 +13,12 @@ Convolutions, pools and ``unfold`` read, for output i, the inputs ``i * stride -
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from mosaic.layout import Interval, Layout, Run, joined_runs, placed
+from mosaic.layout import Interval, Layout, Run, joined_runs, placed, united
 
 
 class Part(NamedTuple):
@@ -82,17 +82,6 @@ class Windows:
         )
         before, after = inside.start - read.start, read.stop - inside.stop
         return Part(first, first + inside.length, before, after)
-
-
-def united(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
-    """Sorted, with those that touch or overlap as one."""
-    out: list[Interval] = []
-    for start, stop in sorted(i for i in intervals if i.length):
-        if out and start <= out[-1].stop:
-            out[-1] = Interval(out[-1].start, max(stop, out[-1].stop))
-        else:
-            out.append(Interval(start, stop))
-    return tuple(out)
 
 
 # --- the way back -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, product
 from typing import NamedTuple
 
-from mosaic.layout import Interval, Intervals, Layout, placed
+from mosaic.layout import Interval, Intervals, placed, united
 
 
 class Band(NamedTuple):
@@ -109,26 +109,19 @@ def pieces(
     return tuple(done)
 
 
-def visible(queries: Intervals, keys: Intervals, band: Band) -> Intervals:
-    """The keys, in their order, that at least one of the queries sees."""
-    if band.left is not None and band.right is not None and band.left + band.right < 0:
+def reach(queries: Intervals, band: Band, n: int) -> Intervals:
+    """Which of ``n`` keys at least one of the queries sees, in ascending order."""
+    left, right = band
+    if left is not None and right is not None and left + right < 0:
         return ()
-    found: list[Interval] = []
-    for c, d in keys:
-        reaches = sorted(
-            (
-                c if band.left is None else max(c, a - band.left),
-                d if band.right is None else min(d, b + band.right),
-            )
-            for a, b in queries
-            if a < b
+    return united(
+        Interval(
+            0 if left is None else max(0, start - left),
+            n if right is None else min(n, stop + right),
         )
-        for start, stop in reaches:
-            start = max(start, c)
-            if start < stop:
-                found.append(Interval(start, stop))
-                c = stop
-    return Layout.of(0, [found]).ranks[0]  # those that touch are joined
+        for start, stop in queries
+        if start < stop
+    )
 
 
 def stretch(held: Intervals, start: int, stop: int) -> Intervals:

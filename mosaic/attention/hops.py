@@ -7,21 +7,21 @@ one group is enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
+from typing import NamedTuple
 
 from torch import Tensor
 
 from mosaic.attention.schedule import Hop
-from mosaic.layout import Interval, Intervals, Layout, Run, joined_runs, placed
+from mosaic.layout import Interval, Intervals, Layout, Run, common, joined_runs, placed
 from mosaic.moves import all_gather, all_to_all, joined, padded, take_runs, wait
 
 Tensors = tuple[Tensor, ...]
-#: (receiver, what the sender holds) -> what of it the receiver wants.
-Wanted = Callable[[int, Intervals], Intervals]
+Parts = tuple[tuple[int, Intervals], ...]  # (peer, what of the axis)
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,61 @@ class Side:
 
 @dataclass(frozen=True)
 class Crossing:
-    """A hop between known layouts. ``before``: what each rank holds, in the order of its memory."""
+    """A hop between known layouts. ``before``: what each rank holds, in the order of its memory.
+    ``halo``: what each rank wants of the others, where that is not all of it."""
 
     side: Side
     hop: Hop
     before: Layout
-    wanted: Wanted | None = None
+    halo: Layout | None = None
 
     # --- who gets what: global facts ---------------------------------------------------------
 
+    def part(self, source: int, receiver: int) -> Intervals:
+        """What ``receiver`` gets of what ``source`` holds."""
+        held = self.before.ranks[source]
+        if self.halo is None or source == receiver:
+            return held
+        return common(held, self.halo.ranks[receiver])
+
     def parts(self, receiver: int) -> list[tuple[int, Intervals]]:
         """What ``receiver`` gets from each of its sources, in order of arrival."""
-        found = []
-        for source in self.hop[receiver]:
-            held = self.before.ranks[source]
-            if self.wanted is not None and source != receiver:
-                held = self.wanted(receiver, held)
-            found.append((source, held))
-        return found
+        sources = self.hop[receiver]
+        if self.halo is not None:
+            near = {receiver, *self.before.holders(self.halo.ranks[receiver])}
+            sources = tuple(source for source in sources if source in near)
+        return [(source, self.part(source, receiver)) for source in sources]
+
+    @cached_property
+    def received(self) -> Parts:
+        """What comes from other ranks to this one, in the order of the receive buffer."""
+        me = self.side.rank
+        return tuple(sorted((source, held) for source, held in self.parts(me) if source != me))
+
+    @cached_property
+    def wanted_of_me(self) -> Parts:
+        """Who gets what this rank holds, itself included, in ascending order."""
+        me = self.side.rank
+        return tuple(
+            (receiver, self.part(me, receiver))
+            for receiver, sources in enumerate(self.hop)
+            if me in sources
+        )
+
+    @cached_property
+    def sent(self) -> Parts:
+        """What goes from this rank to others, in the order of the send buffer."""
+        return tuple((peer, held) for peer, held in self.wanted_of_me if peer != self.side.rank)
+
+    @cached_property
+    def sends_anything(self) -> bool:
+        """Whether any rank gets anything from another one."""
+        return any(
+            held
+            for receiver in range(self.before.p)
+            for source, held in self.parts(receiver)
+            if source != receiver
+        )
 
     @cached_property
     def after(self) -> Layout:
@@ -77,7 +114,7 @@ class Crossing:
         """Whether everybody gets everything (or everything but its own, of several): one
         all-gather, which repeats nothing in what is sent and is the fastest collective there is."""
         p = self.before.p
-        if p != self.side.world or self.wanted is not None:
+        if p != self.side.world or self.halo is not None:
             return False
         everything = set(range(p))
         return all(len(got) > 1 and {rank, *got} == everything for rank, got in enumerate(self.hop))
@@ -93,36 +130,29 @@ class Crossing:
         if self.is_gather:
             mine = padded(_rows(xs), max(self.before.lengths))
             return all_gather(mine, self.before.p, self.side.group)
-        chunks, send, receive = [], [0] * self.before.p, [0] * self.before.p
         packed = {} if packed is None else packed  # several ranks may get the same
-        for receiver in range(self.before.p):
-            for source, held in self.parts(receiver):
-                if source == me != receiver:
-                    if held not in packed:
-                        packed[held] = _rows(_take(xs, self.before, me, held))
-                    chunks.append(packed[held])
-                    send[receiver] = _length(held)
-                if receiver == me != source:
-                    receive[source] = _length(held)
-        return self._exchange(chunks, send, receive, xs)
+        for _, held in self.sent:
+            if held not in packed:
+                packed[held] = _rows(_take(xs, self.before, me, held))
+        chunks = [packed[held] for _, held in self.sent]
+        return self._exchange(chunks, self.sent, self.received, xs)
 
     def finish(self, pending: Tensor | None, xs: Tensors) -> Tensors:
         """All that this rank holds afterwards, in the order of ``after``."""
         if self.is_identity:
             return xs
-        me, longest = self.side.rank, max(self.before.lengths)
-        own: Intervals = ()
+        if self.is_gather:  # its own chunk came back with the others
+            assert pending is not None
+            longest = max(self.before.lengths)
+            parts = self.parts(self.side.rank)
+            came = [at for source, held in parts for at in placed(held, source * longest)]
+            return _sorted([(came, _unrowed(wait(pending), xs))])
         arrived, offset = [], 0
-        # A buffer holds the chunks by the number of their source; ``parts`` may have another order.
-        for source, held in sorted(self.parts(me)):
-            if self.is_gather:
-                arrived += placed(held, source * longest)
-            elif source == me:
-                own = held
-            else:
-                arrived += placed(held, offset)
-                offset += _length(held)
-        blocks = [(placed(own), _take(xs, self.before, me, own))]
+        for _, held in self.received:
+            arrived += placed(held, offset)
+            offset += _length(held)
+        own = dict(self.parts(self.side.rank)).get(self.side.rank, ())
+        blocks = [(placed(own), _take(xs, self.before, self.side.rank, own))]
         if pending is not None:
             blocks.append((arrived, _unrowed(wait(pending), xs)))
         return _sorted(blocks)
@@ -131,72 +161,72 @@ class Crossing:
 
     def start_back(self, grads: Tensors) -> Tensor | None:
         """Start sending what belongs to the sources: each gets its part."""
-        me = self.side.rank
         if self.is_identity:
             return None
-        chunks, send, receive = [], [0] * self.before.p, [0] * self.before.p
-        for source, held in sorted(self.parts(me)):
-            if source != me:
-                chunks.append(_rows(_take(grads, self.after, me, held)))
-                send[source] = _length(held)
-        for receiver in range(self.before.p):
-            for source, held in self.parts(receiver):
-                if source == me != receiver:
-                    receive[receiver] = _length(held)
-        return self._exchange(chunks, send, receive, grads)
+        going = tuple(interval for _, held in self.received for interval in held)
+        chunks = [_rows(_take(grads, self.after, self.side.rank, going))] if going else []
+        return self._exchange(chunks, self.received, self.sent, grads)
 
-    def finish_back(
-        self, pending: Tensor | None, own: Tensors
-    ) -> list[tuple[tuple[Run, ...], Tensors]]:
-        """What came back for the chunk that this rank held before: stretches of it, and their part.
+    def finish_back(self, pending: Tensor | None, own: Tensors) -> list[Returned]:
+        """What came back for the chunk that this rank held before.
 
         ``own``: what was here, of which its own part did not travel; maybe in a better dtype.
         """
         me = self.side.rank
-        everything = (Run(0, self.before.lengths[me]),)
         if self.is_identity:
-            return [(everything, own)]
-        arrived = None if pending is None else _unrowed(wait(pending), own)
+            return [Returned((Run(0, self.before.lengths[me]),), own)]
+        arrived = own if pending is None else _unrowed(wait(pending), own)
         found, offset = [], 0
-        for receiver in range(self.before.p):
-            for source, held in self.parts(receiver):
-                if source != me:
-                    continue
-                where, rows = _runs(self.before, me, held), _length(held)
-                if receiver == me:
-                    found.append((where, _take(own, self.after, me, held)))
-                    continue
-                parts = own if arrived is None else arrived
-                found.append((where, tuple(x.narrow(2, offset, rows) for x in parts)))
-                offset += rows
+        for (is_mine, held), same in groupby(self.wanted_of_me, lambda w: (w[0] == me, w[1])):
+            where, count = _runs(self.before, me, held), len(list(same))
+            if is_mine:
+                found.append(Returned(where, _take(own, self.after, me, held)))
+                continue
+            rows = count * _length(held)
+            parts = tuple(x.narrow(2, offset, rows) for x in arrived)
+            found.append(Returned(where, parts, count))
+            offset += rows
         return found
 
     def _exchange(
-        self, chunks: list[Tensor], send: list[int], receive: list[int], like: Tensors
+        self, chunks: list[Tensor], send: Parts, receive: Parts, like: Tensors
     ) -> Tensor | None:
         """One all-to-all over the whole group; none where all ranks know that nobody sends."""
-        if not any(
-            held
-            for receiver in range(self.before.p)
-            for source, held in self.parts(receiver)
-            if source != receiver
-        ):
+        if not self.sends_anything:
             return None
-        receives, sends = [0] * self.side.world, [0] * self.side.world
-        for peer, member in enumerate(self.side.members):
-            receives[member], sends[member] = receive[peer], send[peer]
+        sends, receives = [0] * self.side.world, [0] * self.side.world
+        for peer, held in send:
+            sends[self.side.members[peer]] = _length(held)
+        for peer, held in receive:
+            receives[self.side.members[peer]] = _length(held)
         if not chunks:
             chunks = [_rows(tuple(x.narrow(2, 0, 0) for x in like))]
         buffer = joined(chunks, 0).contiguous()
         return all_to_all(buffer, receives, sends, self.side.group)
 
 
-def summed(parts: Sequence[tuple[tuple[Run, ...], Tensors]], length: int, like: Tensors) -> Tensors:
+class Returned(NamedTuple):
+    """What came back for a chunk, from ``count`` ranks one behind the other: for these stretches of
+    the chunk (batch, heads, count x their rows, dim)."""
+
+    where: tuple[Run, ...]
+    parts: Tensors
+    count: int = 1
+
+    def stacked(self) -> Tensors:
+        """(batch, heads, count, rows, dim)"""
+        rows = sum(run.stop - run.start for run in self.where)
+        return tuple(x.unflatten(2, (self.count, rows)) for x in self.parts)
+
+
+def summed(found: Sequence[Returned], length: int, like: Tensors) -> Tensors:
     """Gradients for ``length`` rows from all that came back, in ``like``'s dtypes."""
     totals: list[Tensor | None] = [None] * len(like)
-    for where, tensors in parts:
-        for i, tensor in enumerate(tensors):
-            spread = _spread(tensor.to(like[i].dtype), where, length)
+    for back in found:
+        parts = back.parts if back.count == 1 else back.stacked()
+        for i, (part, x) in enumerate(zip(parts, like, strict=True)):
+            one = part.to(x.dtype) if back.count == 1 else part.sum(2, dtype=x.dtype)
+            spread = _spread(one, back.where, length)
             before = totals[i]
             totals[i] = spread if before is None else before + spread
     return tuple(
@@ -264,11 +294,10 @@ def _sorted(blocks: list[tuple[list[tuple[Interval, Run]], Tensors]]) -> Tensors
     if not found:
         return tuple(x.narrow(2, 0, 0) for x in blocks[0][1])
     pieces = [
-        (blocks[number][1], run)
+        (blocks[number][1], joined_runs(run for _, _, run in neighbours))
         for number, neighbours in groupby(found, key=itemgetter(1))
-        for run in joined_runs(run for _, _, run in neighbours)
     ]
     return tuple(
-        joined([xs[i].narrow(2, a, b - a) for xs, (a, b, _) in pieces], 2)
+        joined([take_runs(xs[i], runs, 2) for xs, runs in pieces], 2)
         for i in range(len(blocks[0][1]))
     )

@@ -41,6 +41,16 @@ def merge(parts: Sequence[Partial]) -> Partial:
     return reduce(torch.add, outs), largest + torch.log(total)
 
 
+def merge_stacked(out: Tensor, lse: Tensor) -> Partial:
+    """``merge`` of out (batch, heads, parts, seq, head_dim), lse (batch, heads, parts, seq)."""
+    largest = finite(lse.amax(2))
+    weight = torch.exp(lse - largest.unsqueeze(2))
+    total = weight.sum(2)
+    divisor = torch.where(total == 0, torch.ones_like(total), total)
+    share = (weight / divisor.unsqueeze(2)).unsqueeze(-1)
+    return (out.to(lse.dtype) * share).sum(2), largest + torch.log(total)
+
+
 def nothing(q: Tensor, v: Tensor) -> Partial:
     """The attention over no keys: out 0, lse -inf."""
     dtype = accumulator(q.dtype)

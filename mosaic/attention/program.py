@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby, zip_longest
 
 import torch
 from torch import Tensor
 
 from mosaic.attention.attend import attend, attend_backward
-from mosaic.attention.blocks import visible
-from mosaic.attention.hops import Crossing, Tensors, summed
+from mosaic.attention.blocks import reach
+from mosaic.attention.hops import Crossing, Returned, Tensors, summed
 from mosaic.attention.mask_gradients import mask_gradients
-from mosaic.attention.merge import Partial, accumulator, finite, merge, nothing
+from mosaic.attention.merge import Partial, accumulator, finite, merge, merge_stacked, nothing
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.schedule import schedule
 from mosaic.attention.shift import shift_of
@@ -59,7 +59,7 @@ class Route:
 def route_of(plan: AttentionPlan) -> Route:
     hops, side = schedule(plan.way, plan.p), plan.side
     queries = Crossing(side, hops.queries, plan.query)
-    halo = partial(_seen_by, queries.after, plan) if plan.band.left is not None else None
+    halo = _halo(queries.after, plan) if plan.band.left is not None else None
     stops = []
     for window in hops.windows:
         to_node = Crossing(side, window.hop, plan.key)
@@ -69,9 +69,10 @@ def route_of(plan: AttentionPlan) -> Route:
     return Route(queries, tuple(stops))
 
 
-def _seen_by(queries: Layout, plan: AttentionPlan, receiver: int, keys: Intervals) -> Intervals:
-    """Of a window's keys only those that the receiver's queries see: a halo."""
-    return visible(queries.ranks[receiver], keys, plan.band)
+def _halo(queries: Layout, plan: AttentionPlan) -> Layout:
+    """Of a window's keys only those that a rank's queries see."""
+    n = plan.key.n
+    return Layout(n, tuple(reach(rows, plan.band, n) for rows in queries.ranks))
 
 
 def visits(route: Route, own: Tensors) -> Iterator[tuple[Stop, Tensors]]:
@@ -120,7 +121,14 @@ def home(found: Partial, q: Tensor, route: Route) -> Partial:
     crossing = route.queries
     pending = [crossing.start_back(sent) for sent in (out, lse)]
     outs, lses = (crossing.finish_back(x, y) for x, y in zip(pending, (out, lse), strict=True))
-    return merge([(o[0], x[0].squeeze(-1)) for (_, o), (_, x) in zip(outs, lses, strict=True)])
+    return merge([together(o, x) for o, x in zip(outs, lses, strict=True)])
+
+
+def together(out: Returned, lse: Returned) -> Partial:
+    """One partial attention of those that several ranks sent."""
+    if out.count == 1:
+        return out.parts[0], lse.parts[0].squeeze(-1)
+    return merge_stacked(out.stacked()[0], lse.stacked()[0].squeeze(-1))
 
 
 def everywhere(found: Partial, plan: AttentionPlan) -> Partial:
@@ -205,9 +213,9 @@ class Returns:
     def __init__(self, own: Tensors, grad_dtype: str):
         self.own = own
         self.dtype = getattr(torch, grad_dtype) if grad_dtype else own[0].dtype
-        self.window: list = []  # what came home within the window
-        self.found: list = []  # and from the windows before
-        self.pending: tuple[Crossing, Tensor | None, Tensors, list] | None = None
+        self.window: list[Returned] = []  # what came home within the window
+        self.found: list[Returned] = []  # and from the windows before
+        self.pending: tuple[Crossing, Tensor | None, Tensors, list[Returned]] | None = None
 
     def send(self, stop: Stop, grads: Tensors) -> None:
         self._go(stop.step, grads, self.window)
@@ -223,7 +231,7 @@ class Returns:
         zeros = tuple(x.new_empty(x.shape, dtype=accumulator(x.dtype)) for x in self.own)
         return summed(self.found, self.own[0].shape[2], zeros)
 
-    def _go(self, crossing: Crossing, grads: Tensors, to: list) -> None:
+    def _go(self, crossing: Crossing, grads: Tensors, to: list[Returned]) -> None:
         sent = grads if crossing.is_identity else tuple(x.to(self.dtype) for x in grads)
         started = crossing.start_back(sent)
         self._arrive()
@@ -236,5 +244,5 @@ class Returns:
         length = crossing.before.lengths[crossing.side.rank]
         came = crossing.finish_back(started, grads)
         # Added up as they come: a list of all of them would be as long as the axis.
-        to[:] = [((Run(0, length),), summed([*to, *came], length, grads))]
+        to[:] = [Returned((Run(0, length),), summed([*to, *came], length, grads))]
         self.pending = None

@@ -74,14 +74,15 @@ all_to_all_2: f64[3, 16] = shift(cat_1, to=0, from=2, 'sp')
 flash_backward_2: (f64[1, 4, 3, 2], f64[1, 4, 6, 2], f64[1, 4, 6, 2]) = flash_backward(dout_1,
     q_1, all_to_all_1[:, :8], all_to_all_1[:, 8:16], out_1, lse_1, 0, False, scale=1)
 add_2: f64[1, 4, 3, 2] = add(add_1, flash_backward_2[0])
-cat_2: f64[3, 16] = cat([flash_backward_2[1][:, :, :3], flash_backward_2[2][:, :, :3]], 1)
-cat_3: f64[3, 16] = cat([flash_backward_2[1][:, :, 3:6], flash_backward_2[2][:, :, 3:6]], 1)
-cat_4: f64[6, 16] = cat([cat_2, cat_3])
-all_to_all_3: f64[6, 16] = all_to_all(cat_4, receive=[3, 0, 0, 3], send=[0, 0, 3, 3], 'sp')
-add_7: f64[1, 4, 3, 2], add_8: f64[1, 4, 3, 2] = fused[add add .. 6 ops](flash_backward,
-    all_to_all_2[:, :8], all_to_all_2[:, 8:16], all_to_all_3[:, :8][:, :, :3], all_to_all_3[:,
-    8:16][:, :, :3], all_to_all_3[:, :8][:, :, 3:6], all_to_all_3[:, 8:16][:, :, 3:6])
-return [add_2, add_7, add_8]
+cat_2: f64[6, 16] = cat([flash_backward_2[1], flash_backward_2[2]], 1)
+all_to_all_3: f64[6, 16] = all_to_all(cat_2, receive=[3, 0, 0, 3], send=[0, 0, 3, 3], 'sp')
+add_3: f64[1, 4, 3, 2], add_4: f64[1, 4, 3, 2] = fused[add add](flash_backward, all_to_all_2[:,
+    :8], all_to_all_2[:, 8:16])
+sum_1: f64[1, 4, 3, 2] = sum(all_to_all_3[:, :8], [2])
+add_5: f64[1, 4, 3, 2] = add(add_3, sum_1)
+sum_2: f64[1, 4, 3, 2] = sum(all_to_all_3[:, 8:16], [2])
+add_6: f64[1, 4, 3, 2] = add(add_4, sum_2)
+return [add_2, add_5, add_6]
 """,
     )
 
@@ -106,16 +107,17 @@ all_gather: f64[12, 16] = all_gather(cat, 4, 'sp')
 flash_backward: (f64[1, 4, 3, 2], f64[1, 4, 12, 2], f64[1, 4, 12, 2]) = flash_backward(dout_1,
     q_1, all_gather[:, :8], all_gather[:, 8:16], out_1, lse_1, 0, False, scale=1)
 add: f64[1, 4, 3, 2] = add(0, flash_backward[0])
-cat_1: f64[3, 16] = cat([flash_backward[1][:, :, :3], flash_backward[2][:, :, :3]], 1)
-cat_2: f64[3, 16] = cat([flash_backward[1][:, :, 6:9], flash_backward[2][:, :, 6:9]], 1)
-cat_3: f64[3, 16] = cat([flash_backward[1][:, :, 9:12], flash_backward[2][:, :, 9:12]], 1)
-cat_4: f64[9, 16] = cat([cat_1, cat_2, cat_3])
-all_to_all: f64[9, 16] = all_to_all(cat_4, receive=[3, 0, 3, 3], send=[3, 0, 3, 3], 'sp')
-add_5: f64[1, 4, 3, 2], add_6: f64[1, 4, 3, 2] = fused[add add .. 6 ops](all_to_all[:, :8][:, :,
-    :3], flash_backward[1][:, :, 3:6], all_to_all[:, 8:16][:, :, :3], flash_backward[2][:, :,
-    3:6], all_to_all[:, :8][:, :, 3:6], all_to_all[:, 8:16][:, :, 3:6], all_to_all[:, :8][:, :,
-    6:9], all_to_all[:, 8:16][:, :, 6:9])
-return [add, add_5, add_6]
+cat_1: f64[1, 4, 9, 2] = cat([flash_backward[1][:, :, :3], flash_backward[1][:, :, 6:12]], 2)
+cat_2: f64[1, 4, 9, 2] = cat([flash_backward[2][:, :, :3], flash_backward[2][:, :, 6:12]], 2)
+cat_3: f64[9, 16] = cat([cat_1, cat_2], 1)
+all_to_all: f64[9, 16] = all_to_all(cat_3, receive=[3, 0, 3, 3], send=[3, 0, 3, 3], 'sp')
+add_1: f64[1, 4, 3, 2], add_2: f64[1, 4, 3, 2] = fused[add add](all_to_all[:, :8][:, :, :3],
+    flash_backward[1][:, :, 3:6], all_to_all[:, 8:16][:, :, :3], flash_backward[2][:, :, 3:6])
+sum_1: f64[1, 4, 3, 2] = sum(all_to_all[:, :8][:, :, 3:9], [2])
+add_3: f64[1, 4, 3, 2] = add(add_1, sum_1)
+sum_2: f64[1, 4, 3, 2] = sum(all_to_all[:, 8:16][:, :, 3:9], [2])
+add_4: f64[1, 4, 3, 2] = add(add_2, sum_2)
+return [add, add_3, add_4]
 """,
     )
 

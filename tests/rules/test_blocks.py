@@ -14,12 +14,12 @@ from mosaic.attention.blocks import (
     Band,
     Piece,
     pieces,
+    reach,
     row_blocks,
     simple,
     stretch,
-    visible,
 )
-from mosaic.layout import Interval, Layout
+from mosaic.layout import Interval, Layout, common
 
 bounds = st.none() | st.integers(-3, 14)
 bands = st.sampled_from([FULL, CAUSAL]) | st.builds(Band, bounds, bounds)
@@ -102,7 +102,7 @@ def test_smaller_pieces_see_the_same(queries, keys, band: Band) -> None:
 def test_visible_keys_are_those_that_a_query_sees(queries, keys, band: Band) -> None:
     rows = indices(queries)
     want = [j for j in indices(keys) if any(in_band(band, i, j) for i in rows)]
-    assert indices(visible(queries, keys, band)) == want
+    assert indices(common(keys, reach(queries, band, 14))) == want
 
 
 @given(st.integers(1, 6), st.integers(1, 6), bounds, bounds)
@@ -133,7 +133,7 @@ def test_gathered_keys_need_one_piece_per_query_interval() -> None:
 
 def test_a_window_reaches_into_the_chunk_before() -> None:
     window = Band(3, 0)
-    assert visible((Interval(8, 16),), (Interval(0, 8),), window) == (Interval(5, 8),)
+    assert common((Interval(0, 8),), reach((Interval(8, 16),), window, 16)) == (Interval(5, 8),)
     assert pieces([(8, 16)], [(0, 8)], window) == (Piece(0, 3, 5, 8, lower=0),)
     assert pieces([(8, 16)], [(5, 16)], window) == (Piece(0, 8, 0, 11, lower=0, upper=3),)
 
