@@ -11,6 +11,7 @@ the op's own forward rule, and one that gives the place at hand is a carrier of 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -173,9 +174,9 @@ class Begin:
 
 def longest_axis(attentions: list[fx.Node], context: Context) -> tuple[Axis, ...]:
     """The longest attended axis; of one length the first in the program."""
-    best: list[Begin] = []
+    search, best = Search(attentions[0].graph), ()
     for node in attentions:
-        found = begins(node)
+        found = search.begins(node)
         if found and (not best or found[0].place.layout.n > best[0].place.layout.n):
             best = found
     if not best:
@@ -198,62 +199,74 @@ def axis_name(begin: Begin, context: Context) -> str:
     return f"{given.name}.{begin.place.dim}"
 
 
-def begins(attention: fx.Node) -> list[Begin]:
-    """Where the axis that ``attention`` attends over begins: the longest ones that hold data."""
-    query = attention.args[0]
-    shape = query.meta["val"].shape
-    todo = [(query, Place(Layout.even(shape[-2], 2), len(shape) - 2))]
-    seen: set[tuple[fx.Node, Place]] = set()
-    found: list[Begin] = []
-    while todo:
-        node, place = todo.pop()
-        if (node, place) in seen:
-            continue
-        seen.add((node, place))
-        before = carriers(node, place)
-        todo += before
-        if not before and holds_data(node) and (place.outer, place.inner) == (1, 1):
-            found.append(Begin(node, place))
-    longest = max((b.place.layout.n for b in found), default=0)
-    return [b for b in found if b.place.layout.n == longest]
+class Search:
+    """Follows the axes that attentions attend over back to where they begin. The attentions of one
+    graph share what is known: every node is looked at once for each place of an axis in it."""
 
+    def __init__(self, graph: fx.Graph):
+        inputs = (n for n in graph.nodes if n.op == "placeholder" and not n.meta.get("is_state"))
+        self.data = behind(graph, inputs)
+        self.known: dict[Begin, tuple[Begin, ...]] = {}
 
-def holds_data(node: fx.Node) -> bool:
-    """Whether the node depends on an input that is no parameter."""
-    todo, seen = [node], set()
-    while todo:
-        n = todo.pop()
-        if n.op == "placeholder" and not n.meta.get("is_state"):
-            return True
-        if n not in seen:
-            seen.add(n)
-            todo += n.all_input_nodes
-    return False
+    def begins(self, attention: fx.Node) -> tuple[Begin, ...]:
+        """Where the axis of ``attention`` begins: the longest ones that hold data."""
+        query = attention.args[0]
+        shape = query.meta["val"].shape
+        start = Begin(query, Place(Layout.even(shape[-2], 2), len(shape) - 2))
+        carried: dict[Begin, list[Begin]] = {}
+        todo = [start]
+        while todo:
+            at = todo[-1]
+            if at in self.known:
+                todo.pop()
+                continue
+            if at not in carried:
+                carried[at] = self.carriers(at.node, at.place)
+                todo += [before for before in carried[at] if before not in self.known]
+                continue
+            self.known[at] = self.longest(at, carried[at])
+        return self.known[start]
 
+    def longest(self, at: Begin, carriers: list[Begin]) -> tuple[Begin, ...]:
+        if not carriers:
+            is_begin = at.node in self.data and (at.place.outer, at.place.inner) == (1, 1)
+            return (at,) if is_begin else ()
+        found = dict.fromkeys(b for before in reversed(carriers) for b in self.known[before])
+        n = max((b.place.layout.n for b in found), default=0)
+        return tuple(b for b in found if b.place.layout.n == n)
 
-def carriers(node: fx.Node, place: Place) -> list[tuple[fx.Node, Place]]:
-    """The operands that carry the axis, with its place in each."""
-    if node.op != "call_function":
-        return []
-    index = None
-    if node.target is operator.getitem:  # one of several results
-        node, index = node.args
-    operands = [n for n in node.all_input_nodes if holds_data(n)]
-    name = key(node.target)
-    if name in ("slice.Tensor", "cat") and along_axis(node, place):
-        operands = [
-            n for n in operands if whole_length(n, place.dim) >= place.layout.n or name == "cat"
+    def carriers(self, node: fx.Node, place: Place) -> list[Begin]:
+        """The operands that carry the axis, with its place in each."""
+        if node.op != "call_function":
+            return []
+        index = None
+        if node.target is operator.getitem:  # one of several results
+            node, index = node.args
+        operands = [n for n in node.all_input_nodes if n in self.data]
+        name = key(node.target)
+        if name in ("slice.Tensor", "cat") and along_axis(node, place):
+            operands = [
+                n for n in operands if whole_length(n, place.dim) >= place.layout.n or name == "cat"
+            ]
+            longest = max((whole_length(n, place.dim) for n in operands), default=0)
+            same = [n for n in operands if whole_length(n, place.dim) == longest]
+            return [Begin(n, replace(place, layout=Layout.even(longest, 2))) for n in same]
+        return [
+            Begin(operand, candidate)
+            for operand in operands
+            if isinstance(operand.meta.get("val"), torch.Tensor)
+            for candidate in candidates(operand.meta["val"].shape, place)
+            if same_place(probe(node, operand, candidate, index), place)
         ]
-        longest = max((whole_length(n, place.dim) for n in operands), default=0)
-        same = [n for n in operands if whole_length(n, place.dim) == longest]
-        return [(n, replace(place, layout=Layout.even(longest, 2))) for n in same]
-    return [
-        (operand, candidate)
-        for operand in operands
-        if isinstance(operand.meta.get("val"), torch.Tensor)
-        for candidate in candidates(operand.meta["val"].shape, place)
-        if same_place(probe(node, operand, candidate, index), place)
-    ]
+
+
+def behind(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """The sources, and all nodes that depend on them."""
+    found = set(sources)
+    for node in graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def along_axis(node: fx.Node, place: Place) -> bool:

@@ -16,7 +16,7 @@ from mosaic.handwritten.softmax import unread_softmax
 from mosaic.local.attention import Attention, flattened, with_axis
 from mosaic.masks.op import ATTENTIONS
 from mosaic.notices import UNKNOWN
-from mosaic.passes.infer_axes import begins
+from mosaic.passes.infer_axes import Search, behind
 from mosaic.sharder import Sharder
 from mosaic.source import line
 from mosaic.values import Axis, places_of
@@ -48,30 +48,19 @@ def begin_again(graph: fx.Graph, planners: list[Sharder], context: Context) -> b
     if len(planners) != 1 or not context.spec.sharded or attends(planners[0]):
         return False
     (planner,), (axis,) = planners, context.axes
-    gathered = {node for _, node in planner.gathered}
+    search, late = Search(graph), behind(graph, {node for _, node in planner.gathered})
     found = {
         (begin.node.name, begin.place.dim): begin.node
         for node in graph.nodes
         if node.target in ATTENTIONS
-        for begin in begins(node)
-        if begin.place.layout.n == axis.layout.n and gathered & before(begin.node)
+        for begin in search.begins(node)
+        if begin.place.layout.n == axis.layout.n and begin.node in late
     }
     if found:
         context.axes = (replace(axis, seeds=(*axis.seeds, *found)),)
         lines = ", ".join(line(node) for node in found.values())
         context.notes.append(f"axis {axis.name!r} is cut again behind what gathers it: {lines}")
     return bool(found)
-
-
-def before(node: fx.Node) -> set[fx.Node]:
-    """A node, and all that it is made of."""
-    todo, found = [node], set()
-    while todo:
-        n = todo.pop()
-        if n not in found:
-            found.add(n)
-            todo += n.all_input_nodes
-    return found
 
 
 def leave_whole(planners: list[Sharder], context: Context) -> bool:
