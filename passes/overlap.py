@@ -78,27 +78,29 @@ def _wait_late(graph: fx.Graph) -> int:
 def _buckets(starts: list[fx.Node]) -> list[list[fx.Node]]:
     """Runs of two or more neighbouring all-reduces that fit into one."""
     buckets: list[list[fx.Node]] = []
+    held = 0  # bytes, in the last bucket
     for before, start in pairwise([None, *starts]):
         if (
             before is not None
             and buckets
             and buckets[-1][-1] is before
-            and _fits(buckets[-1], start)
+            and _fits(before, start, held)
         ):
             buckets[-1].append(start)
+            held += start.meta["val"].nbytes
         elif _is_leaf(start):
             buckets.append([start])
+            held = start.meta["val"].nbytes
     return [bucket for bucket in buckets if len(bucket) > 1]
 
 
-def _fits(bucket: list[fx.Node], start: fx.Node) -> bool:
-    first = bucket[0]
+def _fits(before: fx.Node, start: fx.Node, held: int) -> bool:
     return (
         _is_leaf(start)
-        and start.args[1:] == first.args[1:]
-        and start.meta["val"].dtype == first.meta["val"].dtype
-        and start.meta["val"].device == first.meta["val"].device
-        and sum(node.meta["val"].nbytes for node in bucket) < BUCKET_BYTES
+        and start.args[1:] == before.args[1:]
+        and start.meta["val"].dtype == before.meta["val"].dtype
+        and start.meta["val"].device == before.meta["val"].device
+        and held < BUCKET_BYTES
     )
 
 
@@ -122,8 +124,7 @@ def _coalesce(graph: fx.Graph, bucket: list[fx.Node]) -> int:
         together = insert(graph, last, target, args, meta={"number": numbers})
         for index, (start, wait) in enumerate(zip(bucket, waits, strict=True)):
             part = insert(graph, start, operator.getitem, (together, index))
-            done = insert(graph, wait, _c10d.wait_tensor.default, (part,))
-            wait.replace_all_uses_with(done)
-            graph.erase_node(wait)
+            wait.args = (part,)  # a new wait would mean a walk over all of the graph's outputs
+            last.prepend(wait)
             graph.erase_node(start)
     return len(bucket)
