@@ -164,10 +164,7 @@ def parameters_node(parameters: list[Tensor], method: str, layout: str) -> list[
 
 
 def parsed(text: str) -> Layout | None:
-    return _parse(text) if text else None
-
-
-_parse = lru_cache(maxsize=1024)(Layout.parse)
+    return Layout.parse(text) if text else None
 
 
 # --- one attention ---------------------------------------------------------------------------

@@ -21,10 +21,11 @@ reshard    to change a layout
 from __future__ import annotations
 
 import operator
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, islice, pairwise, product
 from math import gcd
 from typing import NamedTuple
@@ -234,20 +235,26 @@ class Layout:
         return cls.crossed(rows.blocks(1, cols.n), cols.blocks(rows.n, 1), ranks)
 
     @classmethod
+    @lru_cache(maxsize=256)
     def parse(cls, text: str) -> Layout:
         """Read what ``str`` wrote."""
         n, ranks = text.split("=")
-        return cls.of(
-            int(n),
-            (
-                [(int(a), int(b)) for a, b in (part.split(":") for part in rank.split(",") if part)]
-                for rank in ranks.split("|")
-            ),
-        )
+        return cls.of(int(n), (held for part in ranks.split("|") for held in _read(part)))
 
     def __str__(self) -> str:
-        ranks = (",".join(f"{i.start}:{i.stop}" for i in r) for r in self.ranks)
-        return f"{self.n}={'|'.join(ranks)}"
+        """``16=0:2,14:16|2:4,12:14|4:6,10:12|6:10``. Eight and more neighbouring ranks whose
+        intervals are evenly spaced are written as one, with the spacings and their number.
+
+        >>> print(Layout.zigzag(4096, 1024))
+        4096=0:2+2,4094:4096-2*1023|2046:2050
+        """
+        parts, at = [], 0
+        while at < self.p:
+            count, spacings = _evenly(self.ranks, at)
+            count = count if count >= EVENLY else 1
+            parts.append(_written(self.ranks[at], spacings, count))
+            at += count
+        return f"{self.n}={'|'.join(parts)}"
 
     # --- reading it ------------------------------------------------------------------------
 
@@ -403,6 +410,42 @@ class Layout:
             for interval, run in placed(intervals)
         )
         return tuple((rank, run) for _, rank, run in sorted(pieces))
+
+
+# --- as text -----------------------------------------------------------------------------------
+
+#: So many evenly spaced ranks are written as one: the text is as long for 1,024 ranks as for 8.
+EVENLY = 8
+
+
+def _evenly(ranks: Sequence[Intervals], at: int) -> tuple[int, tuple[int, ...]]:
+    """How many ranks from ``at`` on hold what the one before holds, each interval moved by the same
+    spacing, and these spacings."""
+    first, second = ranks[at], ranks[at + 1] if at + 1 < len(ranks) else ()
+    if len(first) != len(second):
+        return 1, ()
+    spacings = tuple(b.start - a.start for a, b in zip(first, second, strict=True))
+    count, moved = 1, first
+    while True:
+        moved = tuple(Interval(a + by, b + by) for (a, b), by in zip(moved, spacings, strict=True))
+        if at + count >= len(ranks) or ranks[at + count] != moved:
+            return count, spacings
+        count += 1
+
+
+def _written(held: Intervals, spacings: tuple[int, ...], count: int) -> str:
+    if count == 1:
+        return ",".join(f"{a}:{b}" for a, b in held)
+    moved = zip(held, spacings, strict=True)
+    return f"{','.join(f'{a}:{b}{by:+}' for (a, b), by in moved)}*{count}"
+
+
+def _read(text: str) -> list[list[tuple[int, int]]]:
+    """What the ranks hold that ``_written`` wrote."""
+    intervals, _, count = text.partition("*")
+    found = [re.fullmatch(r"(\d+):(\d+)([+-]\d+)?", part) for part in intervals.split(",") if part]
+    numbers = [(int(m[1]), int(m[2]), int(m[3] or 0)) for m in found if m is not None]
+    return [[(a + i * by, b + i * by) for a, b, by in numbers] for i in range(int(count or 1))]
 
 
 class Exchange(NamedTuple):

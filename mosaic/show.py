@@ -180,8 +180,13 @@ class Listing:
     def readers(self, node: fx.Node) -> set[fx.Node]:
         """Who reads a node, also through what has no line."""
         found: set[fx.Node] = set()
-        for user in node.users:
-            found |= self.readers(user) if user in self.hidden else {user}
+        todo = list(node.users)
+        while todo:
+            user = todo.pop()
+            if user in self.hidden:
+                todo += user.users
+            else:
+                found.add(user)
         return found
 
     # --- one call ---------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Route:
         return self.queries.after.ranks[self.queries.side.rank]
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def route_of(plan: AttentionPlan) -> Route:
     hops, side = schedule(plan.way, plan.p), plan.side
     queries = Crossing(side, hops.queries, plan.query)

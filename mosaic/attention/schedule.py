@@ -13,6 +13,7 @@ Chunks come straight from whoever holds them, so a ring of p is p - 1 shifts by 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise, product
 
 from mosaic.attention.way import Level, Way
@@ -37,6 +38,7 @@ class Schedule:
     windows: tuple[Window, ...]
 
 
+@lru_cache(maxsize=32)
 def schedule(way: Way, p: int) -> Schedule:
     """The hops of ``way`` over ``p`` ranks (those that are left after heads were cut)."""
     inter, intra = way.inter, way.intra

@@ -24,6 +24,11 @@ def test_equals_one_process(ranks, p: int) -> None:
     check(ranks(p).run(jobs.all_cases, timeout=120))
 
 
+@pytest.mark.parametrize("p", [4, pytest.param(8, marks=pytest.mark.full)])
+def test_chunks_of_many_ranks_are_views(ranks, p: int) -> None:
+    check(ranks(p).run(jobs.combed_cases, timeout=240))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
 def test_whole_matrix(ranks, p: int) -> None:

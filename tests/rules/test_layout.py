@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosaic.layout import Interval, Layout, Place, Run, Shard, exchange
+from mosaic.layout import Interval, Layout, Place, Run, Shard, common, exchange
 
 sizes = st.integers(0, 40)
 worlds = st.integers(1, 5)
@@ -94,6 +94,31 @@ def test_str_and_parse(layout):
     assert Layout.parse(str(layout)) == layout
 
 
+REGULAR = [
+    Layout.even(8195, 1024),
+    Layout.zigzag(8195, 1024),
+    Layout.zigzag(8195, 1024).slice(1, 8000),
+    Layout.zigzag(4096, 1024).reversed,
+    Layout.even(100, 1024),
+    Layout.whole(100, 1024),
+]
+
+
+@pytest.mark.parametrize("layout", REGULAR, ids=str)
+def test_the_text_of_many_ranks_is_short(layout):
+    assert Layout.parse(str(layout)) == layout
+    assert len(str(layout)) < 100
+
+
+@given(st.data(), sizes)
+def test_text_with_evenly_spaced_ranks(data, n):
+    """Eight and more ranks alike, between others that are not."""
+    before, after = data.draw(partitions(n)), data.draw(partitions(n))
+    spaced = Layout.zigzag(n, 9) if data.draw(st.booleans()) else Layout.even(n, 12)
+    layout = Layout(n, (*before.ranks, *spaced.ranks, *after.ranks))
+    assert Layout.parse(str(layout)) == layout
+
+
 @given(partitions())
 def test_the_form_is_normal(layout):
     singles = Layout.of(layout.n, ([(i, i + 1) for i in shard] for shard in shards(layout)))
@@ -170,6 +195,34 @@ def test_coarsen_keeps_groups_or_gives_none(layout, k):
     else:
         edges = {edge for rank in layout.ranks for interval in rank for edge in interval}
         assert layout.n % k or any(edge % k for edge in edges)
+
+
+@given(st.data(), sizes, worlds)
+def test_common(data, n, p):
+    held, wanted = data.draw(partitions(n, p)), data.draw(partitions(n, p))
+    for rank in range(p):
+        ascending = tuple(sorted(wanted.ranks[rank]))
+        found = Layout(n, (common(held.ranks[rank], ascending),))
+        mine = set(wanted.indices(rank))
+        assert found.indices(0) == [i for i in held.indices(rank) if i in mine]
+
+
+@given(st.data(), sizes, worlds)
+def test_holders(data, n, p):
+    layout = data.draw(subsets(n, p) | st.just(Layout.whole(n, p)))
+    wanted = data.draw(subsets(n, 1))
+    mine = set(wanted.indices(0))
+    assert layout.holders(wanted.ranks[0]) == {
+        rank for rank, memory in enumerate(shards(layout)) if mine & set(memory)
+    }
+
+
+@given(st.data(), sizes, worlds)
+def test_is_within(data, n, p):
+    part, layout = data.draw(subsets(n, p)), data.draw(partitions(n, p))
+    pairs = zip(shards(part), shards(layout), strict=True)
+    assert part.is_within(layout) == all(set(mine) <= set(held) for mine, held in pairs)
+    assert layout.is_within(layout) and layout.is_within(Layout.whole(n, p))
 
 
 @given(partitions())

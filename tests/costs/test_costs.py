@@ -1,0 +1,81 @@
+"""What planning and lowering cost for many ranks and many layers: linear in the layers, and the
+same for any number of ranks. ``python tests/costs`` prints the table."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from costs.decoder import explained
+from torch import fx
+
+from mosaic.passes import infer_axes
+from mosaic.show import listing
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+def test_programs_are_as_long_for_256_ranks_as_for_8(method):
+    few, many = (explained(2, p, method).graphs for p in (8, 256))
+    for kind in ("local", "forward", "backward"):
+        assert len(many[kind].nodes) <= 1.5 * len(few[kind].nodes), kind
+
+
+def test_two_layers_on_1024_ranks():
+    start = time.monotonic()
+    plan = explained(2, 1024)
+    assert time.monotonic() - start < 60
+    texts = [a for node in plan.graphs["local"].nodes for a in node.args if isinstance(a, str)]
+    assert texts and max(map(len, texts)) < 500  # they say who holds what
+    assert max(map(len, "\n".join(plan.diffs.values()).splitlines())) < 5000
+
+
+def test_each_layer_is_searched_once_for_axes(monkeypatch):
+    """Where the axis of the last attention begins is known from the first one's search."""
+    probes = []
+    probe = infer_axes.__globals__["probe"]
+    monkeypatch.setitem(
+        infer_axes.__globals__, "probe", lambda *args: probes.append(args) or probe(*args)
+    )
+    counts = []
+    for layers in (1, 2, 4):
+        probes.clear()
+        explained(layers, 2, named=False)
+        counts.append(len(probes))
+    one, two, four = counts
+    assert four - two == 2 * (two - one) > 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("named", [True, False])
+def test_eighty_layers(named):
+    start = time.monotonic()
+    plan = explained(80, 8, named=named)
+    assert len(plan.attentions) == 80
+    assert time.monotonic() - start < 60 * slowness()
+
+
+def slowness() -> float:
+    """How much longer than the 0.5 s of the machine that the budgets are for ten million additions
+    take: 1 there."""
+    start, x = time.monotonic(), 0
+    for _ in range(10**7):
+        x += 1
+    return max(1.0, (time.monotonic() - start) / 0.5)
+
+
+def test_a_listing_follows_thousands_of_views():
+    """Without recursion: a node's readers may be behind many views that have no line."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.ones(3)
+    node = graph.call_function(torch.ops.aten.sin.default, (x,))
+    node.meta["val"] = torch.ones(3)
+    for _ in range(3000):
+        node = graph.call_function(torch.ops.aten.view.default, (node, [3]))
+        node.meta["val"] = torch.ones(3)
+    for _ in range(2):
+        node = graph.call_function(torch.ops.aten.sin.default, (node,))
+        node.meta["val"] = torch.ones(3)
+    graph.output((node,))
+    assert listing(graph, brief=True).splitlines()[-1] == "return [sin_default_2]"
