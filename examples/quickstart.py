@@ -29,7 +29,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import mosaic
-from mosaic.plan import Plan
+from mosaic.report.plan import Plan
 
 Arguments = tuple[Tensor, Tensor, int]
 SPEC = {"inputs": {"x": "batch rows columns"}, "axes": {"rows": "ring"}}

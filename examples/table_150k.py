@@ -24,7 +24,7 @@ from models.table import TableModel
 from torch import Tensor
 
 import mosaic
-from mosaic.backend import LISTENERS
+from mosaic.frontend.backend import LISTENERS
 
 #: Of differences, by dtype.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.1}

@@ -1,12 +1,9 @@
 """Mosaic: a model written for one device, run on p with its attended axis cut into p parts."""
 
-from mosaic.decorator import shard
-from mosaic.errors import MosaicError, ShardingError, UnsupportedError
-from mosaic.explain import explain
-from mosaic.functional import attention
-from mosaic.layout import Layout
-from mosaic.mesh import MosaicContext, get_context, init
-from mosaic.methods import (
+from mosaic.api.decorator import shard
+from mosaic.api.errors import MosaicError, ShardingError, UnsupportedError
+from mosaic.api.mesh import MosaicContext, get_context, init
+from mosaic.api.methods import (
     AllGather,
     Auto,
     Composed,
@@ -17,17 +14,20 @@ from mosaic.methods import (
     Ring,
     Ulysses,
 )
-from mosaic.modules import (
+from mosaic.api.spec import ShardingSpec
+from mosaic.eager.functional import attention
+from mosaic.eager.modules import (
     ComposedAttention,
     CrossAxisAttention,
     HierarchicalAttention,
     MultiAxisAttention,
     MultiAxisAttention2D,
 )
-from mosaic.plan import Plan
-from mosaic.projections import sum_gradients
-from mosaic.spec import ShardingSpec
-from mosaic.tensors import as_shard, gather, layout_of, shard_like, shard_tensor
+from mosaic.eager.projections import sum_gradients
+from mosaic.eager.tensors import as_shard, gather, layout_of, shard_like, shard_tensor
+from mosaic.layout import Layout
+from mosaic.report.explain import explain
+from mosaic.report.plan import Plan
 
 __all__ = [
     "AllGather",

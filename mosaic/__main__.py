@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from mosaic.attention.table import methods_table
-from mosaic.rules import TABLE, Rule
+from mosaic.partition.table import TABLE, Rule
 
 
 def said(form: Callable[..., Any]) -> str:

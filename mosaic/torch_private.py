@@ -72,8 +72,8 @@ from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.checkpoint import SAC_IGNORED_OPS as POLICIES_IGNORE
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mosaic.errors import UnsupportedError
-from mosaic.real_strides import heeding_strides
+from mosaic.api.errors import UnsupportedError
+from mosaic.graph.real_strides import heeding_strides
 
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
 

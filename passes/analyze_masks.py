@@ -21,7 +21,8 @@ import torch
 from torch import fx
 
 from mosaic.attention.blocks import FULL
-from mosaic.context import Context
+from mosaic.graph.context import Context
+from mosaic.graph.emit import drop_dead, insert
 from mosaic.masks.additive import INF, additive
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
@@ -30,8 +31,7 @@ from mosaic.masks.read import Mask, Reader, every_row_sees, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
 from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
-from mosaic.rewrite import drop_dead, insert
-from mosaic.values import Call
+from mosaic.partition.values import Call
 
 aten = torch.ops.aten
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from torch import fx
 
-from mosaic.context import Context
+from mosaic.graph.context import Context
 from mosaic.layout import Layout
-from mosaic.values import Axis
+from mosaic.partition.values import Axis
 
 
 def assign_layouts(graph: fx.Graph, context: Context) -> int:

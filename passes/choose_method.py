@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from torch import fx
 
+from mosaic.api.errors import ShardingError
 from mosaic.attention.cost import ITEMSIZE
-from mosaic.attention.way import Facts, Way, way_between
-from mosaic.context import Context, device_memory
-from mosaic.errors import ShardingError
-from mosaic.local.attention import Attention
-from mosaic.source import where
+from mosaic.attention.strategy import Facts, Strategy, way_between
+from mosaic.graph.context import Context, device_memory
+from mosaic.graph.source import where
+from mosaic.partition.attention import Attention
 
 
 def choose_method(graph: fx.Graph, context: Context) -> int:
@@ -42,7 +42,7 @@ def check_not_empty(node: fx.Node, context: Context) -> None:
         )
 
 
-def resolved(found: Attention, context: Context) -> tuple[Way, str]:
+def resolved(found: Attention, context: Context) -> tuple[Strategy, str]:
     """How one attention is done, and a note where its axis's method does not do it."""
     world = context.on(found.mesh)
     facts = Facts(

@@ -17,18 +17,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from mosaic.context import Context, own_axes
-from mosaic.errors import ShardingError
-from mosaic.handwritten.softmax import unread_softmax
+from mosaic.api.errors import ShardingError
+from mosaic.api.methods import Auto, Ring
+from mosaic.api.spec import binds
+from mosaic.frontend.user_warnings import UNKNOWN
+from mosaic.graph.context import Context, own_axes
+from mosaic.graph.source import line
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import ATTENTIONS
-from mosaic.methods import Auto, Ring
-from mosaic.notices import UNKNOWN
-from mosaic.rules import key
-from mosaic.sharder import Sharder
-from mosaic.source import line
-from mosaic.spec import binds
-from mosaic.values import Axis, candidates
+from mosaic.masks.softmax import unread_softmax
+from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.table import key
+from mosaic.partition.values import Axis, candidates
 
 aten = torch.ops.aten
 
@@ -174,7 +174,8 @@ class Begin:
 
 def longest_axis(attentions: list[fx.Node], context: Context) -> tuple[Axis, ...]:
     """The longest attended axis; of one length the first in the program."""
-    search, best = Search(attentions[0].graph), ()
+    search = Search(attentions[0].graph)
+    best: tuple[Begin, ...] = ()
     for node in attentions:
         found = search.begins(node)
         if found and (not best or found[0].place.layout.n > best[0].place.layout.n):
@@ -280,7 +281,7 @@ def whole_length(node: fx.Node, dim: int) -> int:
 
 def probe(node: fx.Node, operand: fx.Node, candidate: Place, index: int | None) -> Place | None:
     axis = Axis("", candidate.mesh_axis, candidate.layout, Ring())
-    found = Sharder(axis).probe(node, {operand: candidate})
+    found = ShardingInterpreter(axis).probe(node, {operand: candidate})
     return found[index] if isinstance(found, tuple) and index is not None else found
 
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from mosaic.attention import heads
 from mosaic.attention.op import backward_program, forward_program
-from mosaic.rewrite import splice
+from mosaic.graph.emit import splice
 
 
 def lower_attention(graph: fx.Graph, context: Any) -> int:

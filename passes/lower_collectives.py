@@ -8,26 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import mosaic.collectives  # noqa: F401 (registers the ops)
-from mosaic import moves
+import mosaic.runtime.collectives  # noqa: F401 (registers the ops)
+from mosaic.graph.emit import splice
 from mosaic.layout import Shard
-from mosaic.rewrite import splice
+from mosaic.runtime import comm
 
 
 def _gather(x: Tensor, spec: str) -> Tensor:
-    return moves.gather_program(x, Shard.decode(spec))
+    return comm.gather_program(x, Shard.decode(spec))
 
 
 def _reshard(x: Tensor, source: str, target: str) -> Tensor:
-    return moves.reshard_program(x, Shard.decode(source), Shard.decode(target))
+    return comm.reshard_program(x, Shard.decode(source), Shard.decode(target))
 
 
 def _halo(x: Tensor, source: str, target: str) -> Tensor:
-    return moves.halo_program(x, Shard.decode(source), Shard.decode(target))
+    return comm.halo_program(x, Shard.decode(source), Shard.decode(target))
 
 
 def _halo_sum(x: Tensor, source: str, target: str) -> Tensor:
-    return moves.halo_sum_program(x, Shard.decode(source), Shard.decode(target))
+    return comm.halo_sum_program(x, Shard.decode(source), Shard.decode(target))
 
 
 def lower_collectives(graph: fx.Graph, context: Any) -> int:
@@ -40,7 +40,7 @@ def lower_collectives(graph: fx.Graph, context: Any) -> int:
         torch.ops.mosaic.reshard.default: _reshard,
         torch.ops.mosaic.halo.default: _halo,
         torch.ops.mosaic.halo_sum.default: _halo_sum,
-        torch.ops.mosaic.reduce_across.default: moves.reduced,
+        torch.ops.mosaic.reduce_across.default: comm.reduced,
     }
     found = [node for node in graph.nodes if node.target in programs]
     for node in found:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mosaic.rewrite import insert
-from mosaic.sequence import is_start
+from mosaic.graph.emit import insert
+from mosaic.graph.sequence import is_start
 
 #: A bucket is closed when it holds this much: the first must start while others are computed.
 BUCKET_BYTES = 32 << 20

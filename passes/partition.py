@@ -19,20 +19,20 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mosaic.context import Context, Output
-from mosaic.errors import UnsupportedError
+from mosaic.api.errors import UnsupportedError
+from mosaic.api.methods import Local
+from mosaic.graph.context import Context, Output
+from mosaic.graph.emit import insert, rename_all
+from mosaic.graph.modes import Modes
+from mosaic.graph.source import where
+from mosaic.graph.strides import shares_elements
 from mosaic.layout import Layout
-from mosaic.methods import Local
-from mosaic.modes import Modes
+from mosaic.partition.emitter import Emitter
+from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.values import Axis, Collective, Value, places_of
 from mosaic.passes.normalize import mark_gradients, passes_gradients, records_gradients
 from mosaic.passes.propagate import attended, follow
-from mosaic.rewrite import insert, rename_all
-from mosaic.sharder import Sharder
-from mosaic.source import where
-from mosaic.strides import shares_elements
 from mosaic.torch_private import is_alias
-from mosaic.values import Axis, Collective, Value, places_of
-from mosaic.writer import Writer
 
 aten = torch.ops.aten
 
@@ -69,14 +69,14 @@ def returned(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in tensors if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
-def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Sharder:
+def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> ShardingInterpreter:
     """Write the program of this rank along one axis; the second one's over the first one's."""
     old = list(graph.nodes)
     output = graph.output_node()
     world, spec = context.on(axis.mesh_axis), context.spec
     is_last = number + 1 >= len(context.axes)
-    writer = Writer(graph, world.rank, world.group, Modes.current())
-    sharder = Sharder(
+    writer = Emitter(graph, world.rank, world.group, Modes.current())
+    sharder = ShardingInterpreter(
         axis,
         writer,
         on_gather=spec.on_gather,
@@ -107,7 +107,7 @@ def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Sharder
     return sharder
 
 
-def report(sharder: Sharder, context: Context) -> None:
+def report(sharder: ShardingInterpreter, context: Context) -> None:
     """What the plan shows, and what the ranks compare."""
     if len(context.axes) < 2:
         context.collectives += sharder.collectives
@@ -125,7 +125,7 @@ def nothing_cut(context: Context) -> Axis:
     return Axis("", world.mesh_axis, whole, Local(mesh=world.mesh_axis))
 
 
-def gradients_of(sharder: Sharder) -> Collective:
+def gradients_of(sharder: ShardingInterpreter) -> Collective:
     """What backward sums across the ranks: one all-reduce for each entered tensor, bucketed."""
     p = sharder.axis.p
     sent = sharder.entered_bytes * 2 * (p - 1) // p
@@ -133,7 +133,7 @@ def gradients_of(sharder: Sharder) -> Collective:
     return Collective("all_reduce", sharder.axis.name, sent, why, "parameters")
 
 
-def result(sharder: Sharder, node: Any, whole: bool) -> tuple[Any, str]:
+def result(sharder: ShardingInterpreter, node: Any, whole: bool) -> tuple[Any, str]:
     """The local node of an output, and how it stays cut ("" when it is whole)."""
     sharder.current = node if isinstance(node, fx.Node) else None
     value = sharder.env[node] if isinstance(node, fx.Node) else None
@@ -159,7 +159,7 @@ def shared_input(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return next((n for n in tensors if is_alias(n.meta["val"], val)), None)
 
 
-def check_share(sharder: Sharder, out: fx.Node, node: fx.Node) -> None:
+def check_share(sharder: ShardingInterpreter, out: fx.Node, node: fx.Node) -> None:
     """Raise UnsupportedError for a parameter, or a view of it, as an output: its gradient comes
     from outside whole, where others give shares."""
     if sharder.gradients == "whole" or sharder.axis.p == 1 or sharder.writer is None:
@@ -174,7 +174,7 @@ def check_share(sharder: Sharder, out: fx.Node, node: fx.Node) -> None:
         )
 
 
-def apart(writer: Writer, node: fx.Node) -> fx.Node:
+def apart(writer: Emitter, node: fx.Node) -> fx.Node:
     """An output that was unfolded or expanded, with memory for each element: AOTAutograd lays its
     gradient out in the same way, and adds up what meets at one place."""
     if not shares_elements(node.meta["val"]):
@@ -183,13 +183,13 @@ def apart(writer: Writer, node: fx.Node) -> fx.Node:
     return writer.op(node, aten.clone.default, (node,), options)
 
 
-def as_promised(writer: Writer, out: Any, said: Output) -> Any:
+def as_promised(writer: Emitter, out: Any, said: Output) -> Any:
     """An output as eager mode would give it, beside its values."""
     out = tied(writer, out) if said.requires_grad else out
     return laid_out(writer, out, said.order) if said.order else out
 
 
-def laid_out(writer: Writer, out: fx.Node, order: tuple[int, ...]) -> fx.Node:
+def laid_out(writer: Emitter, out: fx.Node, order: tuple[int, ...]) -> fx.Node:
     """An output with its dims in the order that they have in the user's memory: views, and draws
     of its form, that follow a graph break depend on it."""
     if out.meta["val"].permute(order).is_contiguous() or shared_input(writer.graph, out):
@@ -201,7 +201,7 @@ def laid_out(writer: Writer, out: fx.Node, order: tuple[int, ...]) -> fx.Node:
     return writer.op(out, aten.permute.default, (dense, back), {})
 
 
-def tied(writer: Writer, out: fx.Node) -> fx.Node:
+def tied(writer: Emitter, out: fx.Node) -> fx.Node:
     """An output that the rules made of constants alone (all of it is padding, or written over), or
     a view under ``no_grad``, though autograd says that it requires a gradient (which is zero): a
     sum of no elements of an input is added."""
@@ -234,7 +234,7 @@ def is_learned(out: fx.Node) -> bool:
     return False
 
 
-def write_back(writer: Writer, updates: list[Any], context: Context) -> None:
+def write_back(writer: Emitter, updates: list[Any], context: Context) -> None:
     """In-place updates of inputs (BatchNorm's buffers): AOTAutograd keeps a copy_ to an input."""
     placeholders = [n for n in writer.graph.nodes if n.op == "placeholder"]
     for index, new in zip(context.mutated, updates, strict=True):
@@ -243,7 +243,7 @@ def write_back(writer: Writer, updates: list[Any], context: Context) -> None:
         writer.op(new, aten.copy_.default, (target, new), {})
 
 
-def read_from_copy(writer: Writer, target: fx.Node) -> None:
+def read_from_copy(writer: Emitter, target: fx.Node) -> None:
     """What backward saved of an input must be what it was before the write: the copy is saved, a
     second one in backward would be of what was written."""
     saved = {"recompute": CheckpointPolicy.MUST_SAVE}

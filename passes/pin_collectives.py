@@ -8,7 +8,7 @@ They also move what depends on no tangent (a sum of zeros) from backward to forw
 result, where that is smaller on this rank. In both cases the other ranks would wait for ever, or
 add up what does not belong together. So each call gets its own number, its place in the joint
 graph, and backward's calls are bound to backward. The ranks compare the numbers, too, before the
-first run (``mosaic/sequence.py``).
+first run (``mosaic/graph/sequence.py``).
 """
 
 from __future__ import annotations

@@ -10,16 +10,16 @@ from dataclasses import replace
 
 from torch import fx
 
-from mosaic.context import Context
-from mosaic.errors import ShardingError
-from mosaic.handwritten.softmax import unread_softmax
-from mosaic.local.attention import Attention, flattened, with_axis
+from mosaic.api.errors import ShardingError
+from mosaic.frontend.user_warnings import UNKNOWN
+from mosaic.graph.context import Context
+from mosaic.graph.source import line
 from mosaic.masks.op import ATTENTIONS
-from mosaic.notices import UNKNOWN
+from mosaic.masks.softmax import unread_softmax
+from mosaic.partition.attention import Attention, flattened, with_axis
+from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.values import Axis, places_of
 from mosaic.passes.infer_axes import Search, behind
-from mosaic.sharder import Sharder
-from mosaic.source import line
-from mosaic.values import Axis, places_of
 
 
 def propagate(graph: fx.Graph, context: Context) -> int:
@@ -37,12 +37,12 @@ def propagate(graph: fx.Graph, context: Context) -> int:
     return sum(node.meta.get("place") is not None for node in graph.nodes)
 
 
-def attends(planner: Sharder) -> bool:
+def attends(planner: ShardingInterpreter) -> bool:
     """Whether an attention runs over the axis."""
     return any(found.axes for found, _ in planner.attentions)
 
 
-def begin_again(graph: fx.Graph, planners: list[Sharder], context: Context) -> bool:
+def begin_again(graph: fx.Graph, planners: list[ShardingInterpreter], context: Context) -> bool:
     """A named axis that is gathered before any attention runs over it (by a stem of convolutions)
     is cut again where it was gathered, if it is as long there."""
     if len(planners) != 1 or not context.spec.sharded or attends(planners[0]):
@@ -63,7 +63,7 @@ def begin_again(graph: fx.Graph, planners: list[Sharder], context: Context) -> b
     return bool(found)
 
 
-def leave_whole(planners: list[Sharder], context: Context) -> bool:
+def leave_whole(planners: list[ShardingInterpreter], context: Context) -> bool:
     """In a later graph (behind a break) arguments of other functions have the same names: an axis
     that was bound to one, and that nothing attends over there, is none."""
     if context.is_first_graph or not context.spec.sharded or context.arriving:
@@ -74,15 +74,19 @@ def leave_whole(planners: list[Sharder], context: Context) -> bool:
     return changed
 
 
-def follow(graph: fx.Graph, context: Context) -> list[Sharder]:
+def follow(graph: fx.Graph, context: Context) -> list[ShardingInterpreter]:
     """Each axis followed through the global graph as if it were the only one."""
-    planners = [Sharder(a, arriving=context.arriving_nodes(graph)) for a in context.axes]
+    planners = [
+        ShardingInterpreter(a, arriving=context.arriving_nodes(graph)) for a in context.axes
+    ]
     for planner in planners:
         planner.run(list(graph.nodes))
     return planners
 
 
-def attended(planners: list[Sharder], context: Context) -> list[tuple[Attention, fx.Node]]:
+def attended(
+    planners: list[ShardingInterpreter], context: Context
+) -> list[tuple[Attention, fx.Node]]:
     """What was decided about each attention, for all axes together."""
     found: dict[fx.Node, Attention] = {}
     for planner in planners:
@@ -101,7 +105,9 @@ def merged(a: Attention, b: Attention, node: fx.Node, context: Context) -> Atten
     return with_axis(a, b, None)
 
 
-def nothing_attends(graph: fx.Graph, axis: Axis, planner: Sharder, ends_at: str) -> ShardingError:
+def nothing_attends(
+    graph: fx.Graph, axis: Axis, planner: ShardingInterpreter, ends_at: str
+) -> ShardingError:
     attended = [n for n in graph.nodes if n.target in ATTENTIONS]
     lengths = sorted({n.args[0].meta["val"].shape[-2] for n in attended})
     unread = unread_softmax(graph)

@@ -23,18 +23,18 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mosaic.context import Context
-from mosaic.handwritten.biases import hides_fully, is_mild
-from mosaic.handwritten.products import Operand, Weighted, permuted, weighted
-from mosaic.handwritten.softmax import Masked, ScoresReader, Step, Weights, weights
+from mosaic.graph.context import Context
+from mosaic.graph.emit import insert
 from mosaic.masks.additive import INF
+from mosaic.masks.biases import hides_fully, is_mild
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
 from mosaic.masks.op import PLAIN
+from mosaic.masks.products import Operand, Weighted, permuted, weighted
 from mosaic.masks.read import Reader, every_row_sees, joined
+from mosaic.masks.softmax import Masked, ScoresReader, Step, Weights, weights
 from mosaic.masks.terms import broadcast, made
 from mosaic.passes.normalize import merge_common, undo_repeat_kv
-from mosaic.rewrite import insert
 
 aten = torch.ops.aten
 

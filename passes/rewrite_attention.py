@@ -22,11 +22,11 @@ from torch import fx
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.visit import Inputs
-from mosaic.context import Context
+from mosaic.graph.context import Context
+from mosaic.graph.emit import insert, splice
 from mosaic.layout import Place, Shard
-from mosaic.local.attention import Attention
+from mosaic.partition.attention import Attention
 from mosaic.passes.choose_method import resolved
-from mosaic.rewrite import insert, splice
 
 aten = torch.ops.aten
 

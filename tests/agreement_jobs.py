@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import mosaic
-from mosaic import backend, data_check, exchange
+from mosaic.frontend import backend, data_check
+from mosaic.runtime import rendezvous
 from mosaic.torch_private import default_store
 
 
@@ -128,7 +129,7 @@ def one_is_gone(p: int) -> str:
         return message(p, attention_and_input)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    default_store().set("mosaic/process/1", json.dumps([exchange.machine(), ended.pid]))
+    default_store().set("mosaic/process/1", json.dumps([rendezvous.machine(), ended.pid]))
     return "not compiled"
 
 
@@ -136,18 +137,18 @@ def one_is_late(p: int) -> tuple[str, set[str]]:
     """What is said, and what is logged meanwhile. Rank 1 comes when rank 0 waits."""
     group, logged = mosaic.init(sp_size=p).group(), []
     assert group is not None
-    exchange.SAY_AFTER = 1.5
-    exchange.log.warning = lambda text, *args: logged.append(text % args)  # type: ignore
+    rendezvous.SAY_AFTER = 1.5
+    rendezvous.log.warning = lambda text, *args: logged.append(text % args)  # type: ignore
     if rank() == 1:
-        while not exchange._noted(default_store(), group, "waits", 0):
+        while not rendezvous._noted(default_store(), group, "waits", 0):
             time.sleep(0.1)
         time.sleep(1)
     try:
         said = message(p, attention_and_input)
-        return said, {text.rpartition(" (")[0] for text in logged if exchange.COMPILE in text}
+        return said, {text.rpartition(" (")[0] for text in logged if rendezvous.COMPILE in text}
     finally:
-        exchange.SAY_AFTER = 30.0
-        del exchange.log.warning
+        rendezvous.SAY_AFTER = 30.0
+        del rendezvous.log.warning
 
 
 def other_methods(p: int) -> str:
@@ -204,7 +205,7 @@ def keys_are_deleted(p: int) -> list[int]:
     found = []
     for _ in range(3):
         for _ in range(5):
-            assert exchange.exchange(group, str(rank()), "ask") == ["0", "1"]
+            assert rendezvous.exchange(group, str(rank()), "ask") == ["0", "1"]
         torch.distributed.barrier(group)
         found.append(store.num_keys())
         torch.distributed.barrier(group)
@@ -221,7 +222,7 @@ def late_after_a_failure(p: int) -> str:
     assert "error" not in one_fails(p)[:8]
     mosaic.get_context().shutdown()
     if rank() == 1:
-        time.sleep(exchange.LOOK_AFTER + 1.5)
+        time.sleep(rendezvous.LOOK_AFTER + 1.5)
     return message(p, attention_and_input)
 
 

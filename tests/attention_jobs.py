@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mosaic import moves
+from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.blocks import CAUSAL, FULL, Band
 from mosaic.attention.cost import Shape
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.strategy import LOCAL, SPLIT_KV, Facts, way_of
 from mosaic.attention.tiles import TileProgram
 from mosaic.attention.visit import Inputs
-from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, way_of
-from mosaic.collectives import enter
 from mosaic.layout import Layout
-from mosaic.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
-from mosaic.random import uniform_keep
+from mosaic.runtime import comm
+from mosaic.runtime.collectives import enter
+from mosaic.runtime.rng import uniform_keep
 
 F64 = torch.float64
 BATCH, HEADS, DIM, V_DIM = 2, 6, 4, 3
@@ -284,11 +284,11 @@ def all_cases(full: bool = False) -> dict[str, float]:
 
 def combed_cases() -> dict[str, float]:
     """With two and more evenly spaced chunks as one view, which is for many ranks otherwise."""
-    before, moves.MANY = moves.MANY, 2
+    before, comm.MANY = comm.MANY, 2
     try:
         return all_cases()
     finally:
-        moves.MANY = before
+        comm.MANY = before
 
 
 def dropout_cases() -> dict[str, float]:

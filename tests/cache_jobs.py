@@ -12,9 +12,9 @@ from torch import fx
 from torch._inductor.utils import run_and_get_code
 
 import mosaic
-from mosaic import backend
+from mosaic.frontend import backend
+from mosaic.graph.emit import insert
 from mosaic.passes import LOWERING
-from mosaic.rewrite import insert
 
 
 class Small(torch.nn.Module):

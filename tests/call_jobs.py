@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mosaic
-from mosaic import backend, notices
+from mosaic.frontend import backend, user_warnings
 
 E = 8
 TOKENS: dict[str, Any] = {"inputs": {"x": "batch tokens features"}, "axes": {"tokens": "ring"}}
@@ -100,13 +100,13 @@ def eager_runs(p: int) -> dict[str, str]:
 
 def whole_and_eager(p: int) -> list[str]:
     """Right, and said once."""
-    notices._said.clear()
+    user_warnings._said.clear()
     mosaic.init(sp_size=p)
     attend, x = compiled(Attend()), random(8).detach()
     with torch.compiler.set_stance("force_eager"):
         found = [(attend(x) - Attend()(x)).abs().max().item() for _ in range(2)]
     assert found == [0.0, 0.0]
-    return [text for text in notices._said if "ran eagerly" in text]
+    return [text for text in user_warnings._said if "ran eagerly" in text]
 
 
 def under_fsdp(p: int) -> list[str]:
@@ -114,7 +114,7 @@ def under_fsdp(p: int) -> list[str]:
     mosaic.init(sp_size=p)
     model = FullyShardedDataParallel(Block(), use_orig_params=False, device_id=torch.device("cpu"))
     compiled(model)(random(8)).sum().backward()
-    return [text for text in notices._said if "use_orig_params" in text]
+    return [text for text in user_warnings._said if "use_orig_params" in text]
 
 
 # --- gradients that are shares ------------------------------------------------------------------

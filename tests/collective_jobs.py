@@ -11,9 +11,9 @@ import torch.distributed as dist
 from attention_jobs import lowering_backend
 from torch import Tensor
 
-import mosaic.collectives as c
+import mosaic.runtime.collectives as c
 from mosaic.layout import Layout, Place, Shard
-from mosaic.moves import broadcast
+from mosaic.runtime.comm import broadcast
 
 F64 = torch.float64
 

@@ -11,7 +11,7 @@ from exact_dying import PROGRAMS, Program
 from torch import Tensor, nn
 
 import mosaic
-from mosaic.errors import MosaicError
+from mosaic.api.errors import MosaicError
 from mosaic.torch_private import pytree
 
 

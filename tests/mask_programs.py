@@ -28,7 +28,7 @@ def attended(make: MakeMask, queries: int = 7, keys: int = 7, batch: int = 2) ->
 
 
 def traced(program: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
-    """As ``mosaic.capture`` traces."""
+    """As ``mosaic.frontend.capture`` traces."""
 
     class Program(torch.nn.Module):
         def forward(self, *given: Tensor) -> tuple[Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import mosaic
-from mosaic.backend import LISTENERS
-from mosaic.plan import Plan
+from mosaic.frontend.backend import LISTENERS
+from mosaic.report.plan import Plan
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:

@@ -299,7 +299,7 @@ def dropout(p: int) -> Tensor:
     x = torch.randn(2, 8, EMBED, dtype=F64)
     outs = []
     for method in methods(p)[1:]:
-        module.method = mosaic.methods.method_of(method)
+        module.method = mosaic.api.methods.method_of(method)
         torch.manual_seed(5)
         outs.append(mosaic.gather(module(mosaic.shard_tensor(x, 1)), 1))
     module.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from mosaic.plan import Plan
+from mosaic.report.plan import Plan
 
 
 def collectives(plan: Plan) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from model_jobs import gradients
 
 import mosaic
-from mosaic import backend
+from mosaic.frontend import backend
 
 EAGER = {"inner": "eager"}
 

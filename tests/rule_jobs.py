@@ -18,13 +18,17 @@ from torch import Tensor, fx
 
 import mosaic
 import mosaic.attention.op
-import mosaic.collectives
-from mosaic.capture import Captured, capture
-from mosaic.context import Context, Output, World
-from mosaic.errors import UnsupportedError
+import mosaic.runtime.collectives
+from mosaic.api.errors import UnsupportedError
+from mosaic.api.mesh import current_context
+from mosaic.api.spec import ShardingSpec
+from mosaic.frontend.capture import Captured, capture
+from mosaic.graph.context import Context, Output, World
+from mosaic.graph.modes import Modes
 from mosaic.layout import Layout
-from mosaic.mesh import current_context
-from mosaic.modes import Modes
+from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.table import key
+from mosaic.partition.values import Axis, Call
 from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
@@ -33,11 +37,7 @@ from mosaic.passes.partition import partition
 from mosaic.passes.pin_collectives import pin_collectives
 from mosaic.passes.raise_attention import raise_attention
 from mosaic.passes.rewrite_attention import rewrite_attention
-from mosaic.rules import key
-from mosaic.sharder import Sharder
-from mosaic.spec import ShardingSpec
 from mosaic.torch_private import compile_by_eager, pytree
-from mosaic.values import Axis, Call
 
 LAYOUTS = {"even": Layout.even, "zigzag": Layout.zigzag}
 P = 3
@@ -262,7 +262,7 @@ def drawn(name: str, cut: Cut, p: int) -> dict[str, Tensor]:
     return outcome(local_program(CASES[name], cut, "even", world_of(p)), CASES[name])
 
 
-class Recorder(Sharder):
+class Recorder(ShardingInterpreter):
     """Plans, and notes which ops were met with a sharded operand."""
 
     def apply(self, call: Call) -> Any:

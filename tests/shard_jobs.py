@@ -14,9 +14,9 @@ from models.video import Attention, Video
 from torch import Tensor, fx, nn
 
 import mosaic
-from mosaic.arriving import arriving_shards, global_sizes
-from mosaic.backend import world_of
-from mosaic.capture import capture, read_inputs
+from mosaic.frontend.backend import world_of
+from mosaic.frontend.capture import capture, read_inputs
+from mosaic.frontend.sharded_inputs import arriving_shards, global_sizes
 
 TOKENS = {"x": "batch tokens features"}
 

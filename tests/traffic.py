@@ -15,8 +15,8 @@ from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.cost import Shape
 from mosaic.attention.op import backward_program, calls_of, forward_program
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.strategy import Strategy
 from mosaic.attention.visit import Inputs
-from mosaic.attention.way import Way
 from mosaic.layout import Layout
 from mosaic.torch_private import decompositions_for_inductor, make_fx
 
@@ -45,7 +45,7 @@ class Call(NamedTuple):
 
 
 def calls(
-    way: Way,
+    way: Strategy,
     shape: Shape,
     p: int,
     dtype: torch.dtype = torch.float64,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 import mosaic
-from mosaic import backend
+from mosaic.frontend import backend
 
 aten = torch.ops.aten
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mosaic.attention.way import Level, Way
+    from mosaic.attention.strategy import Level, Strategy
 
 #: Bytes (inside a node, between nodes).
 Pair = tuple[float, float]
@@ -95,7 +95,7 @@ class Parts:
     kv: float
 
     @classmethod
-    def of(cls, way: Way, shape: Shape, p: int) -> Parts:
+    def of(cls, way: Strategy, shape: Shape, p: int) -> Parts:
         rows = shape.batch * shape.queries / p * shape.heads
         copies = max(1, way.heads // shape.kv_heads)
         e = shape.itemsize
@@ -113,7 +113,7 @@ class Sent:
     steps: Pair
 
     @classmethod
-    def of(cls, way: Way, shape: Shape, p: int, node_size: int) -> Sent:
+    def of(cls, way: Strategy, shape: Shape, p: int, node_size: int) -> Sent:
         """The ranks of a group lie ``apart``; so many of them share a node."""
         parts, inter, intra = Parts.of(way, shape, p), way.inter, way.intra
 
@@ -143,7 +143,7 @@ def _pair(count: int, near: int, size: float) -> Pair:
     return (near - 1) * size, (count - near) * size
 
 
-def cost_of(way: Way, shape: Shape, p: int, node_size: int = 0) -> Cost:
+def cost_of(way: Strategy, shape: Shape, p: int, node_size: int = 0) -> Cost:
     """``node_size``: how many neighbouring ranks share a node; 0 is all."""
     if way.everywhere:
         return _split_kv(shape, p)
@@ -164,7 +164,7 @@ def cost_of(way: Way, shape: Shape, p: int, node_size: int = 0) -> Cost:
     )
 
 
-def home_factor(way: Way, shape: Shape) -> float:
+def home_factor(way: Strategy, shape: Shape) -> float:
     """Bytes of dK and dV on their way home, by those of K and V."""
     return ITEMSIZE.get(way.grad_dtype, shape.itemsize) / shape.itemsize
 
@@ -183,7 +183,7 @@ def _sends(inter: Level, intra: Level) -> int:
     return windows + inter.stages * steps
 
 
-def _memory(way: Way, parts: Parts) -> float:
+def _memory(way: Strategy, parts: Parts) -> float:
     window, step = _held(way.inter), _held(way.intra)
     visits = (window + step * math.ceil(max(portions(way.inter)))) * parts.kv
     gathered = way.inter.cols * way.intra.cols

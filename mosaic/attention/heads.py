@@ -20,7 +20,7 @@ from torch import Tensor
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.layout import Interval, Layout, Run
-from mosaic.moves import all_to_all, fresh, take_runs, wait
+from mosaic.runtime.comm import all_to_all, fresh, take_runs, wait
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.tiles import TileProgram, of_heads
 from mosaic.attention.visit import Inputs
-from mosaic.moves import fresh
+from mosaic.runtime.comm import fresh
 
 decode = lru_cache(maxsize=4096)(AttentionPlan.decode)
 

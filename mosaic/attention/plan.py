@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
+from mosaic.api.errors import UnsupportedError
 from mosaic.attention.blocks import FULL, Band
-from mosaic.attention.hops import Side
 from mosaic.attention.schedule import head_group, same_heads
-from mosaic.attention.way import Way
-from mosaic.errors import UnsupportedError
+from mosaic.attention.strategy import Strategy
+from mosaic.attention.transfer import Side
 from mosaic.layout import Layout, Place, Shard
 
 
@@ -24,7 +24,7 @@ class AttentionPlan:
     the ``TileProgram`` of a dense mask, if it has one.
     """
 
-    way: Way
+    way: Strategy
     rank: int
     group: str
     query: Layout
@@ -66,7 +66,7 @@ class AttentionPlan:
     def decode(cls, text: str) -> AttentionPlan:
         fields = json.loads(text)
         fields.update({name: Layout.parse(fields[name]) for name in ("query", "key")})
-        fields["way"], fields["band"] = Way.decode(fields["way"]), Band(*fields["band"])
+        fields["way"], fields["band"] = Strategy.decode(fields["way"]), Band(*fields["band"])
         return cls(**{**fields, "members": tuple(fields["members"])})
 
     def shard_of(self, dim: str, size: int) -> Shard:

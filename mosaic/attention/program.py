@@ -18,23 +18,23 @@ from torch import Tensor
 
 from mosaic.attention.attend import attend, attend_backward
 from mosaic.attention.blocks import reach
-from mosaic.attention.hops import Crossing, Returned, Tensors, summed
 from mosaic.attention.mask_gradients import mask_gradients
 from mosaic.attention.merge import Partial, accumulator, finite, merge, merge_stacked, nothing
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.schedule import schedule
 from mosaic.attention.shift import shift_of
+from mosaic.attention.transfer import Returned, Tensors, Transfer, summed
 from mosaic.attention.visit import Inputs, key_blocks, visit
 from mosaic.layout import Intervals, Layout, Run
-from mosaic.moves import all_reduce, take_runs
+from mosaic.runtime.comm import all_reduce, take_runs
 
 
 @dataclass(frozen=True)
 class Stop:
     """Keys on a visit: the two hops that brought them, and whether they are the window's last."""
 
-    window: Crossing
-    step: Crossing
+    window: Transfer
+    step: Transfer
     is_last: bool
 
     @property
@@ -46,7 +46,7 @@ class Stop:
 class Route:
     """All hops of one rank's attention, with their layouts."""
 
-    queries: Crossing
+    queries: Transfer
     stops: tuple[Stop, ...]
 
     @property
@@ -58,12 +58,12 @@ class Route:
 @lru_cache(maxsize=128)
 def route_of(plan: AttentionPlan) -> Route:
     hops, side = schedule(plan.way, plan.p), plan.side
-    queries = Crossing(side, hops.queries, plan.query)
+    queries = Transfer(side, hops.queries, plan.query)
     halo = _halo(queries.after, plan) if plan.band.left is not None else None
     stops = []
     for window in hops.windows:
-        to_node = Crossing(side, window.hop, plan.key)
-        steps = [Crossing(side, hop, to_node.after, halo) for hop in window.steps]
+        to_node = Transfer(side, window.hop, plan.key)
+        steps = [Transfer(side, hop, to_node.after, halo) for hop in window.steps]
         steps = [step for step in steps if not step.is_silent]
         stops += [Stop(to_node, step, step is steps[-1]) for step in steps]
     return Route(queries, tuple(stops))
@@ -126,7 +126,7 @@ def home(found: Partial, q: Tensor, route: Route) -> Partial:
 
 def together(out: Returned, lse: Returned) -> Partial:
     """One partial attention of those that several ranks sent."""
-    if out.count == 1:
+    if out.ranks == 1:
         return out.parts[0], lse.parts[0].squeeze(-1)
     return merge_stacked(out.stacked()[0], lse.stacked()[0].squeeze(-1))
 
@@ -215,7 +215,7 @@ class Returns:
         self.dtype = getattr(torch, grad_dtype) if grad_dtype else own[0].dtype
         self.window: list[Returned] = []  # what came home within the window
         self.found: list[Returned] = []  # and from the windows before
-        self.pending: tuple[Crossing, Tensor | None, Tensors, list[Returned]] | None = None
+        self.pending: tuple[Transfer, Tensor | None, Tensors, list[Returned]] | None = None
 
     def send(self, stop: Stop, grads: Tensors) -> None:
         self._go(stop.step, grads, self.window)
@@ -231,7 +231,7 @@ class Returns:
         zeros = tuple(x.new_empty(x.shape, dtype=accumulator(x.dtype)) for x in self.own)
         return summed(self.found, self.own[0].shape[2], zeros)
 
-    def _go(self, crossing: Crossing, grads: Tensors, to: list[Returned]) -> None:
+    def _go(self, crossing: Transfer, grads: Tensors, to: list[Returned]) -> None:
         sent = grads if crossing.is_identity else tuple(x.to(self.dtype) for x in grads)
         started = crossing.start_back(sent)
         self._arrive()

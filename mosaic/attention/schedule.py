@@ -5,7 +5,7 @@ hops, from node to node (a window) and within the node (a step), and are attende
 step.
 Chunks come straight from whoever holds them, so a ring of p is p - 1 shifts by 1, 2, ... ranks.
 
->>> for window in schedule(Way("ring(3)", intra=Level(3, 1, 3)), 3).windows:
+>>> for window in schedule(Strategy("ring(3)", intra=Level(3, 1, 3)), 3).windows:
 ...     print(*window.steps)
 ((0,), (1,), (2,)) ((2,), (0,), (1,)) ((1,), (2,), (0,))
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
 
-from mosaic.attention.way import Level, Way
+from mosaic.attention.strategy import Level, Strategy
 
 #: For each rank the ranks whose chunks it gets.
 Hop = tuple[tuple[int, ...], ...]
@@ -39,7 +39,7 @@ class Schedule:
 
 
 @lru_cache(maxsize=32)
-def schedule(way: Way, p: int) -> Schedule:
+def schedule(way: Strategy, p: int) -> Schedule:
     """The hops of ``way`` over ``p`` ranks (those that are left after heads were cut)."""
     inter, intra = way.inter, way.intra
     if inter.size * intra.size == 1:
@@ -75,14 +75,14 @@ def portions(level: Level) -> list[range]:
     return [range(1), *(range(a, b) for a, b in pairwise(cuts))]
 
 
-def head_group(way: Way, rank: int, world: int) -> tuple[int, ...]:
+def head_group(way: Strategy, rank: int, world: int) -> tuple[int, ...]:
     """The ranks with which ``rank`` exchanges sequence for heads."""
     apart = world // way.heads if way.is_outer else 1
     first = rank % apart if way.is_outer else rank - rank % way.heads
     return tuple(first + slot * apart for slot in range(way.heads))
 
 
-def same_heads(way: Way, rank: int, world: int) -> tuple[int, ...]:
+def same_heads(way: Strategy, rank: int, world: int) -> tuple[int, ...]:
     """The ranks that hold ``rank``'s heads after the exchange, one of each group."""
     if way.is_outer:
         apart = world // way.heads

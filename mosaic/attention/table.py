@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mosaic.attention.cost import Shape, cost_of
-from mosaic.attention.way import Facts, way_of
-from mosaic.methods import (
+from mosaic.api.methods import (
     AllGather,
     Composed,
     Hierarchical,
@@ -16,6 +14,8 @@ from mosaic.methods import (
     Ring,
     Ulysses,
 )
+from mosaic.attention.cost import Shape, cost_of
+from mosaic.attention.strategy import Facts, way_of
 
 RANKS = 8
 EXAMPLE = Shape(1, 32, 8, 8192, 8192, 128, 128, itemsize=2)

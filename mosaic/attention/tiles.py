@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mosaic.layout import Intervals, Run
-from mosaic.moves import take_runs
+from mosaic.runtime.comm import take_runs
 
 
 class Ref(NamedTuple):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mosaic.attention.cost import Pair, Sent, Shape, cost_of, home_factor, portions
 
 if TYPE_CHECKING:
-    from mosaic.attention.way import Level, Way
+    from mosaic.attention.strategy import Level, Strategy
 
 MIB = 1 << 20
 #: Bytes, and the bytes per second at which so many travel.
@@ -70,7 +70,9 @@ def milliseconds(seconds: float) -> str:
     return f"{float(f'{seconds * 1e3:.2g}'):,g} ms"
 
 
-def seconds_of(way: Way, shape: Shape, p: int, node_size: int = 0, rates: Rates = H200) -> Seconds:
+def seconds_of(
+    way: Strategy, shape: Shape, p: int, node_size: int = 0, rates: Rates = H200
+) -> Seconds:
     """Of one attention. ``node_size``: how many neighbouring ranks share a node; 0 is all."""
     sent, cost = Sent.of(way, shape, p, node_size or p), cost_of(way, shape, p)
     exchanged = 2 * rates.travel(_times(sent.heads, 1 / 2), rates.exchange)
@@ -88,13 +90,13 @@ def _times(sent: Pair, factor: float) -> Pair:
     return sent[0] * factor, sent[1] * factor
 
 
-def _partial(way: Way, shape: Shape, p: int) -> float:
+def _partial(way: Strategy, shape: Shape, p: int) -> float:
     """Bytes of an output in float32 of all queries that are attended on one rank."""
     rows = shape.batch * shape.heads * shape.queries / p * way.inter.cols * way.intra.cols
     return rows * shape.v_dim * 4
 
 
-def _visits(way: Way, sent: Sent, work: float, home: float, p: int, rates: Rates) -> float:
+def _visits(way: Strategy, sent: Sent, work: float, home: float, p: int, rates: Rates) -> float:
     """Windows that travel between nodes, and in each the steps inside a node."""
     is_gather = way.intra.rows == p and way.intra.stages <= 2
     link = rates.gather if is_gather else rates.exchange

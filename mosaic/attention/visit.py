@@ -15,8 +15,8 @@ from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.tiles import TileProgram
 from mosaic.layout import Intervals, Layout, Place, Run, Shard
-from mosaic.moves import take_runs
-from mosaic.random import global_indices, uniform_keep
+from mosaic.runtime.comm import take_runs
+from mosaic.runtime.rng import global_indices, uniform_keep
 
 
 @dataclass(frozen=True)

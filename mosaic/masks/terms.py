@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mosaic.graph.emit import insert
 from mosaic.masks.constants import Constants
-from mosaic.rewrite import insert
-from mosaic.values import differentiable
+from mosaic.partition.values import differentiable
 
 aten = torch.ops.aten
 #: Coordinates. Scores of three dims have no heads; those of five or more have several batch dims,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mosaic.attention.blocks import Band
-from mosaic.values import Call
+from mosaic.partition.values import Call
 
 
 def band_of(call: Call) -> Band:

@@ -13,9 +13,9 @@ import torch
 from costs.decoder import Decoder, explained
 from costs.test_costs import slowness
 
-from mosaic import backend
-from mosaic.explain import Ranks, ranks
-from mosaic.plan import Plan
+from mosaic.frontend import backend
+from mosaic.report.explain import Ranks, ranks
+from mosaic.report.plan import Plan
 
 
 def timed(layers: int, p: int, method: str = "auto", *, named: bool = True) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mosaic
-from mosaic.plan import Plan
+from mosaic.report.plan import Plan
 
 
 class Block(nn.Module):

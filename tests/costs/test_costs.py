@@ -11,7 +11,7 @@ from costs.decoder import explained
 from torch import fx
 
 from mosaic.passes import infer_axes
-from mosaic.show import listing
+from mosaic.report.show import listing
 
 
 @pytest.mark.parametrize("method", ["ring", "all_gather"])

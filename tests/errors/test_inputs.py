@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 import mosaic
 from mosaic import Layout, Ring, ShardingSpec, explain
 from mosaic.attention import kernels
-from mosaic.capture import AUTOGRAD_FUNCTIONS
+from mosaic.frontend.capture import AUTOGRAD_FUNCTIONS
 
 X = torch.randn(2, 13, cc.E)
 
@@ -403,7 +403,7 @@ def test_what_torch_raises_is_no_graph_break(alone: None, monkeypatch: pytest.Mo
     def failing(*args: Any) -> None:
         raise DataDependentOutputException("aten._local_scalar_dense.default")
 
-    monkeypatch.setattr("mosaic.backend.capture", failing)
+    monkeypatch.setattr("mosaic.frontend.backend.capture", failing)
     compiled = torch.compile(attend, backend="mosaic", options={"inner": "eager"})
     assert "DataDependentOutputException: aten._local_scalar_dense" in message_of(compiled, X)
 

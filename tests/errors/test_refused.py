@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mosaic
 from mosaic import MosaicError
-from mosaic.local import pointwise
+from mosaic.partition import pointwise
 
 X = torch.randn(2, 13, cc.E)
 

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mosaic
-import mosaic.backend
+import mosaic.frontend.backend
 from mosaic import MosaicError
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -54,7 +54,7 @@ def judge(source: str, device: str = "cpu") -> Verdict:
         return compared(space)
     finally:
         torch.set_default_dtype(torch.float32)
-        mosaic.backend.LISTENERS.clear()
+        mosaic.frontend.backend.LISTENERS.clear()
 
 
 def quiet() -> None:
@@ -70,7 +70,7 @@ def compared(space: dict[str, Any]) -> Verdict:
     except Exception as error:
         return Verdict("invalid", repr(error)[:300])
     plans: list[Any] = []
-    mosaic.backend.LISTENERS[:] = [plans.append]
+    mosaic.frontend.backend.LISTENERS[:] = [plans.append]
     try:
         got = through_mosaic(space, space["INIT"])
     except Exception as error:

@@ -12,11 +12,11 @@ import pytest
 from expecttest import assert_expected_inline
 from torch import fx
 
-from mosaic import pipeline
-from mosaic.context import Context
-from mosaic.explain import explain
-from mosaic.plan import Plan
-from mosaic.sharder import Axis
+from mosaic.graph import pipeline
+from mosaic.graph.context import Context
+from mosaic.partition.interpreter import Axis
+from mosaic.report.explain import explain
+from mosaic.report.plan import Plan
 
 
 @pytest.fixture

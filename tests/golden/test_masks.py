@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mosaic.plan import Plan
-from mosaic.show import wrapped
+from mosaic.report.plan import Plan
+from mosaic.report.show import wrapped
 
 Q = torch.randn(2, 3, 11, 4, dtype=torch.float64)
 DOCUMENTS = torch.arange(22).view(2, 11) // 4

@@ -11,22 +11,22 @@ from pathlib import Path
 
 from traffic import calls
 
+from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.cost import Shape
+from mosaic.attention.strategy import SPLIT_KV, Facts, Strategy, way_of
 from mosaic.attention.table import methods_table
-from mosaic.attention.way import SPLIT_KV, Facts, Way, way_of
-from mosaic.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
-from mosaic.show import listing
+from mosaic.report.show import listing
 from mosaic.torch_private import FakeTensorMode
 
 GIVEN = "placeholder"
 SHAPE = Shape(batch=1, heads=4, kv_heads=4, queries=12, keys=12, dim=2, v_dim=2, itemsize=8)
 
 
-def way(method: Method) -> Way:
+def way(method: Method) -> Strategy:
     return way_of(method, Facts(4, SHAPE, sizes=(("h", 2), ("s", 2))))[0]
 
 
-def listings(way: Way) -> tuple[str, str]:
+def listings(way: Strategy) -> tuple[str, str]:
     """Forward and backward, without the types of what a rank is given."""
     with FakeTensorMode():
         graphs = [call.graph() for call in calls(way, SHAPE, 4, device="cpu")]

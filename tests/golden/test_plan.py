@@ -15,9 +15,10 @@ from models.gpt import GPT
 from plan_text import collectives
 from torch import fx
 
-from mosaic import ShardingSpec, pipeline
-from mosaic.plan import Plan
-from mosaic.show import inputs_of, path_of
+from mosaic import ShardingSpec
+from mosaic.graph import pipeline
+from mosaic.report.plan import Plan
+from mosaic.report.show import inputs_of, path_of
 
 
 def decided(plan: Plan) -> str:

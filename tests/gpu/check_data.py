@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mosaic
-from mosaic.capture import Input
-from mosaic.data_check import DataCheck
-from mosaic.errors import ShardingError
+from mosaic.api.errors import ShardingError
+from mosaic.frontend.capture import Input
+from mosaic.frontend.data_check import DataCheck
 
 CUDA = torch.cuda.is_available()
 ARGUMENTS = {

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosaic.api.errors import UnsupportedError
 from mosaic.attention import kernels
 from mosaic.attention.attend import attend, attend_backward
 from mosaic.attention.blocks import CAUSAL, FULL, Band, pieces
 from mosaic.attention.shift import row_shift
 from mosaic.attention.visit import Visit
-from mosaic.errors import UnsupportedError
 from mosaic.layout import Interval
 from mosaic.torch_private import make_fx
 

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mosaic
+from mosaic.api.methods import AllGather, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention import kernels
 from mosaic.attention.blocks import CAUSAL, FULL, Band
-from mosaic.functional import key_of
+from mosaic.eager.functional import key_of
 from mosaic.layout import Layout
-from mosaic.methods import AllGather, Hierarchical, Mesh2D, Method, Ring, Ulysses
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32

@@ -34,11 +34,11 @@ from models.table import TableModel  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import mosaic  # noqa: E402
+from mosaic.api.errors import UnsupportedError  # noqa: E402
 from mosaic.attention import kernels  # noqa: E402
 from mosaic.attention.kernels import flash_attn  # noqa: E402
 from mosaic.attention.kernels.math import MATH  # noqa: E402
-from mosaic.backend import LISTENERS  # noqa: E402
-from mosaic.errors import UnsupportedError  # noqa: E402
+from mosaic.frontend.backend import LISTENERS  # noqa: E402
 from mosaic.torch_private import FakeStore  # noqa: E402
 
 COLUMNS, RANKS = 10, 16

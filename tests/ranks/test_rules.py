@@ -13,7 +13,7 @@ from rule_cases import CASES
 from rule_costs import COSTS
 from rule_jobs import captured, check, costs, costs_of_my_share, drawn
 
-from mosaic.rules import CREATED, POINTWISE, TABLE, Rule, key, named_dims, rule
+from mosaic.partition.table import CREATED, POINTWISE, TABLE, Rule, key, named_dims, rule
 
 NAMES = list(CASES)
 CHUNK = 40

@@ -6,18 +6,18 @@ from dataclasses import replace
 
 import pytest
 
+from mosaic.api.methods import AllGather, Auto, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.cost import Cost, Shape, cost_of
+from mosaic.attention.strategy import LOCAL, SPLIT_KV, Facts, Strategy, way_between, way_of
 from mosaic.attention.timing import pipelined, seconds_of
-from mosaic.attention.way import LOCAL, SPLIT_KV, Facts, Way, way_between, way_of
 from mosaic.layout import Layout
-from mosaic.methods import AllGather, Auto, Hierarchical, Mesh2D, Method, Ring, Ulysses
 
 
 def shape(heads: int, kv_heads: int, n: int = 1 << 17) -> Shape:
     return Shape(1, heads, kv_heads, n, n, 128, 128, itemsize=2)
 
 
-def auto(given: Shape, p: int, **facts) -> tuple[Way, str]:
+def auto(given: Shape, p: int, **facts) -> tuple[Strategy, str]:
     return way_of(Auto(), Facts(p, given, **facts))
 
 

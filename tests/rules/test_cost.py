@@ -9,11 +9,11 @@ import pytest
 import torch
 from traffic import calls, held
 
+from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.blocks import Band
 from mosaic.attention.cost import Shape, cost_of
-from mosaic.attention.way import SPLIT_KV, Facts, Way, way_of
+from mosaic.attention.strategy import SPLIT_KV, Facts, Strategy, way_of
 from mosaic.layout import Layout
-from mosaic.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.torch_private import FakeTensorMode
 
 GROUPED = Shape(batch=2, heads=24, kv_heads=4, queries=48, keys=48, dim=5, v_dim=3, itemsize=8)
@@ -35,12 +35,12 @@ def methods(p: int) -> Iterator[Method]:
             yield Composed(Ulysses(mesh="h"), sequence)
 
 
-def way(method: Method, shape: Shape, p: int) -> Way:
+def way(method: Method, shape: Shape, p: int) -> Strategy:
     s = int(method.sequence.mesh[1:]) if isinstance(method, Composed) else 1
     return way_of(method, Facts(p, shape, sizes=(("h", p // s), (f"s{s}", s))))[0]
 
 
-def ways(shape: Shape, p: int) -> list[Way]:
+def ways(shape: Shape, p: int) -> list[Strategy]:
     return list(dict.fromkeys([*(way(method, shape, p) for method in methods(p)), SPLIT_KV]))
 
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from gpu.check_kernels import CHECKS, Check, cell, errors, exact, mask_of, plain
 from torch import Tensor
 
+from mosaic.api.errors import UnsupportedError
 from mosaic.attention import kernels
 from mosaic.attention.kernels import aten, efficient, flash_attn
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, FORWARD, HALF, SINGLE
-from mosaic.errors import UnsupportedError
 
 NAMES = ("flash_attn 4", "flash_attn 3", "flash_attn 2", "cudnn", "flash", "efficient")
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mosaic import fingerprint as module
-from mosaic.data_check import read, written
-from mosaic.fingerprint import fingerprint
+from mosaic.frontend.data_check import read, written
+from mosaic.runtime import fingerprint as module
+from mosaic.runtime.fingerprint import fingerprint
 
 DTYPES = (
     torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16,

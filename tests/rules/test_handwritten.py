@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mosaic
-from mosaic.handwritten.softmax import SOFTMAX
-from mosaic.modes import Modes
+from mosaic.graph.modes import Modes
+from mosaic.masks.softmax import SOFTMAX
 from mosaic.passes.normalize import drop_assertions
 from mosaic.passes.raise_attention import raise_attention
 

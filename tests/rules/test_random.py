@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mosaic.layout import Layout, Place, Shard
-from mosaic.random import global_indices, random_bits, uniform_keep
+from mosaic.runtime.rng import global_indices, random_bits, uniform_keep
 
 CPU = torch.device("cpu")
 SIZES = (2, 3, 24, 31)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mosaic import real_strides
+from mosaic.graph import real_strides
 
 c10d = torch.ops._c10d_functional
 

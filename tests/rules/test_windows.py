@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from mosaic.layout import Layout
-from mosaic.windows import Windows, returned
+from mosaic.layout.windows import Windows, returned
 
 LAYOUTS = [
     Layout.even(11, 3),

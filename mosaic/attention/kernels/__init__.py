@@ -24,6 +24,7 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
+from mosaic.api.errors import UnsupportedError
 from mosaic.attention.blocks import Piece, row_blocks, simple
 from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
@@ -33,7 +34,6 @@ from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, FORWARD, quickest
 from mosaic.attention.merge import Partial
-from mosaic.errors import UnsupportedError
 
 __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "using"]
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from mosaic.api.errors import UnsupportedError
 from mosaic.attention.kernels.kernel import (
     MOST_BATCHES,
     Case,
@@ -30,7 +31,6 @@ from mosaic.attention.kernels.kernel import (
     without_padding,
 )
 from mosaic.attention.merge import Partial
-from mosaic.errors import UnsupportedError
 
 _MODULES = {
     2: "flash_attn.flash_attn_interface",

@@ -1,0 +1,1 @@
+"""What users write: specs, methods, ranks, the decorator; and the errors that they get."""

@@ -1,0 +1,1 @@
+"""Modules and functions for programs that are written for shards."""

@@ -1,0 +1,243 @@
+"""The Dynamo backend ``mosaic``: capture, PIPELINE, AOTAutograd with JOINT and LOWERING, and an
+inner compiler."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from mosaic.api.errors import MosaicError, ShardingError
+from mosaic.api.mesh import MosaicContext, context_or_world_of_one
+from mosaic.api.spec import ShardingSpec
+from mosaic.eager.tensors import mark
+from mosaic.frontend import agreement, calls, shard_programs
+from mosaic.frontend.capture import AUTOGRAD_FUNCTIONS, capture, read_inputs
+from mosaic.frontend.data_check import DataCheck
+from mosaic.frontend.refused import refuse_unknown
+from mosaic.frontend.sharded_inputs import arriving_shards, global_sizes
+from mosaic.frontend.unexpected import ours
+from mosaic.frontend.user_warnings import announce, ended_at, resumed_at
+from mosaic.graph.context import Context, world_of
+from mosaic.graph.modes import Modes
+from mosaic.graph.pipeline import run_passes
+from mosaic.graph.sequence import sequence
+from mosaic.passes import JOINT, LOWERING, PIPELINE
+from mosaic.report.plan import Plan, plan_of
+from mosaic.runtime.rendezvous import report_failure
+from mosaic.torch_private import (
+    Restart,
+    bake_floats,
+    compile_by_eager,
+    compile_by_inductor,
+    watch_all,
+)
+
+WHOLE = ShardingSpec()
+INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
+
+#: Called with every plan that is made; ``explain`` listens here.
+LISTENERS: list[Callable[[Plan], None]] = []
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(..., options={...})`` may hold."""
+
+    spec: ShardingSpec = field(default_factory=ShardingSpec)
+    inner: str = "inductor"
+    is_first_graph: bool = True  # of this torch.compile
+
+    def __post_init__(self) -> None:
+        if self.inner not in INNER:
+            raise ShardingError(
+                f"there is no inner compiler {self.inner!r}", fix="use 'inductor' or 'eager'"
+            )
+        if not isinstance(self.spec, ShardingSpec):
+            raise ShardingError(
+                f"spec is a {type(self.spec).__name__}", fix="pass a mosaic.ShardingSpec"
+            )
+
+
+def mosaic(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph for the ranks of ``mosaic.init``.
+
+    Raises MosaicError and its subclasses, and nothing else (``unexpected.py``); Dynamo wraps them
+    in BackendCompilerFailed, whose text ends with ours. Some of torch's own errors it would take
+    for a graph break, and run eagerly.
+    """
+    bake_floats(module)
+    try:
+        with AUTOGRAD_FUNCTIONS.kept():
+            return compile_graph(module, example_inputs, options)
+    except (MosaicError, Restart):
+        raise
+    except Exception as error:
+        raise ours(error) from error
+
+
+def compile_graph(
+    module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    """The passes before and after AOTAutograd; the ranks compare what each has made."""
+    unknown = set(options or {}) - {"spec", "inner"}
+    if unknown:
+        raise ShardingError(
+            f"unknown options: {', '.join(sorted(unknown))}", fix="options are 'spec' and 'inner'"
+        )
+    chosen = Options(**(options or {}), is_first_graph=calls.counted() == 1)
+    ranks = context_or_world_of_one()
+    group = ranks.group(chosen.spec.mesh) if ranks else None
+    try:
+        local, context, plan = partitioned(module, chosen, ranks)
+    except Exception as error:
+        report_failure(group, error)
+        raise
+    facts = plan_digest(context, chosen, plan, conditions(module))
+    agreement.agree(group, facts)
+    context.constants = len([*local.parameters(), *local.buffers()])
+    lowering = Lowering(context, plan)
+    try:
+        compiled = INNER[chosen.inner](local, example_inputs, lowering)
+    except Restart:  # AOTAutograd wants a number as a constant: Dynamo traces anew, on every rank
+        raise
+    except Exception as error:
+        report_failure(group, error, agreement.FINISH)
+        raise
+    agreement.agree_on_collectives(group, lowering.sequences)
+    for listener in LISTENERS:
+        listener(plan)
+    check = data_check(context, chosen.spec, ranks, facts, any(lowering.sequences.values()))
+    return checked(compiled, context, chosen.spec, check)
+
+
+watch_all(mosaic, calls.watch)
+
+
+def partitioned(
+    module: fx.GraphModule, options: Options, ranks: MosaicContext | None
+) -> tuple[fx.GraphModule, Context, Plan]:
+    """PIPELINE: from Dynamo's graph to this rank's local program."""
+    spec = options.spec
+    world = world_of(ranks, spec.mesh)
+    if spec.parts and world.size > 1:
+        calls.check_one_graph(module, spec)
+    first = shard_programs.first_call(module)
+    if first is not None:
+        return shard_programs.passed_through(module, first, spec, world)
+    inputs = read_inputs(module)
+    refuse_unknown(module, inputs)
+    arriving = arriving_shards(module, inputs, spec, world)
+    captured = capture(module, global_sizes(module, arriving))
+    context = Context(
+        spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
+        policies=captured.policies,
+    )  # fmt: skip
+    resumed = resumed_at(captured.graph)
+    context.is_resumed = resumed is not None
+    context.is_first_graph = options.is_first_graph
+    context.ends_at = ended_at(module)
+    context.worlds = {m.mesh: world_of(ranks, m.mesh) for m in spec.sharded.values()}
+    context.graph_text = text_of(captured.graph)
+    reports = run_passes(PIPELINE, captured.graph, context, "global")
+    plan = plan_of(context, reports)
+    announce(plan, resumed)
+    plan.graphs["local"] = captured.graph
+    local = fx.GraphModule(captured.root, captured.graph)
+    return local, context, plan
+
+
+@dataclass
+class Lowering:
+    """Our passes on the graphs that AOTAutograd makes: joint, then forward and backward. Notes
+    which collectives forward and backward then start."""
+
+    context: Context
+    plan: Plan
+    sequences: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def __call__(self, graph: fx.Graph, kind: str) -> None:
+        if kind == "joint":
+            self.plan.passes += run_passes(JOINT, graph, self.context, kind)
+            return
+        self.plan.passes += run_passes(LOWERING, graph, self.context, kind)
+        self.plan.graphs[kind] = graph
+        worlds = (self.context.world, *self.context.worlds.values())
+        self.sequences[kind] = sequence(graph, {w.group: w.mesh_axis for w in worlds})
+
+
+def text_of(graph: fx.Graph) -> str:
+    """A graph with its shapes, for the digest; every rank has a device of its own."""
+    lines = (f"{n.format_node()} {getattr(n.meta.get('val'), 'shape', '')}" for n in graph.nodes)
+    return re.sub(r"\b(cuda|xpu):\d+", r"\1", "\n".join(lines))
+
+
+def conditions(module: fx.GraphModule) -> str:
+    """What decides, beside the graph, whether there is a backward, and in which dtypes."""
+    inputs = (n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder"))
+    learned = (str(int(getattr(x, "requires_grad", False))) for x in inputs)
+    return f"{Modes.current().encode()} requires_grad:{''.join(learned)}"
+
+
+def plan_digest(context: Context, options: Options, plan: Plan, modes: str) -> str:
+    decided = [str(a) for a in plan.attentions] + plan.collective_rows() + context.decided
+    decided += [plan.axis, plan.layout]
+    return agreement.digest(
+        graph=context.graph_text,
+        spec=options.spec.encode(),
+        plan="\n".join(decided),
+        modes=modes,
+        versions=torch.__version__,
+    )
+
+
+def data_check(
+    context: Context, spec: ShardingSpec, ranks: MosaicContext | None, facts: str, sends: bool
+) -> DataCheck | None:
+    """What compares this graph's whole inputs across ranks, if anything does. A graph without
+    collectives is looked at once: nothing waits for it on other ranks."""
+    group = ranks.group(spec.mesh) if ranks else None
+    if ranks is None or group is None or context.world.size == 1 or not spec.check_inputs:
+        return None
+    if dist.get_backend(group) == "fake":
+        return None
+    whole = [i for i in context.inputs if i.index not in context.arriving]
+    arguments = [i for i in whole if not i.is_state and not context.holds_shards]
+    state = [i for i in whole if i.is_state]
+    every_run = spec.check_inputs == "always" and sends
+    return DataCheck(ranks, group, facts, arguments, state, every_run)
+
+
+def checked(
+    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, check: DataCheck | None
+) -> Callable[..., Any]:
+    """Compare inputs before a run, and mark outputs that stay cut with their layout."""
+
+    def run(*args: Any) -> Any:
+        calls.running(spec if context.world.size > 1 else WHOLE)
+        if check is not None:
+            check(args)
+        return marked(compiled(*args), context.output_shards)
+
+    return run
+
+
+def marked(outputs: Sequence[Any], shards: Sequence[str]) -> Sequence[Any]:
+    """Outputs that stay cut, with their layout on each. Two may be one tensor on some rank (``y``
+    and ``y[:, 1:]`` where all its rows are kept): the second is then an alias, with its own."""
+    if not any(shards):
+        return outputs
+    found = list(outputs)
+    for index, shard in enumerate(shards):
+        if shard and any(found[index] is other for other in found[:index]):
+            found[index] = found[index].view_as(found[index])
+        if shard:
+            mark(found[index], shard)
+    return found

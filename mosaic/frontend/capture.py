@@ -1,0 +1,372 @@
+"""From Dynamo's graph to functional pre-dispatch ATen at global sizes, with nothing lost.
+
+``aot_export_module(pre_dispatch=True)`` alone would inline a ``torch.autograd.Function`` (losing
+its backward), stop at a ``torch.utils.checkpoint`` and trace an inner autocast region in float32.
+So Dynamo's graph is run by an interpreter that
+
+* recurses into checkpointed bodies and marks their nodes, which the partitioner reads later;
+* keeps each autograd.Function as one opaque node that holds both of its bodies;
+* enters autocast regions for real, so that every cast becomes a node of its own;
+* writes out what is inside of a ``torch.vmap``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic.api.errors import UnsupportedError
+from mosaic.frontend.fused import UNFUSED
+from mosaic.frontend.unexpected import blamed_on
+from mosaic.frontend.vmapped import Region, check_transforms, written_out
+from mosaic.graph.modes import Modes
+from mosaic.graph.source import where
+from mosaic.graph.strides import reach
+from mosaic.torch_private import (
+    INLINED,
+    FakeTensorMode,
+    aot_export_module,
+    autograd_function_apply,
+    enter_autocast,
+    exit_autocast,
+    get_data,
+    is_alias,
+    no_tracing_context,
+    placeholder_source,
+    policy_of,
+    preserve_node_meta,
+    pytree,
+    recompute_marks,
+    rename_afresh,
+    set_grad_enabled,
+    tag_activation_checkpoint,
+    without_cudnn,
+    without_effects,
+)
+
+#: ``policy(about, op, *args, **kwargs)`` says whether backward keeps an op's result.
+Policy = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the compiled graph: a tensor argument, a parameter, a buffer, or a size."""
+
+    index: int
+    source: str  # as Dynamo writes it: L['x'], L['self']._parameters['weight']
+    is_state: bool  # a parameter or a buffer
+
+    @property
+    def name(self) -> str:
+        """What the user calls it: ``x``, or ``layers.0.weight`` for state."""
+        if self.is_state:
+            return ".".join(re.findall(r"\['(\w+)'\]", self.source.removeprefix("L['self']")))
+        return self.source.removeprefix("L['").replace("']", "", 1)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The global program: nodes have ``val``; mutated inputs are written back by index."""
+
+    graph: fx.Graph
+    root: torch.nn.Module  # holds the constants
+    inputs: tuple[Input, ...]
+    mutated: tuple[int, ...]  # the first outputs are the new values of these inputs
+    policies: Mapping[int, Policy] = field(default_factory=dict)  # of checkpoints, by ac_graph_id
+
+
+@dataclass
+class AutogradFunctions:
+    """The bodies of the user's autograd.Functions, by the number that stands in the opaque node.
+    They are needed while a graph is compiled (``kept``): AOTAutograd traces them into it."""
+
+    calls: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    numbers: count[int] = field(default_factory=count)
+
+    def add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        number = next(self.numbers)
+        self.calls[number] = (target, args, kwargs)
+        return number
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Forget afterwards what is added meanwhile."""
+        before = set(self.calls)
+        try:
+            yield
+        finally:
+            for number in self.calls.keys() - before:
+                del self.calls[number]
+
+    def run(self, number: int, tensors: Sequence[torch.Tensor]) -> Any:
+        target, args, kwargs = self.calls[number]
+        left = iter(tensors)
+        full = [next(left) if isinstance(a, torch.Tensor) else a for a in args]
+        return target(*full, **kwargs)
+
+
+AUTOGRAD_FUNCTIONS = AutogradFunctions()
+
+
+@torch.library.custom_op("mosaic::autograd_function", mutates_args=())
+def autograd_function(tensors: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
+    """A user's autograd.Function in the global graph; ``partition`` re-emits both its bodies."""
+    raise AssertionError("mosaic::autograd_function stands for a call and is never run")
+
+
+@autograd_function.register_fake
+def _(tensors: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
+    with torch.no_grad():
+        out = AUTOGRAD_FUNCTIONS.run(number, tensors)
+    outs = out if isinstance(out, (tuple, list)) else [out]
+    return [torch.empty_like(o) for o in outs]
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs Dynamo's graph under the tracer; see the module's docstring."""
+
+    def __init__(self, module: fx.GraphModule, modes: Modes, policies: dict[int, Policy]):
+        super().__init__(module, garbage_collect_values=False)  # a vmap asks for its operands late
+        self.modes = modes
+        self.policies = policies
+        self.outer: list[Modes] = []
+        self.mapped = Region()
+
+    def run_node(self, n: fx.Node) -> Any:
+        if self.mapped.takes(n):
+            return self.vmap()
+        if n.target == "item" and isinstance(n.meta.get("example_value"), torch.SymFloat):
+            # A float attribute (LayerNorm.eps) under dynamic=True; with a guard on it.
+            return float(n.meta["example_value"])
+        # The tracer copies "custom" to every node that this one becomes.
+        n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
+        with blamed_on(n):
+            return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is tag_activation_checkpoint:
+            return self.checkpoint(*args)
+        if target in INLINED:
+            return self.inner(args[0]).run(*args[INLINED[target] :])
+        if target is autograd_function_apply:
+            return self.autograd_function(target, args, kwargs)
+        if target is enter_autocast:
+            return self.enter_autocast(*args)
+        if target is exit_autocast:
+            return self.switch(replace(self.outer.pop(), grad=self.modes.grad))
+        if target is set_grad_enabled:
+            return self.switch(replace(self.modes, grad=args[0]))
+        target = UNFUSED.get(target, target)
+        if kwargs.get("out") is not None:
+            return written_to(kwargs["out"], target(*args, **{**kwargs, "out": None}))
+        return super().call_function(target, args, kwargs)
+
+    def vmap(self) -> None:
+        region = self.mapped
+        if region.depth or not region.nodes:
+            return
+        self.mapped = Region()
+        values = [self.env[operand] for operand in region.operands()]
+        body = written_out(region, self.module, values)
+        outs = self.inner(body).run(*values)
+        self.env.update(zip(region.results(), outs, strict=True))
+
+    def checkpoint(self, body: fx.GraphModule, *args: Any) -> Any:
+        marks, policy = recompute_marks(), policy_of(body)
+        if policy is not None:
+            self.policies[marks["ac_graph_id"]] = policy
+        for node in body.graph.nodes:
+            node.meta.update(marks)
+        return self.inner(body).run(*args)
+
+    def inner(self, body: fx.GraphModule) -> _Interpreter:
+        return _Interpreter(body, self.modes, self.policies)
+
+    def autograd_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What stays behind in the table are the bodies and the constants, not the traced tensors.
+        template = tuple(torch.empty(0) if isinstance(a, torch.Tensor) else a for a in args)
+        number = AUTOGRAD_FUNCTIONS.add(target, template, kwargs)
+        outs = autograd_function([a for a in args if isinstance(a, torch.Tensor)], number)
+        body = args[0]
+        single = not isinstance(body.graph.output_node().args[0][0], (tuple, list))
+        return outs[0] if single else tuple(outs)
+
+    def enter_autocast(self, device: str, dtype: Any, enabled: bool, cache: Any = None) -> None:
+        self.outer.append(self.modes)
+        self.switch(self.modes.with_autocast(device, enabled, dtype))
+
+    def switch(self, modes: Modes) -> None:
+        self.modes = modes
+        modes.autocast_on()
+
+
+def written_to(out: Any, result: Any) -> Any:
+    """``out=`` as a write that the tracer sees, with no gradient: torch has none for it."""
+    for into, value in zip(pytree.tree_leaves(out), pytree.tree_leaves(result), strict=True):
+        if into.shape != value.shape:
+            raise UnsupportedError(
+                "out= of another shape than the result would be resized",
+                sizes=f"{list(into.shape)}, {list(value.shape)}",
+                fix="give an out= of the result's shape, or use the result",
+            )
+        into.copy_(value.detach())
+    return out
+
+
+def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
+    """Names and order of the graph's inputs; must be read from Dynamo's graph, before capture."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    return tuple(Input(i, *placeholder_source(n)) for i, n in enumerate(placeholders))
+
+
+def specialise(module: fx.GraphModule, sizes: Mapping[Any, int]) -> list[Any]:
+    """The placeholders at known sizes; ``sizes``: the global lengths of axes that arrive cut."""
+    values = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
+    known = [_known(v, sizes) for v in values]
+    # Last, since it makes Dynamo's symbols constants: a guard on each, so that every other (local)
+    # size is compiled anew.
+    for value in values:
+        for size in value.shape if isinstance(value, torch.Tensor) else [value]:
+            if isinstance(size, torch.SymInt):
+                int(size)
+    return known
+
+
+def _known(value: Any, sizes: Mapping[Any, int]) -> Any:
+    if isinstance(value, torch.SymInt):
+        cut = bool(sizes) and value.node.expr.free_symbols <= sizes.keys()
+        return int(value.node.expr.subs(sizes)) if cut else int(value)
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = [_known(s, sizes) for s in value.shape]
+    if any(isinstance(s, torch.SymInt) for s in value.shape) and sizes:
+        stride = list(torch.empty(shape, device="meta").stride())
+    else:
+        stride = [int(s) for s in value.stride()]
+    return shape, stride, value.dtype, value.device, value.requires_grad
+
+
+def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> Captured:
+    """Trace Dynamo's graph into functional ATen with static global sizes.
+
+    ``sizes``: the global length for each symbol of a length that arrives cut.
+
+    Raises UnsupportedError for what would not be the same program.
+
+    The graph's inputs keep their order. ``meta["val"]`` of every node is a fake tensor of one mode
+    made here: sizes are known, and no symbol of Dynamo's leaks in.
+    """
+    check_transforms(module)
+    detach_data(module)
+    inputs = read_inputs(module)
+    mode = FakeTensorMode()
+    with mode:
+        fakes = [_empty(*v) if isinstance(v, tuple) else v for v in specialise(module, sizes or {})]
+
+    ambient = Modes.current()
+    policies: dict[int, Policy] = {}
+
+    class Program(torch.nn.Module):
+        def forward(self, *args: Any) -> Any:
+            return _Interpreter(module, ambient, policies).run(*args)
+
+    traced: fx.GraphModule
+    try:
+        with no_tracing_context(), preserve_node_meta(), without_effects(), without_cudnn():
+            traced, signature = aot_export_module(
+                Program(), fakes, trace_joint=False, pre_dispatch=True
+            )
+    finally:
+        ambient.autocast_on()
+    # A draw that nothing reads would move the generator on some ranks only, or for some p only.
+    traced.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
+    for node in traced.graph.nodes:
+        node.meta["modes"] = node.meta.get("custom", {}).get("modes", ambient)
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    offsets = storage_offsets(module)
+    for node, given, fake in zip(placeholders, inputs, fakes, strict=True):
+        node.meta["is_state"] = given.is_state
+        node.meta["storage_offset"] = offsets[given.index]
+        node.meta["requires_grad"] = isinstance(fake, torch.Tensor) and fake.requires_grad
+    names = list(signature.user_inputs)
+    rename_afresh(
+        traced.graph, {n: identifier(i.name) for n, i in zip(placeholders, inputs, strict=True)}
+    )
+    mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
+    refuse_learned(traced.graph, inputs, mutated)
+    refuse_shared(module, traced.graph, inputs, mutated)
+    return Captured(traced.graph, traced, inputs, mutated, policies)
+
+
+def detach_data(module: fx.GraphModule) -> None:
+    """``x.data`` as a detach: the tracer would look through it, and gradients would come back."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if node.target is get_data:
+                node.target = torch.detach
+
+
+def refuse_learned(graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[int, ...]) -> None:
+    """Raise UnsupportedError where a parameter is changed in place under no_grad: what comes after
+    it uses another tensor in the captured program, and the parameter would lose its gradient."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for index, new in zip(mutated, graph.output_node().args[0], strict=False):
+        without_grad = inputs[index].is_state or not new.meta["modes"].grad
+        if placeholders[index].meta["requires_grad"] and without_grad:
+            raise UnsupportedError(
+                f"{inputs[index].name} is changed in place under no_grad, and learned",
+                where=where(new),
+                fix="change it outside of the compiled model (after an optimiser's step), "
+                "or use a changed copy: w.clamp(-1, 1), not w.clamp_(-1, 1) or max_norm",
+            )
+
+
+def storage_offsets(module: fx.GraphModule) -> list[int]:
+    """Where in its memory each input begins."""
+    values = (n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder")
+    return [int(v.storage_offset()) if isinstance(v, torch.Tensor) else 0 for v in values]
+
+
+def refuse_shared(
+    module: fx.GraphModule, graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[int, ...]
+) -> None:
+    """Raise UnsupportedError where an input is written to whose memory another one shares: they are
+    captured as two tensors, and the other would not change."""
+    values = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
+    for index, new in zip(mutated, graph.output_node().args[0], strict=False):
+        for other, value in enumerate(values):
+            if other != index and is_alias(value, values[index]) and touch(value, values[index]):
+                raise UnsupportedError(
+                    f"{inputs[index].name} is written to, and {inputs[other].name} shares its "
+                    "memory",
+                    where=where(new),
+                    fix=f"pass a copy of one of them: {inputs[other].name}.clone()",
+                )
+
+
+def touch(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the stretches of memory in which a and b lie meet."""
+    starts = [int(x.storage_offset()) for x in (a, b)]
+    stops = [n + reach(x.shape, x.stride()) for n, x in zip(starts, (a, b), strict=True)]
+    return max(starts) < min(map(int, stops))
+
+
+def identifier(name: str) -> str:
+    """``layers.0.weight`` -> ``layers_0_weight``."""
+    return re.sub(r"\W+", "_", name).strip("_") or "value"
+
+
+def _empty(
+    shape: list[int], stride: list[int], dtype: torch.dtype, device: torch.device, grad: bool
+) -> torch.Tensor:
+    out = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    return out.requires_grad_(grad)

@@ -1,0 +1,65 @@
+"""What a user should hear once: slow, but right."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import fx
+
+from mosaic.attention.cost import size
+from mosaic.graph.source import frames, shown
+from mosaic.report.plan import Plan
+from mosaic.torch_private import RESUMED, break_after, compiles_left
+
+log = logging.getLogger("mosaic")
+LARGE = 1 << 30  # bytes of an output made whole that are worth a word
+UNKNOWN = "a softmax between products is not recognised as an attention"
+_said: set[str] = set()
+
+
+def once(text: str) -> None:
+    """Warn, but only the first time."""
+    if text not in _said:
+        _said.add(text)
+        log.warning(text)
+
+
+def resumed_at(graph: fx.Graph) -> str | None:
+    """Where the graph break before this graph is, if there is one."""
+    for node in graph.nodes:
+        for frame in frames(node):
+            if frame.function.startswith(RESUMED):
+                return f"{shown(frame.file)}, before line {frame.line}"
+    return None
+
+
+def ended_at(module: fx.GraphModule) -> str:
+    """The graph break behind Dynamo's graph, and its reason; "" where the program returns."""
+    ends = break_after(module)
+    if ends is None:
+        return ""
+    reason, frame = ends
+    if frame is None:
+        return reason
+    return f"{shown(frame.filename)}:{frame.lineno} in {frame.name}: {reason}"
+
+
+def announce(plan: Plan, resumed: str | None) -> None:
+    for note in plan.notes:
+        if note.startswith(UNKNOWN) and plan.ranks > 1:
+            once(note)
+    for line in plan.gathered:
+        once(f"gathered, correct but slow: {line}")
+    for c in plan.collectives:
+        if c.why == "an output is whole" and c.bytes > LARGE:
+            once(f"an output is gathered, {size(c.bytes)} from each rank [{c.source}]; "
+                 'outputs="shards" leaves it cut')  # fmt: skip
+    if resumed:
+        once(f"graph break in {resumed}: what passes it is whole on every rank, correct but slow")
+    left = compiles_left()
+    if left is not None and left <= 1 and plan.ranks > 1:
+        once(
+            f"{left} more version{'s' * (left != 1)} of this function will be compiled; "
+            "then Dynamo runs it eagerly, unsharded. "
+            "Pad to a few lengths, or raise torch._dynamo.config.recompile_limit"
+        )

@@ -1,0 +1,1 @@
+"""What passes work with: making nodes, running passes, modes and source lines of nodes."""

@@ -1,1 +1,0 @@
-"""Reads attentions that are written as products: ``softmax(q @ k.T * scale + mask) @ v``."""

@@ -1,0 +1,287 @@
+"""What stands between an attention's two products: read from the softmax down and up.
+
+    scores -> * scale -> + bias -> masked_fill(hidden, -inf) -> softmax -> dropout -> weights
+
+Each step on the way is one reader here. A hidden score may be a low finite number in place of -inf.
+It then differs in a row that hides every key: there all weights are equal. (A seen score below
+``LOW`` would differ, too; none is.)
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic.masks.additive import INF, choices, number
+from mosaic.masks.constants import Constants
+from mosaic.masks.products import PRODUCTS, Scores, scores
+from mosaic.masks.terms import RESHAPED, Term, broadcast
+
+aten = torch.ops.aten
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+COPIED = (aten.clone.default, aten.contiguous.default, aten.alias.default)
+MAXIMA = (aten.amax.default, aten.max.dim)
+HALF = (torch.bfloat16, torch.float16)
+LOW = -1e4
+
+
+@dataclass(frozen=True)
+class Step:
+    """A tensor that the scores meet while these are their leading dims, and what it does."""
+
+    node: fx.Node
+    lead: tuple[int, ...]
+    how: Any
+
+    @property
+    def own_lead(self) -> tuple[int, ...]:
+        return tuple(self.node.meta["val"].shape[:-2])
+
+    @property
+    def is_broadcast(self) -> bool:
+        """Whether it is the same for all batches and heads."""
+        return prod(self.own_lead) == 1
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Scores, and what was done to them until the softmax.
+
+    ``lead``: the product's leading dims. ``factors``: of rows, for mul or div. ``biases``: for add
+    or sub. ``seen``: bools that are True (or False, as ``how`` says) where a score is kept;
+    elsewhere it is ``fill``.
+    """
+
+    product: Scores
+    lead: tuple[int, ...]
+    scale: float = 1.0
+    factors: tuple[Step, ...] = ()
+    biases: tuple[Step, ...] = ()
+    seen: tuple[Step, ...] = ()
+    fill: float = -INF
+
+    @property
+    def is_masked(self) -> bool:
+        return bool(self.biases or self.seen)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return (*self.factors, *self.biases, *self.seen)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights: the softmax of ``scores``, with dropout; 0 where ``seen`` does not hold, or
+    (``is_safe``) where a row hides every key."""
+
+    scores: fx.Node
+    dropout: float = 0.0
+    seen: Step | None = None
+    is_safe: bool = False
+
+
+# --- up: from the softmax to the product with the values ------------------------------------------
+
+
+def weights(node: fx.Node) -> Weights | None:
+    """The softmax that ``node`` is made of."""
+    found = made_of(node) if node.op == "call_function" and not ends_gradient(node) else None
+    if found is None or (found.dropout and len(node.users) > 1):
+        return None  # what else reads them would see others dropped
+    return found
+
+
+def made_of(node: fx.Node) -> Weights | None:
+    if node.target in SOFTMAX:
+        is_safe = node.target == aten._safe_softmax.default
+        fits = along_last(node) and keeps_dtype(node)
+        return Weights(node.args[0], is_safe=is_safe) if fits else None
+    if node.target in COPIED or is_cast_to_half(node) or keeps_rows(node):
+        return weights(node.args[0])
+    if node.target == aten.dropout.default:
+        found, rate = weights(node.args[0]), node.args[1] if node.args[2] else 0.0
+        if found is None or (rate and found.dropout):
+            return None
+        return replace(found, dropout=rate or found.dropout)
+    for condition, kept, other in choices(broadcast(node, node.meta["val"].ndim)):
+        found = weights(kept.node) if other == 0 and isinstance(kept, Term) else None
+        if found is not None and not found.seen:
+            return replace(found, seen=step(node, condition.term.node, condition.positive))
+    return None
+
+
+# --- down: from the softmax to the product of queries and keys ------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoresReader:
+    """``reader(node)``: what ``node`` is made of, if it is the scores of an attention."""
+
+    constants: Constants
+    known: dict[fx.Node, Masked | None] = field(default_factory=dict)
+
+    def __call__(self, node: object) -> Masked | None:
+        if not isinstance(node, fx.Node) or node.op != "call_function" or ends_gradient(node):
+            return None
+        if node not in self.known:
+            is_long = self.constants.is_long(node)
+            self.known[node] = None if is_long else self.read(node)
+        return self.known[node]
+
+    def read(self, node: fx.Node) -> Masked | None:
+        product = scores(node)
+        if product is not None:
+            bias = () if product.bias is None else (step(node, product.bias, aten.add.Tensor),)
+            lead = tuple(node.meta["val"].shape[:-2])
+            return Masked(product, lead, scale=product.scale, biases=bias)
+        if node.target in COPIED or is_cast_from_half(node) or keeps_rows(node):
+            return self(node.args[0])
+        readers = (self.scaled, self.multiplied, self.lessened, self.added, self.filled)
+        return next((x for x in (read(node) for read in readers) if x is not None), None)
+
+    def scaled(self, node: fx.Node) -> Masked | None:
+        """By a number, before there is a mask."""
+        if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) or node.kwargs:
+            return None
+        x, factor = node.args
+        found = self(x) if isinstance(factor, (int, float)) else None
+        if found is None or found.is_masked or (factor == 0 and node.target == aten.div.Tensor):
+            return None
+        factor = 1 / factor if node.target == aten.div.Tensor else factor
+        return replace(found, scale=found.scale * factor)
+
+    def multiplied(self, node: fx.Node) -> Masked | None:
+        """By a tensor that is the same for all keys: a temperature, a scale for each head."""
+        if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node.kwargs:
+            return None
+        for x, factor in operands(node, swap=node.target == aten.mul.Tensor):
+            found = self(x) if is_of_rows(factor) else None
+            if found is None or found.is_masked or not like(node, x):
+                continue
+            if like(node, found.product.q.node, same_shape=False):
+                return replace(found, factors=(*found.factors, step(node, factor, node.target)))
+        return None
+
+    def lessened(self, node: fx.Node) -> Masked | None:
+        """By each row's maximum: a softmax stays the same."""
+        if node.target != aten.sub.Tensor or node.kwargs:
+            return None
+        x, largest = node.args
+        return self(x) if is_maximum(largest, x) and like(node, x) else None
+
+    def added(self, node: fx.Node) -> Masked | None:
+        if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
+            return None
+        for x, bias in operands(node, swap=node.target == aten.add.Tensor):
+            found = self(x) if like(node, x) else None
+            if found is None or found.fill != -INF:
+                continue
+            if like(node, found.product.q.node, same_shape=False):
+                return replace(found, biases=(*found.biases, step(node, bias, node.target)))
+        return None
+
+    def filled(self, node: fx.Node) -> Masked | None:
+        """``where`` or ``masked_fill`` with a number that hides what is there."""
+        for condition, kept, other in choices(broadcast(node, node.meta["val"].ndim)):
+            fill = number(other, self.constants)
+            if fill is None or not fill <= LOW or not isinstance(kept, Term):
+                continue
+            found = self(kept.node)
+            if found is None or (found.seen and found.fill != fill) or not like(node, kept.node):
+                continue
+            seen = step(node, condition.term.node, condition.positive)
+            return replace(found, seen=(*found.seen, seen), fill=fill)
+        return None
+
+
+def unread_softmax(graph: fx.Graph) -> fx.Node | None:
+    """One that looks like an attention's: a product reads it, or what is made of it."""
+    for node in graph.nodes:
+        behind = {user.target for reader in node.users for user in (reader, *reader.users)}
+        if node.target in SOFTMAX and behind.intersection(PRODUCTS):
+            return node
+    return None
+
+
+# --- what a step may be ---------------------------------------------------------------------------
+
+
+def step(node: fx.Node, x: fx.Node, how: Any) -> Step:
+    return Step(x, tuple(node.meta["val"].shape[:-2]), how)
+
+
+def ends_gradient(node: fx.Node) -> bool:
+    """Whether it was made under ``no_grad``, and read where gradients are recorded."""
+    modes = node.meta.get("modes")
+    if modes is None or modes.grad:
+        return False
+    return any(user.meta["modes"].grad for user in node.users if "modes" in user.meta)
+
+
+def operands(node: fx.Node, swap: bool) -> list[tuple[fx.Node, fx.Node]]:
+    x, y = node.args
+    if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
+        return []
+    return [(x, y), (y, x)] if swap else [(x, y)]
+
+
+def is_of_rows(x: fx.Node) -> bool:
+    """The same number for all keys."""
+    return tuple(x.meta["val"].shape[-1:]) in ((), (1,))
+
+
+def is_maximum(node: Any, x: Any) -> bool:
+    """Whether ``node`` is the largest of each row of x."""
+    while isinstance(node, fx.Node) and node.target in (aten.detach.default, operator.getitem):
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target not in MAXIMA or node.args[0] is not x:
+        return False
+    dims, ndim = node.args[1], node.args[0].meta["val"].ndim
+    keeps = len(node.args) > 2 and node.args[2]
+    return keeps and [d % ndim for d in (dims if isinstance(dims, list) else [dims])] == [ndim - 1]
+
+
+def like(node: fx.Node, x: fx.Node, same_shape: bool = True) -> bool:
+    a, b = node.meta["val"], x.meta["val"]
+    return a.dtype == b.dtype and (not same_shape or a.shape == b.shape)
+
+
+def along_last(node: fx.Node) -> bool:
+    return node.args[1] % node.meta["val"].ndim == node.meta["val"].ndim - 1
+
+
+def keeps_rows(node: fx.Node) -> bool:
+    """A view of the leading dims alone: batches and heads folded into one dim, or apart again."""
+    if node.target not in (*RESHAPED, aten.expand.default) or node.target == aten.slice.Tensor:
+        return False
+    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+    if node.target == aten.expand.default:
+        return before == after
+    return len(before) > 2 and len(after) > 2 and before[-2:] == after[-2:]
+
+
+def dtypes(node: fx.Node) -> tuple[torch.dtype, torch.dtype]:
+    return node.args[0].meta["val"].dtype, node.meta["val"].dtype
+
+
+def keeps_dtype(softmax: fx.Node) -> bool:
+    """Or works in float32 on halves, as kernels do."""
+    before, after = dtypes(softmax)
+    return before == after or (before in HALF and after == torch.float32)
+
+
+def is_cast_from_half(node: fx.Node) -> bool:
+    return is_cast(node) and dtypes(node)[0] in HALF and dtypes(node)[1] == torch.float32
+
+
+def is_cast_to_half(node: fx.Node) -> bool:
+    return is_cast(node) and dtypes(node)[1] in HALF and dtypes(node)[0] == torch.float32
+
+
+def is_cast(node: fx.Node) -> bool:
+    return node.target == aten._to_copy.default and set(node.kwargs) <= {"dtype"}

@@ -1,0 +1,415 @@
+"""Scaled dot product attention: free along batch and heads, a method along the attended axis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from mosaic.api.errors import UnsupportedError
+from mosaic.api.methods import AllGather, Local, Method, Ring, Ulysses
+from mosaic.attention.blocks import FULL, Band, share_seen
+from mosaic.attention.cost import Shape
+from mosaic.graph.source import where
+from mosaic.layout import Layout, Place
+from mosaic.masks.op import PLAIN, STRUCTURED
+from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
+from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.values import Axis, Call, Value, map_values
+from mosaic.partition.views import viewed
+
+if TYPE_CHECKING:
+    from mosaic.graph.context import World
+
+aten = torch.ops.aten
+QKV = ("query", "key", "value")
+MAKINGS = ("query_documents", "key_documents", "leaves")
+#: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for.
+PIECES = 8
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What was decided about one attention: global facts only, on every rank the same."""
+
+    axes: tuple[str, ...]  # the sharded axes that it attends over; () when over another dim
+    mesh: str  # the mesh axis over which they are cut
+    method: Method
+    query: Layout
+    key: Layout
+    band: Band
+    documents: bool
+    mask: str  # in words, for the plan
+    scale: float
+    dropout: float
+    site: int
+    batch: Place | None  # where the sharded axis sits in the folded batch dim, or in the heads
+    heads: Place | None
+    shape: Shape
+    has_rows: bool  # a mask with a row for each query
+    tile: str  # the program that makes a mask tile by tile
+
+    @property
+    def flops(self) -> float:
+        return self.shape.flops
+
+    @property
+    def axis(self) -> str:
+        """``rows``, or ``rows x columns`` for both, flattened."""
+        return " x ".join(self.axes)
+
+    @property
+    def is_distributed(self) -> bool:
+        return bool(self.axes)
+
+    @property
+    def causal(self) -> bool:
+        return self.band[1] == 0
+
+    @property
+    def is_window(self) -> bool:
+        """Whether what a query sees is no longer than a shard: even shards then work alike."""
+        length = self.band.length
+        return length is not None and length < self.key.n / self.key.p
+
+
+def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
+    """Batches and heads are free; along the attended axis by a method."""
+    c = unbroadcast(s, c)
+    if all(v.place is None for v in c.tensors()):
+        return whole(s, c)
+    if is_taken(c) and any(c[n].place and c[n].place.dim == c[n].ndim - 2 for n in QKV):
+        return gathered(s, c, "attends over two axes, and was planned for one of them")
+    q = c["query"]
+    if q.place is None:
+        return with_whole_queries(s, c)
+    if q.place.dim < q.ndim - 2:
+        return over_other_dim(s, c, q.place)
+    place = q.place.refined()
+    if place.dim == q.ndim - 1:
+        return gathered(s, c, "cuts the head dim")
+    rows = place.layout.blocks(place.outer, place.inner)
+    if band_of(c) != FULL and max(map(len, rows.ranks)) > PIECES:
+        return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
+    k, v, keys = with_keys(s, c, place)
+    method = s.axis.method if k.place else Local(mesh=s.axis.mesh_axis)
+    mask = c["attn_mask"]
+    if mask is not None:
+        per_row = mask.ndim >= 2 and mask.shape[-2] == q.shape[-2] != 1
+        mask = s.at(mask, place.at(mask.ndim - 2)) if per_row else s.gather(mask, "a mask of keys")
+    q = s.at(q, place)
+    found = attention(s, c, method, rows, keys, None)
+    return marked(s, c, found, place, (q, k, v, mask), whole_makings(s, c))
+
+
+def makings(c: Call) -> dict[str, Any]:
+    """What a mask in words is made of: documents, and the leaves of its tiles."""
+    return {name: c.bound[name] for name in MAKINGS if c.bound.get(name) is not None}
+
+
+def whole_makings(s: ShardingInterpreter, c: Call) -> dict[str, Any]:
+    """Every rank makes its own part of the mask, of any rows and keys."""
+    return map_values(lambda x: s.gather(x, "every rank makes its part of the mask"), makings(c))
+
+
+def unbroadcast(s: ShardingInterpreter, c: Call) -> Call:
+    """Batches as long as the result's (a method may not broadcast them), as many heads of keys as
+    of values, and a mask of two dims."""
+    changed = {}
+    lead = list(c.val.shape[: -3 if c.val.ndim > 3 else -2])
+    kv_heads = {c[name].shape[-3] if c[name].ndim > 2 else 1 for name in QKV[1:]}
+    for name in QKV:
+        x = c[name]
+        heads = [x.shape[-3] if x.ndim > 2 else 1] if c.val.ndim > 3 else []
+        if name == "query" and heads:
+            heads = [c.val.shape[-3]]
+        elif heads and len(kv_heads) > 1 and heads[0] not in (0, c.val.shape[-3]):
+            x = changed[name] = repeated(s, c, x, c.val.shape[-3] // heads[0])
+            heads = [c.val.shape[-3]]
+        want = [*lead, *heads, *x.shape[-2:]]
+        if list(x.shape) != want:
+            changed[name] = s.call(c, aten.expand.default, x, want)
+    mask = c["attn_mask"]
+    if mask is not None and mask.ndim < 2:
+        changed["attn_mask"] = s.call(c, aten.unsqueeze.default, mask, 0)
+    return c.replaced(changed)
+
+
+def repeated(s: ShardingInterpreter, c: Call, x: Value, times: int) -> Value:
+    """Every head of keys or values ``times`` times, as ATen repeats them where it groups heads."""
+    if x.ndim < 3:
+        x = s.call(c, aten.unsqueeze.default, x, 0)
+    return s.call(c, aten.repeat_interleave.self_int, x, times, x.ndim - 3)
+
+
+def gathered(s: ShardingInterpreter, c: Call, reason: str) -> Value:
+    """Whole on every rank, and with dropout every rank must drop the same elements."""
+    c = s.with_whole_operands(c, reason)
+    return whole(s, c)
+
+
+def whole(s: ShardingInterpreter, c: Call) -> Value:
+    if is_left_to_aten(c):
+        return s.emit(c, None, enter=False)
+    c = unbroadcast(s, c)
+    query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
+    found = replace(attention(s, c, Local(mesh=s.axis.mesh_axis), query, key, None), axes=())
+    operands = tuple(c[n] for n in (*QKV, "attn_mask"))
+    return marked(s, c, found, None, operands, makings(c), enter=False)
+
+
+def is_plain(c: Call) -> bool:
+    """Whether ATen's op does it: equal dropout on every rank, a mask in words and what another axis
+    decided need ours; so do rows of finfo.min that a written-out softmax kept apart from -inf."""
+    needs_ours = "attention" in c.like.meta or c.like.meta.get("keeps_low_rows")
+    return c.target is PLAIN and not c["dropout_p"] and not needs_ours
+
+
+def is_left_to_aten(c: Call) -> bool:
+    """Not on a GPU: there ATen's op fails with many batches, and its choice among kernels knows
+    nothing of short sequences."""
+    return is_plain(c) and c.val.device.type != "cuda"
+
+
+def with_keys(s: ShardingInterpreter, c: Call, place: Place) -> tuple[Value, Value, Layout]:
+    """Keys and values sharded alike along their own axis, or whole."""
+    k, v = c["key"], c["value"]
+    have = next((x.place.refined() for x in (k, v) if x.place), None)
+    if have and have.dim == k.ndim - 2:
+        return s.at(k, have), s.at(v, have), have.layout.blocks(have.outer, have.inner)
+    why = "is needed whole, since keys and values are not cut alike"
+    return s.gather_aloud(k, why), s.gather_aloud(v, why), Layout.whole(k.shape[-2], place.layout.p)
+
+
+def with_whole_queries(s: ShardingInterpreter, c: Call) -> Value:
+    """Keys are cut and queries are not (latents, decoding): each rank attends to its own keys, and
+    one merge makes the output whole on every rank (split-KV). So is dq, and q is not entered; of a
+    mask each rank gives the gradient of its own columns."""
+    q, k, v, mask = c["query"], c["key"], c["value"], c["attn_mask"]
+    place = next((x.place for x in (k, v) if x.place), None)
+    if place is None or place.dim == k.ndim - 1:
+        return gathered(s, c, "has whole queries and a sharded mask or head dim")
+    if place.dim < k.ndim - 2:
+        if q.shape[place.dim] != k.shape[place.dim]:
+            return gathered(s, c, "has fewer heads or batches of keys than of queries")
+        return over_other_dim(s, c.replaced({"query": s.at(q, place)}), place)
+    k, v, keys = with_keys(s, c, place)
+    if mask is not None:
+        mask = entered(s, s.gather_aloud(mask, "is a mask of whole queries"))
+    query = Layout.whole(q.shape[-2], s.axis.p)
+    found = attention(s, c, s.axis.method, query, keys, None)
+    parts = map_values(lambda x: entered(s, x), whole_makings(s, c))
+    return marked(s, c, found, None, (q, k, v, mask), parts, enter=False)
+
+
+def entered(s: ShardingInterpreter, x: Value) -> Value:
+    """A whole value of whose gradient each rank has a part."""
+    return Value(x.val, None, s.operand(x, enter=True) if s.writer else None)
+
+
+def over_other_dim(s: ShardingInterpreter, c: Call, place: Place) -> Value:
+    """The sharded axis is a batch or head dim of the queries: local."""
+    q, k, v, mask = c["query"], c["key"], c["value"], c["attn_mask"]
+    from_end = q.ndim - place.dim
+    if any(x.ndim < from_end or x.shape[-from_end] != q.shape[place.dim] for x in (k, v)):
+        return gathered(s, c, "has fewer heads or batches of keys than of queries")
+    q = s.at(q, place)
+    k, v = (s.at(x, place.at(x.ndim - from_end)) for x in (k, v))
+    if mask is not None:
+        cut = mask.ndim >= from_end and mask.shape[-from_end] == q.shape[place.dim]
+        mask = (
+            s.at(mask, place.at(mask.ndim - from_end))
+            if cut
+            else s.gather_aloud(mask, "is broadcast")
+        )
+    parts = cut_makings(s, c, place)
+    whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
+    found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
+    # A plain attention of an empty shard loses its gradients, and with them their collectives.
+    if is_left_to_aten(c) and all(place.layout.lengths):
+        s.attentions.append((found, c))
+        return s.emit(c, place, query=q, key=k, value=v, attn_mask=mask)
+    return marked(s, c, found, place, (q, k, v, mask), parts)
+
+
+def cut_makings(s: ShardingInterpreter, c: Call, place: Place) -> dict[str, Any]:
+    """Cut where the queries' batches or heads are, if they have as many."""
+    q = c["query"]
+    is_heads = q.ndim > 3 and place.dim == q.ndim - 3
+    has_batches = q.ndim <= 4  # of several batch dims no vector can tell
+
+    def cut(x: Value, dim: int) -> Value:
+        fits = x.ndim > dim and x.shape[dim] == q.shape[place.dim] and (is_heads or has_batches)
+        return s.at(x, place.at(dim)) if fits else s.gather(x, "is broadcast")
+
+    def leaf(x: Value) -> Value:
+        is_table = x.ndim < 4
+        return s.gather(x, "has no batches") if is_table and not is_heads else cut(x, int(is_heads))
+
+    found = makings(c)
+    if "leaves" in found:
+        found["leaves"] = [leaf(x) for x in found["leaves"]]
+    for name in MAKINGS[:2]:
+        if name in found:
+            found[name] = s.gather(found[name], "is broadcast") if is_heads else cut(found[name], 0)
+    return found
+
+
+def attention(
+    s: ShardingInterpreter, c: Call, method: Method, query: Layout, key: Layout, cut: Place | None
+) -> Attention:
+    q, v, mask = c["query"], c["value"], c["attn_mask"]
+    band, documents = band_of(c), bool(documents_of(c))
+    heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
+    return Attention(
+        axes=() if cut else (s.axis.name,),
+        mesh=s.axis.mesh_axis,
+        method=method,
+        query=query,
+        key=key,
+        band=band,
+        documents=documents,
+        mask=mask_words(band, documents, None if mask is None else mask.val, tile_of(c)),
+        scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
+        dropout=float(c["dropout_p"]),
+        site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
+        batch=folded(cut, q.shape) if cut and not heads else None,
+        heads=heads,
+        shape=Shape(
+            batch=prod(q.shape[:-3] if q.ndim > 3 else q.shape[:-2]),
+            heads=q.shape[-3] if q.ndim > 3 else 1,
+            kv_heads=v.shape[-3] if q.ndim > 3 else 1,
+            queries=query.n,
+            keys=key.n,
+            dim=q.shape[-1],
+            v_dim=v.shape[-1],
+            itemsize=v.val.element_size(),
+            area=share_seen(band, query.n, key.n),
+            window=band.length,
+        ),
+        has_rows=mask is not None and mask.shape[-2] > 1,
+        tile=tile_of(c),
+    )
+
+
+def folded(place: Place, shape: torch.Size) -> Place:
+    """The place in ``(batch, heads, seq, head_dim)``, where all leading dims are one batch."""
+    if len(shape) == 3:
+        return place
+    out = viewed(place, shape, torch.Size([prod(shape[:-3]), *shape[-3:]]))
+    assert out is not None
+    return out
+
+
+def marked(
+    s: ShardingInterpreter,
+    c: Call,
+    found: Attention,
+    place: Place | None,
+    operands: tuple,
+    parts: dict[str, Any],
+    enter: bool = True,
+) -> Value:
+    """The node stays an SDPA, with its decision on it: ``rewrite_attention`` makes the op.
+
+    ``operands``: q, k, v and mask; ``parts``: the mask's ``makings``. ``enter``: every rank has a
+    part of the work, and the gradients of whole operands are summed.
+    """
+    s.attentions.append((found, c))
+    if not s.writer:
+        return Value(c.val, place)
+    args, kwargs = map_values(lambda x: s.operand(x, enter), (operands, parts))
+    shape = place.local_shape(c.val.shape, s.writer.rank) if place else c.val.shape
+    decided = c.like.meta
+    if "attention" in decided:  # for another axis
+        found = with_axis(decided["attention"], found, decided["both"])
+    kept = {key: decided.get(key) for key in ("way", "both")}
+    meta = {"attention": found, "seed": seed_of(s, c, found), **kept}
+    target = STRUCTURED if parts else PLAIN
+    node = s.writer.marked(c.like, target, args, kwargs, c.val.new_empty(shape), meta)
+    return Value(c.val, place, node)
+
+
+def seed_of(s: ShardingInterpreter, c: Call, found: Attention) -> fx.Node | None:
+    if not found.dropout:
+        return None
+    before = c.like.meta.get("seed")
+    return s.dropout_seed(c) if before is None else s.node(s.env[before])
+
+
+# --- two axes -----------------------------------------------------------------------------------
+
+
+def is_taken(c: Call) -> bool:
+    """Whether an axis that was written before is attended over alone, by its method."""
+    before = c.like.meta.get("attention")
+    return before is not None and bool(before.axes) and c.like.meta["both"] is None
+
+
+def with_axis(before: Attention, found: Attention, both: Attention | None) -> Attention:
+    """What was decided for one axis, and for a second one. ``both``: for the two flattened.
+
+    What is not about an axis (scale, mask, dropout) stands in ``before`` alone.
+    """
+    if before.axes and found.axes:
+        assert both is not None
+        return both
+    if found.axes:
+        names = ("axes", "mesh", "method", "query", "key")
+        along = {name: getattr(found, name) for name in names}
+        return replace(before, **along, shape=share(before.shape, before))
+    if before.dropout and before.batch and found.batch:
+        raise UnsupportedError(
+            "two axes cut the batches of an attention with dropout",
+            batches=f"{before.batch}; {found.batch}",
+            fix="give one of the axes the method 'local'",
+        )
+    return replace(
+        before,
+        batch=before.batch or found.batch,
+        heads=before.heads or found.heads,
+        shape=share(before.shape, found),
+    )
+
+
+def share(shape: Shape, cut: Attention) -> Shape:
+    """The part of an attention that is left where an axis cuts its batches or heads."""
+    if cut.heads:
+        heads, kv_heads = (-(-n // cut.heads.layout.p) for n in (shape.heads, shape.kv_heads))
+        return replace(shape, heads=heads, kv_heads=kv_heads)
+    return replace(shape, batch=-(-shape.batch // cut.batch.layout.p)) if cut.batch else shape
+
+
+def flattened(
+    a: Attention, b: Attention, axes: tuple[Axis, Axis], world: World, node: fx.Node
+) -> Attention:
+    """An attention over two axes that share its dim: one layout over all ranks of both.
+
+    Its method is that of the first axis where it has no numbers of its own, else a ring. Raises
+    UnsupportedError where keys are cut along one axis only, or shards are not in order.
+    """
+    names = f"an attention over {axes[0].name!r} and {axes[1].name!r}, flattened,"
+    facts = {
+        "where": where(node),
+        "sizes": f"{a.query.n} queries, {a.key.n} keys",
+        "fix": "give one of the axes the method 'local'",
+    }
+    are_local = {isinstance(x.method, Local) for x in (a, b)}
+    if len(are_local) > 1:
+        raise UnsupportedError(f"{names} has keys that only one of them cuts", **facts)
+    if not all(layout.is_ascending for layout in (a.query, b.query, a.key, b.key)):
+        raise UnsupportedError(f"{names} has shards that are not in the order of the axis", **facts)
+    pairs = world.pairs(*(axis.mesh_axis for axis in axes))
+    method = a.method if isinstance(a.method, (Local, Ring, AllGather, Ulysses)) else Ring()
+    return replace(
+        a,
+        axes=(*a.axes, *b.axes),
+        mesh=world.mesh_axis,
+        method=replace(method, mesh=world.mesh_axis),
+        query=Layout.crossed(a.query, b.query, pairs),
+        key=Layout.crossed(a.key, b.key, pairs),
+    )

@@ -1,0 +1,80 @@
+"""Ops without a row: run their decomposition instead, op by op, each by its own rule."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+
+from mosaic.graph.modes import modes_of
+from mosaic.graph.strides import STRIDED
+from mosaic.partition.interpreter import NotLocalError, ShardingInterpreter
+from mosaic.partition.values import Call, Value
+from mosaic.torch_private import decompose_op, fake_mode_of, make_fx, pytree
+
+
+def decomposed(s: ShardingInterpreter, c: Call) -> Any:
+    """Trace torch's decomposition on global fake values and run it on the shards."""
+    leaves, spec = pytree.tree_flatten(c.split(c.bound))
+    tensors = [v for v in leaves if isinstance(v, Value)]
+
+    def program(*values: torch.Tensor) -> Any:
+        left = iter(values)
+        args, kwargs = pytree.tree_unflatten(
+            [next(left) if isinstance(v, Value) else v for v in leaves], spec
+        )
+        return decompose_op(c.target, args, kwargs)
+
+    mode = fake_mode_of([t.val for t in tensors])
+    with mode or nullcontext(), modes_of(c.like.meta.get("modes")):
+        # Not pre_dispatch: a composite op would only be written down as itself.
+        traced = make_fx(program)(*[t.val for t in tensors])
+    called = [n.target for n in traced.graph.nodes if n.op == "call_function"]
+    if not all(is_usable(target, c.target) for target in called):
+        return s.gather_for(c, "has no rule")
+    if s.has_recipes(c) and not s.probing and not is_local(s, c, traced.graph, tensors):
+        return s.gather_for(c, "works along the axis")
+    return run(s, c, traced.graph, tensors)
+
+
+def is_local(s: ShardingInterpreter, c: Call, graph: fx.Graph, tensors: list[Value]) -> bool:
+    """Whether nothing is sent."""
+    try:
+        run(ShardingInterpreter(s.axis, probing=True), c, graph, tensors)
+    except NotLocalError:
+        return False
+    return True
+
+
+def is_usable(target: Any, whole: Any) -> bool:
+    """prims have no derivative; an op that writes into its operand would miss the other shards; one
+    that reads memory was traced with other strides than it will find."""
+    schema = getattr(target, "_schema", None)
+    return schema is None or not (
+        target is whole
+        or target in STRIDED
+        or schema.is_mutable
+        or schema.name.startswith("prims::")
+    )
+
+
+def run(s: ShardingInterpreter, c: Call, graph: fx.Graph, tensors: list[Value]) -> Any:
+    env: dict[fx.Node, Any] = {}
+    left = iter(tensors)
+    for node in graph.nodes:
+        args, kwargs = pytree.tree_map(
+            lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
+        )
+        if node.op == "placeholder":
+            env[node] = next(left)
+        elif node.op == "output":
+            return args[0]
+        elif node.op == "get_attr":
+            return s.gather_for(c, "has no rule")
+        elif not hasattr(node.target, "_schema"):
+            env[node] = node.target(*args, **kwargs)
+        else:
+            env[node] = s.call(c, node.target, *args, **kwargs)
+    raise AssertionError("a decomposition without an output")

@@ -1,0 +1,53 @@
+"""Losses: sums over the local targets and their global count, never a mean of local means."""
+
+from __future__ import annotations
+
+import torch
+
+from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.values import Call, Value
+
+aten = torch.ops.aten
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def cross_entropy(s: ShardingInterpreter, c: Call) -> Value:
+    """``(tokens, classes)`` or ``(batch, classes, ...)`` against class numbers or probabilities."""
+    x, target = c["self"], c["target"]
+    if c["weight"] is not None:
+        c = c.replaced(
+            {"weight": s.gather_aloud(c["weight"], "is the weights of all classes", c.like)}
+        )
+    if x.place is None and target.place is None:
+        return s.emit(c, None, enter=False)
+    classes = 0 if x.ndim == 1 else 1
+    probabilities = target.val.is_floating_point()
+    shift = 0 if probabilities else 1
+    place = x.place or target.place.at(target.place.dim + shift * (target.place.dim >= classes))
+    if place.dim == classes:
+        return s.gather_for(c, "needs its classes whole")
+    there = place if probabilities else place.at(place.dim - (place.dim > classes))
+    x, target = s.at(x, place), s.at(target, there)
+    reduction = REDUCTIONS[c["reduction"]]
+    if reduction == "none":
+        return s.emit(c, there if not probabilities else place.at(place.dim - (place.dim > 1)),
+                      self=x, target=target)  # fmt: skip
+    local = s.emit(c, None, self=x, target=target, reduction=REDUCTIONS.index("sum"))
+    loss = s.sum_across(local, c, "sum of the losses")
+    if reduction == "sum":
+        return loss
+    if probabilities:
+        return s.call(c, aten.div.Tensor, loss, target.val.numel() // x.shape[classes])
+    return s.call(c, aten.div.Tensor, loss, counted(s, c, target))
+
+
+def counted(s: ShardingInterpreter, c: Call, target: Value) -> Value:
+    """What a mean divides by: targets that are not ignored, or the sum of their class weights."""
+    used = s.call(c, aten.ne.Scalar, target, c["ignore_index"])
+    if c["weight"] is None:
+        return s.call(c, aten.sum.default, used)
+    classes = s.call(c, aten.where.ScalarOther, used, target, 0)
+    weights = s.call(c, aten.unsqueeze.default, c["weight"], 1)
+    weights = s.call(c, aten.embedding.default, weights, classes)
+    weights = s.call(c, aten.squeeze.dim, weights, -1)
+    return s.call(c, aten.sum.default, s.call(c, aten.mul.Tensor, weights, used))

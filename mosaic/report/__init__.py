@@ -1,0 +1,1 @@
+"""What users see of a compilation: the plan, ``explain``, and graphs as text."""

@@ -1,0 +1,188 @@
+"""What Mosaic would do with a model, without ranks: the happy twin of an error message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from mosaic.api import mesh
+from mosaic.api.errors import ShardingError
+from mosaic.api.spec import ShardingSpec
+from mosaic.frontend import backend, calls
+from mosaic.graph import pipeline
+from mosaic.graph.context import Context
+from mosaic.report.plan import Plan
+from mosaic.report.show import listing
+from mosaic.torch_private import FakeStore, code_at_hand, pytree, without_traces
+
+
+def explain(
+    fn: Callable[..., Any],
+    *args: Any,
+    spec: ShardingSpec | None = None,
+    sp_size: int | None = None,
+    mesh_shape: Sequence[int] | None = None,
+    mesh_axes: Sequence[str] | None = None,
+    rank: int = 0,
+    **kwargs: Any,
+) -> Plan:
+    """The plan for ``fn(*args, **kwargs)`` on ``sp_size`` ranks; nothing is computed or sent.
+
+    ``mesh_shape=(2, 3), mesh_axes=("r", "c")`` for ranks with several mesh axes.
+
+    Needs no ranks: without a process group a fake one is made for the time of the call. The plan
+    has every attention with its source line, axis, method, mask and bytes; every other collective
+    with its reason; every pass with its rewrites, time and what it changed (``plan.diffs``); and
+    the graphs themselves (``plan.graphs``).
+
+    Raises what compiling would raise: MosaicError and its subclasses.
+    """
+    found: list[Plan] = []
+    options: dict[str, Any] = {"inner": "eager"} | ({} if spec is None else {"spec": spec})
+    backend.Options(**options)  # says what is wrong with them, before Dynamo wraps it
+    if not callable(fn):
+        raise ShardingError(
+            f"cannot explain {fn!r}: it is no function",
+            fix="pass the model, then its arguments: mosaic.explain(model, x, sp_size=4)",
+        )
+    wanted = Ranks(sp_size, mesh_shape, mesh_axes)
+    with (
+        ranks(wanted, rank),
+        listening(found),
+        calls.planned(options),
+        without_traces() as compiled,
+    ):
+        planned = torch.compile(fn, backend=planning(compiled), options=options, dynamic=False)
+        planned(*args, **kwargs)
+    return merged(found)
+
+
+def merged(found: list[Plan]) -> Plan:
+    """The plan with the most attentions speaks for the program; the others are notes to it."""
+    if not found:
+        raise ShardingError(
+            "nothing was compiled: the program has no tensor operation that torch.compile sees",
+            fix="pass a model and tensors for it; it must not be under torch.compiler.disable",
+        )
+    best = max(found, key=lambda p: len(p.attentions))
+    if len(found) > 1:
+        best.notes.append(
+            f"{len(found)} graphs: the program breaks, and outputs are whole in between"
+        )
+    return best
+
+
+def planning(compiled: list[CodeType]) -> Callable[..., Callable[..., Any]]:
+    """A backend that compiles as ``mosaic`` does, and gives zeros for results: no kernel and no
+    collective runs. A new one each time: Dynamo never takes what was compiled with another one.
+    ``compiled`` grows by what it was given."""
+
+    def plan(module: Any, example_inputs: Any, *, options: dict[str, Any]) -> Callable[..., Any]:
+        compiled.append(code_at_hand())
+        backend.mosaic(module, example_inputs, options=options)
+        outputs = [n.meta.get("example_value") for n in module.graph.output_node().args[0]]
+
+        def run(*args: Any) -> Any:
+            return pytree.tree_map(_zeros, outputs)
+
+        return run
+
+    return plan
+
+
+def _zeros(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    out = torch.zeros([int(s) for s in value.shape], dtype=value.dtype, device=value.device)
+    return out.requires_grad_(value.requires_grad)
+
+
+@contextmanager
+def listening(found: list[Plan]) -> Iterator[None]:
+    """Collect the plans that are made meanwhile, each with the listings around its passes."""
+    last: dict[str, str] = {}
+    steps: dict[str, tuple[str, str]] = {}
+
+    def observe(after: str, kind: str, graph: fx.Graph, context: Context) -> None:
+        text = listing(graph, context, brief=kind != "global")
+        if after:
+            steps[f"{after} backward" if kind == "backward" else after] = (last[kind], text)
+        last[kind] = text
+
+    def listen(plan: Plan) -> None:
+        plan.steps.update(steps)
+        steps.clear()
+        found.append(plan)
+
+    backend.LISTENERS.append(listen)
+    pipeline.OBSERVERS.append(observe)
+    try:
+        yield
+    finally:
+        pipeline.OBSERVERS.remove(observe)
+        backend.LISTENERS.remove(listen)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks to plan for; nothing said: those of ``mosaic.init``."""
+
+    sp_size: int | None = None
+    mesh_shape: Sequence[int] | None = None
+    mesh_axes: Sequence[str] | None = None
+
+    @property
+    def world(self) -> int:
+        return prod(self.mesh_shape) if self.mesh_shape else self.sp_size or 1
+
+
+@contextmanager
+def ranks(wanted: Ranks, rank: int) -> Iterator[None]:
+    """The ranks of ``mosaic.init`` if there are any; else a fake world for the time of the call."""
+    mesh.check_sizes(wanted.sp_size, wanted.mesh_shape, wanted.mesh_axes)
+    if dist.is_initialized() or mesh.current_context() is not None:
+        check_same(wanted, mesh.get_context())  # says what to do if there is no context yet
+        yield
+        return
+    if rank not in range(wanted.world):
+        raise ShardingError(
+            f"there is no rank {rank!r} among {wanted.world}", fix="count them from 0"
+        )
+    size = wanted.sp_size if wanted.mesh_shape else wanted.world
+    hook = sys.excepthook  # a group puts "[rank0]:" before all that the process says when it dies
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=wanted.world)
+    try:
+        with mesh.pretended(size, wanted.mesh_shape, wanted.mesh_axes):
+            yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook
+
+
+def check_same(wanted: Ranks, context: mesh.MosaicContext) -> None:
+    """Raise ShardingError where other ranks are asked for than there are."""
+    there = dict(zip(context.axes, map(context.size, context.axes), strict=True))
+    if wanted.mesh_shape and wanted.mesh_axes:
+        asked = dict(zip(wanted.mesh_axes, wanted.mesh_shape, strict=False))
+    else:
+        asked = {} if wanted.sp_size is None else {"sp": wanted.sp_size}
+    if any(there.get(axis) != size for axis, size in asked.items()):
+        raise ShardingError(
+            "a plan for other ranks than those of mosaic.init",
+            asked=_sizes(asked),
+            there=_sizes(there),
+            fix="leave the sizes out, or call mosaic.get_context().shutdown() first",
+        )
+
+
+def _sizes(axes: dict[str, int]) -> str:
+    return ", ".join(f"{axis} = {size}" for axis, size in axes.items())

@@ -1,0 +1,109 @@
+"""The plan that users see: read off the passes' decisions when all is done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from mosaic.attention.cost import cost_of, size
+from mosaic.graph.context import Context
+from mosaic.graph.pipeline import PassReport
+from mosaic.graph.source import code, line
+from mosaic.partition.attention import Attention
+from mosaic.partition.values import Collective
+from mosaic.report.show import diff
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """One attention: where it stands, what it attends over, and how it is done."""
+
+    source: str
+    code: str
+    axis: str
+    queries: int
+    keys: int
+    method: str
+    mask: str
+    bytes: int  # sent by each rank in forward
+
+    def __str__(self) -> str:
+        attends = f"{self.axis or 'another dim'} ({self.queries} x {self.keys})"
+        mask = self.mask or "full"
+        return (
+            f"{self.source:<28} {attends:<28} {self.method:<10} {mask:<16} {size(self.bytes):>10}"
+        )
+
+
+@dataclass
+class Plan:
+    """What Mosaic decided for one graph. ``print(plan)`` shows it."""
+
+    axis: str
+    layout: str
+    ranks: int
+    attentions: list[AttentionReport]
+    collectives: list[Collective]
+    passes: list[PassReport]
+    gathered: list[str]
+    notes: list[str]
+    graphs: dict[str, fx.Graph] = field(default_factory=dict)
+    steps: dict[str, tuple[str, str]] = field(default_factory=dict)  # pass: listings around it
+
+    @property
+    def diffs(self) -> dict[str, str]:
+        """What each pass changed, if ``explain`` watched; ``"overlap backward"`` in backward."""
+        return {step: diff(before, after) for step, (before, after) in self.steps.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Time in our passes."""
+        return sum(p.seconds for p in self.passes)
+
+    def __str__(self) -> str:
+        head = f"axis {self.axis} over {self.ranks} ranks: {self.layout}" if self.axis else "whole"
+        rows = [head, "", "attentions: line, attends over, method, mask, bytes sent by each rank"]
+        rows += [f"  {a}" for a in self.attentions] or ["  none"]
+        rows += ["", "other collectives: op, axis, bytes, why"]
+        rows += [f"  {row}" for row in self.collective_rows()] or ["  none"]
+        rows += ["", f"passes: {self.seconds:.2f} s"]
+        rows += [f"  {p}" for p in self.passes]
+        rows += [f"gathered: {g}" for g in self.gathered] + self.notes
+        return "\n".join(rows)
+
+    def collective_rows(self) -> list[str]:
+        """The collectives, equal ones counted."""
+        alike = Counter((c.op, c.axis, c.bytes, c.why, c.source) for c in self.collectives)
+        return [
+            f"{op:<11} {axis:<8} {size(n):>10}  {why}  [{source}]"
+            + (f"  x{times}" if times > 1 else "")
+            for (op, axis, n, why, source), times in alike.items()
+        ]
+
+
+def plan_of(context: Context, passes: list[PassReport]) -> Plan:
+    return Plan(
+        axis=", ".join(axis.name for axis in context.axes),
+        layout=", ".join(str(axis.layout) for axis in context.axes),
+        ranks=context.world.size,
+        attentions=[report(a, n) for a, n in context.attentions],
+        collectives=context.collectives,
+        passes=passes,
+        gathered=[f"{why} [{line(node)}]" for why, node in context.gathered],
+        notes=context.notes,
+    )
+
+
+def report(found: Attention, node: fx.Node) -> AttentionReport:
+    return AttentionReport(
+        source=line(node),
+        code=code(node),
+        axis=found.axis,
+        queries=found.query.n,
+        keys=found.key.n,
+        method=str(node.meta["way"]),
+        mask=found.mask,
+        bytes=int(cost_of(node.meta["way"], found.shape, max(found.key.p, 1)).forward),
+    )

@@ -1,0 +1,1 @@
+"""What runs on ranks: collectives, random numbers, and what ranks tell each other."""
