@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -28,18 +29,23 @@ class Frame:
         return f"{shown(self.file)}:{self.line} in {self.function}\n  {self.code}"
 
 
-def frames(node: fx.Node) -> list[Frame]:
+def frames(node: fx.Node) -> tuple[Frame, ...]:
     """The frames of a node's stack trace outside torch and Mosaic, outermost first."""
-    found = [
+    return frames_of(node.meta.get("stack_trace") or "")
+
+
+@lru_cache(maxsize=4096)
+def frames_of(stack_trace: str) -> tuple[Frame, ...]:
+    found = (
         Frame(m["file"], int(m["line"]), m["function"], m["code"].strip())
-        for m in FRAME.finditer(node.meta.get("stack_trace") or "")
-    ]
-    return [f for f in found if not f.file.startswith(INSIDE) and "<" not in f.file]
+        for m in FRAME.finditer(stack_trace)
+    )
+    return tuple(f for f in found if not f.file.startswith(INSIDE) and "<" not in f.file)
 
 
 def innermost(node: fx.Node) -> Frame | None:
     """The user's line; when that lies in a library (transformers), still the innermost one."""
-    found = frames(node) or next((f for n in node.all_input_nodes if (f := frames(n))), [])
+    found = frames(node) or next((f for n in node.all_input_nodes if (f := frames(n))), ())
     return found[-1] if found else None
 
 

@@ -15,6 +15,7 @@ import operator
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,6 +87,8 @@ def diff(before: str, after: str) -> str:
 
 
 def wrapped(line: str) -> list[str]:
+    if len(line) <= WIDTH:
+        return [line]
     return textwrap.wrap(line, WIDTH, **UNBROKEN)
 
 
@@ -227,6 +230,7 @@ class Listing:
 # --- words --------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def op_name(target: Any) -> str:
     """``add`` for ``torch.ops.aten.add.Tensor``, ``mosaic.gather`` for an op of ours."""
     if not hasattr(target, "namespace"):

@@ -108,7 +108,9 @@ BUILT = [
 def test_no_tensor_is_quadratic(planned, monkeypatch, build: Callable[[], cases.Built]):
     """Nor has one a row of all keys for each of this rank's queries, as a dense mask has. (With a
     ring of p stages: gathered keys are as long as the axis, and so is a row of their scores.)"""
-    monkeypatch.setitem(strategy.RESOLVE, Auto, lambda _, facts: (strategy.ring(facts, facts.p), ""))
+    monkeypatch.setitem(
+        strategy.RESOLVE, Auto, lambda _, facts: (strategy.ring(facts, facts.p), "")
+    )
     model, args, kwargs = build()
     plan = planned(model, *args, **kwargs)
     along = [a for a in plan.attentions if a.axis]
