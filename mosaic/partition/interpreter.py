@@ -4,8 +4,8 @@ One engine does two jobs. Without a rank it *plans*: it follows places from op t
 nothing. With a rank it *writes* this rank's local program. Rules (``table.py``) cannot tell the two
 apart, so what is planned is what is written, and every decision is a function of global facts.
 
-A value that is whole stays a recipe (its node in the global graph) until it is needed. Needed whole,
-it is written whole; at a place, only this rank's part is ever computed (``slice_pushdown.py``).
+A value that is whole stays a recipe (its node in the global graph) until it is needed: whole, then
+it is written whole; at a place, then only this rank's part is computed (``slice_pushdown.py``).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ def explain(
         listening(found),
         calls.planned(options),
         without_traces() as compiled,
+        without_collection(),
     ):
         planned = torch.compile(fn, backend=planning(compiled), options=options, dynamic=False)
         planned(*args, **kwargs)
@@ -97,6 +99,19 @@ def planning(compiled: list[CodeType]) -> Callable[..., Callable[..., Any]]:
         return run
 
     return plan
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Do not look for garbage: planning makes millions of objects that stay, and looking through
+    them again and again takes an eighth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _zeros(value: Any) -> Any:
