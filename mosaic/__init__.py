@@ -27,7 +27,7 @@ from mosaic.eager.projections import sum_gradients
 from mosaic.eager.tensors import as_shard, gather, layout_of, shard_like, shard_tensor
 from mosaic.layout import Layout
 from mosaic.report.explain import explain
-from mosaic.report.plan import Plan
+from mosaic.report.plan import Plan, plans
 
 __all__ = [
     "AllGather",
@@ -58,6 +58,7 @@ __all__ = [
     "get_context",
     "init",
     "layout_of",
+    "plans",
     "shard",
     "shard_like",
     "shard_tensor",

@@ -31,6 +31,10 @@ PIPELINE = (
     rewrite_attention,
 )
 
+#: Programs are right without these, only slower or larger: ``MOSAIC_OFF=overlap,analyze_masks``
+#: leaves these two out, to find a pass that goes wrong.
+OPTIONAL = (raise_attention, analyze_masks, overlap)
+
 #: On the joint graph, before AOTAutograd's partitioner cuts it into forward and backward.
 JOINT = (ask_policies, pin_collectives)
 

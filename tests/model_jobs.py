@@ -8,8 +8,6 @@ from typing import Any
 import torch
 
 import mosaic
-from mosaic.frontend.backend import LISTENERS
-from mosaic.report.plan import Plan
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
@@ -50,11 +48,7 @@ def run_model(
 
 def run_by_method(build: Callable[[], tuple[Any, tuple, dict]], options: dict, **mesh: Any) -> dict:
     """The same, with the methods that were planned for the attentions over the cut axis."""
-    plans: list[Plan] = []
-    LISTENERS.append(plans.append)
-    try:
+    with mosaic.plans() as plans:
         found = run_model(build, options, **mesh)
-    finally:
-        LISTENERS.remove(plans.append)
     methods = {a.method for plan in plans for a in plan.attentions if a.axis}
     return {**found, "methods": methods}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import cases
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from model_jobs import gradients
 
 import mosaic
-from mosaic.frontend import backend
 
 EAGER = {"inner": "eager"}
 
@@ -221,32 +221,61 @@ def parts_of_the_user(p: int) -> dict:
 def dynamic_norm(p: int) -> dict:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.LayerNorm(cc.E), cc.Attention()).double()
-    plans: list[mosaic.Plan] = []
     compiled = model
     if p:
         mosaic.init(sp_size=p)
-        backend.LISTENERS.append(plans.append)
         compiled = torch.compile(model, backend="mosaic", options=EAGER, dynamic=True)
-    loss = compiled(tokens(13)).square().mean()
-    loss.backward()
-    backend.LISTENERS.clear()
+    with mosaic.plans() as plans:
+        loss = compiled(tokens(13)).square().mean()
+        loss.backward()
     cut = {"cut": [bool(plan.axis) for plan in plans]} if p else {}
     return {"loss": loss.detach(), "gradients": gradients(model), **cut}
+
+
+class TwoMasks(torch.nn.Module):
+    """Causal by a tensor in one attention, and written out in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        position = torch.arange(x.shape[1])
+        later = position > position[:, None]
+        scores = (q @ k.mT / 3).masked_fill(later, float("-inf"))
+        return torch.softmax(scores, -1) @ v + F.scaled_dot_product_attention(q, k, v, ~later)
+
+
+def without_passes(p: int, off: str) -> dict:
+    """The model above with passes that are switched off."""
+    torch.manual_seed(0)
+    model = TwoMasks().double()
+    x = torch.randn(2, 11, 8, dtype=torch.float64)
+    os.environ["MOSAIC_OFF"] = off
+    try:
+        if p:
+            mosaic.init(sp_size=p)
+            model = torch.compile(model, backend="mosaic", options=EAGER)
+        loss = model(x).square().mean()
+        loss.backward()
+    finally:
+        del os.environ["MOSAIC_OFF"]
+    found = {name.removeprefix("_orig_mod."): g for name, g in gradients(model).items()}
+    return {"loss": loss.detach(), "gradients": found}
 
 
 def other_ranks_later(p: int) -> tuple[list[int], list[float]]:
     """One compiled model, called with one rank a group and then with all: (ranks, losses)."""
     torch.manual_seed(0)
     model, (x,), _ = cc.built(cc.AnyLength)
-    plans: list[mosaic.Plan] = []
-    backend.LISTENERS.append(plans.append)
     compiled = torch.compile(model, backend="mosaic", options=EAGER)
-    alone = mosaic.init(sp_size=1)
-    losses = [compiled(x).item()]
-    alone.shutdown()
-    mosaic.init(sp_size=p)
-    losses.append(compiled(x).item())
-    backend.LISTENERS.remove(plans.append)
+    with mosaic.plans() as plans:
+        alone = mosaic.init(sp_size=1)
+        losses = [compiled(x).item()]
+        alone.shutdown()
+        mosaic.init(sp_size=p)
+        losses.append(compiled(x).item())
     return [plan.ranks for plan in plans], [loss - model(x).item() for loss in losses]
 
 

@@ -25,10 +25,11 @@ from mosaic.frontend.unexpected import ours
 from mosaic.frontend.user_warnings import announce, ended_at, resumed_at
 from mosaic.graph.context import Context, world_of
 from mosaic.graph.modes import Modes
-from mosaic.graph.pipeline import run_passes
+from mosaic.graph.pipeline import run_passes, without_those_off
 from mosaic.graph.sequence import sequence
-from mosaic.passes import JOINT, LOWERING, PIPELINE
-from mosaic.report.plan import Plan, plan_of
+from mosaic.passes import JOINT, LOWERING, OPTIONAL, PIPELINE
+from mosaic.report.debug import debugging
+from mosaic.report.plan import LISTENERS, Plan, plan_of
 from mosaic.runtime.rendezvous import report_failure
 from mosaic.torch_private import (
     Restart,
@@ -40,9 +41,6 @@ from mosaic.torch_private import (
 
 WHOLE = ShardingSpec()
 INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
-
-#: Called with every plan that is made; ``explain`` listens here.
-LISTENERS: list[Callable[[Plan], None]] = []
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def mosaic(
     """
     bake_floats(module)
     try:
-        with AUTOGRAD_FUNCTIONS.kept():
+        with AUTOGRAD_FUNCTIONS.kept(), debugging():
             return compile_graph(module, example_inputs, options)
     except (MosaicError, Restart):
         raise
@@ -146,7 +144,8 @@ def partitioned(
     context.ends_at = ended_at(module)
     context.worlds = {m.mesh: world_of(ranks, m.mesh) for m in spec.sharded.values()}
     context.graph_text = text_of(captured.graph)
-    reports = run_passes(PIPELINE, captured.graph, context, "global")
+    passes = without_those_off(PIPELINE, OPTIONAL)
+    reports = run_passes(passes, captured.graph, context, "global")
     plan = plan_of(context, reports)
     announce(plan, resumed)
     plan.graphs["local"] = captured.graph
@@ -167,7 +166,8 @@ class Lowering:
         if kind == "joint":
             self.plan.passes += run_passes(JOINT, graph, self.context, kind)
             return
-        self.plan.passes += run_passes(LOWERING, graph, self.context, kind)
+        passes = without_those_off(LOWERING, OPTIONAL)
+        self.plan.passes += run_passes(passes, graph, self.context, kind)
         self.plan.graphs[kind] = graph
         worlds = (self.context.world, *self.context.worlds.values())
         self.sequences[kind] = sequence(graph, {w.group: w.mesh_axis for w in worlds})

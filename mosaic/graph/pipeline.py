@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mosaic.api.errors import MosaicError
+from mosaic.api.errors import MosaicError, ShardingError
 from mosaic.graph.sequence import is_start
 from mosaic.partition.values import is_effect
 from mosaic.torch_private import HigherOrderOperator
@@ -58,6 +59,19 @@ def run_passes(
         reports.append(PassReport(step.__name__, kind, rewrites, time.perf_counter() - start))
         observe(step.__name__, kind, graph, context)
     return reports
+
+
+def without_those_off(passes: Sequence[Pass], optional: Sequence[Pass]) -> list[Pass]:
+    """All passes but those that ``MOSAIC_OFF=name,name`` leaves out; only ``optional`` ones can be.
+    Raises ShardingError for other names."""
+    off = {name.strip() for name in os.environ.get("MOSAIC_OFF", "").split(",")} - {""}
+    names = [step.__name__ for step in optional]
+    if unknown := off.difference(names):
+        raise ShardingError(
+            f"MOSAIC_OFF names what is no optional pass: {', '.join(sorted(unknown))}",
+            fix=f"choose from {', '.join(names)}; the other passes are needed",
+        )
+    return [step for step in passes if step.__name__ not in off]
 
 
 def observe(after: str, kind: str, graph: fx.Graph, context: Any) -> None:

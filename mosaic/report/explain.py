@@ -21,7 +21,7 @@ from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import backend, calls
 from mosaic.graph import pipeline
 from mosaic.graph.context import Context
-from mosaic.report.plan import Plan
+from mosaic.report.plan import LISTENERS, Plan
 from mosaic.report.show import listing
 from mosaic.torch_private import FakeStore, code_at_hand, pytree, without_traces
 
@@ -138,13 +138,13 @@ def listening(found: list[Plan]) -> Iterator[None]:
         steps.clear()
         found.append(plan)
 
-    backend.LISTENERS.append(listen)
+    LISTENERS.append(listen)
     pipeline.OBSERVERS.append(observe)
     try:
         yield
     finally:
         pipeline.OBSERVERS.remove(observe)
-        backend.LISTENERS.remove(listen)
+        LISTENERS.remove(listen)
 
 
 @dataclass(frozen=True)

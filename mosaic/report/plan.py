@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -81,6 +83,24 @@ class Plan:
             + (f"  x{times}" if times > 1 else "")
             for (op, axis, n, why, source), times in alike.items()
         ]
+
+
+#: Called with every plan that is made.
+LISTENERS: list[Callable[[Plan], None]] = []
+
+
+@contextmanager
+def plans() -> Iterator[list[Plan]]:
+    """The plans of the graphs that are compiled meanwhile, in their order, with their graphs.
+
+    ``with mosaic.plans() as plans: loss = compiled(x)``, then ``print(*plans)``.
+    """
+    found: list[Plan] = []
+    LISTENERS.append(found.append)
+    try:
+        yield found
+    finally:
+        LISTENERS.remove(found.append)
 
 
 def plan_of(context: Context, passes: list[PassReport]) -> Plan:

@@ -13,9 +13,8 @@ import torch
 from costs.decoder import Decoder, explained
 from costs.test_costs import slowness
 
-from mosaic.frontend import backend
+import mosaic
 from mosaic.report.explain import Ranks, ranks
-from mosaic.report.plan import Plan
 
 
 def timed(layers: int, p: int, method: str = "auto", *, named: bool = True) -> None:
@@ -32,16 +31,13 @@ def timed(layers: int, p: int, method: str = "auto", *, named: bool = True) -> N
 
 def beside_inductor(layers: int) -> None:
     """Forward and backward of one step are compiled; the ranks are pretended."""
-    found: list[Plan] = []
-    backend.LISTENERS.append(found.append)
     torch._dynamo.reset()
-    with ranks(Ranks(4), rank=1):
+    with ranks(Ranks(4), rank=1), mosaic.plans() as plans:
         start = time.monotonic()
         compiled = torch.compile(Decoder(layers), backend="mosaic", dynamic=False)
         compiled(torch.zeros(1, 512, dtype=torch.long)).sum().backward()
         whole = time.monotonic() - start
-    backend.LISTENERS.remove(found.append)
-    (plan,) = found
+    (plan,) = plans
     print(
         f"\n{layers} layers with Inductor: {whole:.0f} s, our passes {plan.seconds:.1f} s "
         f"({plan.seconds / whole:.1%})"

@@ -54,7 +54,6 @@ def judge(source: str, device: str = "cpu") -> Verdict:
         return compared(space)
     finally:
         torch.set_default_dtype(torch.float32)
-        mosaic.frontend.backend.LISTENERS.clear()
 
 
 def quiet() -> None:
@@ -69,10 +68,9 @@ def compared(space: dict[str, Any]) -> Verdict:
         want = reference(space)
     except Exception as error:
         return Verdict("invalid", repr(error)[:300])
-    plans: list[Any] = []
-    mosaic.frontend.backend.LISTENERS[:] = [plans.append]
     try:
-        got = through_mosaic(space, space["INIT"])
+        with mosaic.plans() as plans:
+            got = through_mosaic(space, space["INIT"])
     except Exception as error:
         verdict = failed(error)
         own = verdict.outcome == "crash" and set(want) <= wrong_by_torch(space, want)

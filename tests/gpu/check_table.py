@@ -38,7 +38,7 @@ from mosaic.api.errors import UnsupportedError  # noqa: E402
 from mosaic.attention import kernels  # noqa: E402
 from mosaic.attention.kernels import flash_attn  # noqa: E402
 from mosaic.attention.kernels.math import MATH  # noqa: E402
-from mosaic.frontend.backend import LISTENERS  # noqa: E402
+from mosaic.report.plan import LISTENERS  # noqa: E402
 from mosaic.torch_private import FakeStore  # noqa: E402
 
 COLUMNS, RANKS = 10, 16

@@ -13,6 +13,8 @@ from contract_cases import Encoder, Reductions, built
 from expecttest import assert_expected_inline
 from model_jobs import run_model
 
+from mosaic.passes import OPTIONAL
+
 
 def same(got: dict, want: dict, tol: float = 1e-10) -> None:
     assert_close("loss", got["loss"], want["loss"], tol)
@@ -124,6 +126,13 @@ def test_a_float_attribute_with_dynamic_sizes(ranks) -> None:
     want = jobs.dynamic_norm(0)
     for got in ranks(2).run(jobs.dynamic_norm, 2):
         assert got.pop("cut") == [True]
+        same(got, want)
+
+
+@pytest.mark.parametrize("off", [*(step.__name__ for step in OPTIONAL), "overlap, analyze_masks"])
+def test_programs_are_right_without_an_optional_pass(ranks, off: str) -> None:
+    want = jobs.without_passes(0, "")
+    for got in ranks(2).run(jobs.without_passes, 2, off):
         same(got, want)
 
 
