@@ -13,10 +13,12 @@ from torch import fx
 
 from mosaic.api.errors import ShardingError
 from mosaic.attention.cost import ITEMSIZE
-from mosaic.attention.strategy import Facts, Strategy, way_between
-from mosaic.graph.context import Context, device_memory
+from mosaic.attention.resolve import Facts, way_between
+from mosaic.attention.strategy import Strategy
+from mosaic.graph.context import Context
 from mosaic.graph.source import where
 from mosaic.partition.attention import Attention
+from mosaic.runtime.world import device_memory
 
 
 def choose_method(graph: fx.Graph, context: Context) -> int:

@@ -21,14 +21,15 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.methods import Auto, Ring
 from mosaic.api.spec import binds
 from mosaic.frontend.user_warnings import UNKNOWN
-from mosaic.graph.context import Context, own_axes
+from mosaic.graph.context import Context
 from mosaic.graph.source import line
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import ATTENTIONS
 from mosaic.masks.softmax import unread_softmax
 from mosaic.partition.interpreter import ShardingInterpreter
-from mosaic.partition.table import key
-from mosaic.partition.values import Axis, candidates
+from mosaic.partition.table import RULES
+from mosaic.partition.values import Axis, candidates, key
+from mosaic.runtime.world import own_axes
 
 aten = torch.ops.aten
 
@@ -281,7 +282,7 @@ def whole_length(node: fx.Node, dim: int) -> int:
 
 def probe(node: fx.Node, operand: fx.Node, candidate: Place, index: int | None) -> Place | None:
     axis = Axis("", candidate.mesh_axis, candidate.layout, Ring())
-    found = ShardingInterpreter(axis).probe(node, {operand: candidate})
+    found = ShardingInterpreter(axis, RULES).probe(node, {operand: candidate})
     return found[index] if isinstance(found, tuple) and index is not None else found
 
 

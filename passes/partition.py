@@ -29,6 +29,7 @@ from mosaic.graph.strides import shares_elements
 from mosaic.layout import Layout
 from mosaic.partition.emitter import Emitter
 from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, Collective, Value, places_of
 from mosaic.passes.normalize import mark_gradients, passes_gradients, records_gradients
 from mosaic.passes.propagate import attended, follow
@@ -78,6 +79,7 @@ def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Shardin
     writer = Emitter(graph, world.rank, world.group, Modes.current())
     sharder = ShardingInterpreter(
         axis,
+        RULES,
         writer,
         on_gather=spec.on_gather,
         gradients=spec.gradients,

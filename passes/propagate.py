@@ -18,6 +18,7 @@ from mosaic.masks.op import ATTENTIONS
 from mosaic.masks.softmax import unread_softmax
 from mosaic.partition.attention import Attention, flattened, with_axis
 from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, places_of
 from mosaic.passes.infer_axes import Search, behind
 
@@ -77,7 +78,7 @@ def leave_whole(planners: list[ShardingInterpreter], context: Context) -> bool:
 def follow(graph: fx.Graph, context: Context) -> list[ShardingInterpreter]:
     """Each axis followed through the global graph as if it were the only one."""
     planners = [
-        ShardingInterpreter(a, arriving=context.arriving_nodes(graph)) for a in context.axes
+        ShardingInterpreter(a, RULES, arriving=context.arriving_nodes(graph)) for a in context.axes
     ]
     for planner in planners:
         planner.run(list(graph.nodes))

@@ -16,7 +16,8 @@ from mosaic.attention.blocks import CAUSAL, FULL, Band
 from mosaic.attention.cost import Shape
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.strategy import LOCAL, SPLIT_KV, Facts, way_of
+from mosaic.attention.resolve import Facts, way_of
+from mosaic.attention.strategy import LOCAL, SPLIT_KV
 from mosaic.attention.tiles import TileProgram
 from mosaic.attention.visit import Inputs
 from mosaic.layout import Layout

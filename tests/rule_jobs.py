@@ -23,12 +23,11 @@ from mosaic.api.errors import UnsupportedError
 from mosaic.api.mesh import current_context
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.capture import Captured, capture
-from mosaic.graph.context import Context, Output, World
+from mosaic.graph.context import Context, Output
 from mosaic.graph.modes import Modes
 from mosaic.layout import Layout
 from mosaic.partition.interpreter import ShardingInterpreter
-from mosaic.partition.table import key
-from mosaic.partition.values import Axis, Call
+from mosaic.partition.values import Axis, Call, key
 from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
@@ -37,6 +36,7 @@ from mosaic.passes.partition import partition
 from mosaic.passes.pin_collectives import pin_collectives
 from mosaic.passes.raise_attention import raise_attention
 from mosaic.passes.rewrite_attention import rewrite_attention
+from mosaic.runtime.world import World
 from mosaic.torch_private import compile_by_eager, pytree
 
 LAYOUTS = {"even": Layout.even, "zigzag": Layout.zigzag}

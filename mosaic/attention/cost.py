@@ -26,10 +26,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mosaic.attention.strategy import Level, Strategy
+from mosaic.attention.strategy import Level, Strategy
 
 #: Bytes (inside a node, between nodes).
 Pair = tuple[float, float]

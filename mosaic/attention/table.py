@@ -15,7 +15,7 @@ from mosaic.api.methods import (
     Ulysses,
 )
 from mosaic.attention.cost import Shape, cost_of
-from mosaic.attention.strategy import Facts, way_of
+from mosaic.attention.resolve import Facts, way_of
 
 RANKS = 8
 EXAMPLE = Shape(1, 32, 8, 8192, 8192, 128, 128, itemsize=2)

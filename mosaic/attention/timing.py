@@ -11,12 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mosaic.attention.cost import Pair, Sent, Shape, cost_of, home_factor, portions
-
-if TYPE_CHECKING:
-    from mosaic.attention.strategy import Level, Strategy
+from mosaic.attention.strategy import Level, Strategy
 
 MIB = 1 << 20
 #: Bytes, and the bytes per second at which so many travel.

@@ -20,7 +20,7 @@ from mosaic.attention.blocks import FULL, Band, share_seen
 from mosaic.attention.cost import Shape
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.strategy import Facts, way_between
+from mosaic.attention.resolve import Facts, way_between
 from mosaic.attention.visit import Inputs
 from mosaic.eager.operands import (
     band_of,
@@ -33,10 +33,10 @@ from mosaic.eager.operands import (
 )
 from mosaic.eager.tensors import layout_text
 from mosaic.frontend.agreement import check_calls_alike, check_shards_alike
-from mosaic.graph.context import World, device_memory, world_of
 from mosaic.layout import Layout
 from mosaic.runtime.collectives import enter, enter_together
 from mosaic.runtime.rng import draw_seed
+from mosaic.runtime.world import World, device_memory, world_of
 
 
 def attention(

@@ -8,8 +8,8 @@ from torch import Tensor
 from mosaic.api.errors import ShardingError
 from mosaic.attention.blocks import Band
 from mosaic.attention.visit import Inputs
-from mosaic.graph.context import World
 from mosaic.layout import Layout
+from mosaic.runtime.world import World
 
 
 def band_of(causal: bool, left: int | None, right: int | None) -> Band:

@@ -23,7 +23,7 @@ from mosaic.frontend.refused import refuse_unknown
 from mosaic.frontend.sharded_inputs import arriving_shards, global_sizes
 from mosaic.frontend.unexpected import ours
 from mosaic.frontend.user_warnings import announce, ended_at, resumed_at
-from mosaic.graph.context import Context, world_of
+from mosaic.graph.context import Context
 from mosaic.graph.modes import Modes
 from mosaic.graph.pipeline import run_passes, without_those_off
 from mosaic.graph.sequence import sequence
@@ -31,6 +31,7 @@ from mosaic.passes import JOINT, LOWERING, OPTIONAL, PIPELINE
 from mosaic.report.debug import debugging
 from mosaic.report.plan import LISTENERS, Plan, plan_of
 from mosaic.runtime.rendezvous import report_failure
+from mosaic.runtime.world import world_of
 from mosaic.torch_private import (
     Restart,
     bake_floats,

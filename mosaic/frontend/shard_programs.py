@@ -15,7 +15,7 @@ from mosaic.eager.functional import attention_node, parameters_node
 from mosaic.eager.modules import grid_node
 from mosaic.eager.tensors import gather_node
 from mosaic.frontend.capture import capture
-from mosaic.graph.context import Context, World
+from mosaic.graph.context import Context
 from mosaic.graph.emit import is_call
 from mosaic.graph.modes import Modes
 from mosaic.graph.source import line, where
@@ -23,6 +23,7 @@ from mosaic.masks.op import PLAIN
 from mosaic.passes.normalize import normalize
 from mosaic.passes.raise_attention import raise_attention
 from mosaic.report.plan import Plan, plan_of
+from mosaic.runtime.world import World
 
 _ops = torch.ops.mosaic
 EAGER = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,9 +21,7 @@ from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.values import Axis, Call, Value, map_values
 from mosaic.partition.views import viewed
-
-if TYPE_CHECKING:
-    from mosaic.graph.context import World
+from mosaic.runtime.world import World
 
 aten = torch.ops.aten
 QKV = ("query", "key", "value")

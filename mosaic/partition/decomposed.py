@@ -42,7 +42,7 @@ def decomposed(s: ShardingInterpreter, c: Call) -> Any:
 def is_local(s: ShardingInterpreter, c: Call, graph: fx.Graph, tensors: list[Value]) -> bool:
     """Whether nothing is sent."""
     try:
-        run(ShardingInterpreter(s.axis, probing=True), c, graph, tensors)
+        run(ShardingInterpreter(s.axis, s.rules, probing=True), c, graph, tensors)
     except NotLocalError:
         return False
     return True

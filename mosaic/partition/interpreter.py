@@ -11,7 +11,7 @@ it is written whole; at a place, then only this rank's part is computed (``slice
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
@@ -51,11 +51,28 @@ class NotLocalError(Exception):
     """A probe met a collective: the op is not local under these places."""
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What an interpreter goes by: ``table.py`` has them. ``rule_for`` gives an op's rule,
+    ``rule(interpreter, call)``; ``pull`` where operands are cut to have a result at a place;
+    ``written_whole`` the rule of an op that even whole is not written as it is; ``follow`` steps
+    over what is routed by expert; ``helpers`` over what another axis's program holds, of which some
+    are ``collectives``."""
+
+    rule_for: Callable[[Any], Callable[..., Any]]
+    pull: Callable[..., dict[fx.Node, Place] | None]
+    written_whole: Callable[[fx.Node], Callable[..., Any] | None]
+    follow: Callable[..., Any]
+    helpers: Mapping[Any, Callable[..., Any]]
+    collectives: Collection[Any]
+
+
 @dataclass
 class ShardingInterpreter:
     """See the module's docstring. ``writer`` is None when planning."""
 
     axis: Axis
+    rules: Rules
     writer: Emitter | None = None
     probing: bool = False
     on_gather: str = "warn"
@@ -131,18 +148,14 @@ class ShardingInterpreter:
         return Call(node.target, args, kwargs, node.meta["val"], node)
 
     def routed_value(self, node: fx.Node) -> Any:
-        from mosaic.partition.routing import follow
-
-        return follow(self, node)
+        return self.rules.follow(self, node)
 
     def helper(self, node: fx.Node) -> Any:
         """What another axis's program holds; None for an op."""
-        from mosaic.partition.written import COLLECTIVES, HELPERS
-
-        if node.target not in HELPERS:
+        if node.target not in self.rules.helpers:
             return None
-        value = HELPERS[node.target](self, node)
-        if node.target in COLLECTIVES and not self.probing:
+        value = self.rules.helpers[node.target](self, node)
+        if node.target in self.rules.collectives and not self.probing:
             # By name: plans are compared, and the address of a function differs between ranks.
             name = getattr(node.target, "__name__", node.target)
             self.decided.append(f"{name}: {places_of(value)}")
@@ -160,9 +173,7 @@ class ShardingInterpreter:
         return pytree.tree_map(lambda a: self.env[a] if isinstance(a, fx.Node) else a, arguments)
 
     def apply(self, call: Call) -> Any:
-        from mosaic.partition.table import rule_for
-
-        value = rule_for(call.target)(self, call)
+        value = self.rules.rule_for(call.target)(self, call)
         return tuple(value) if isinstance(value, list) else value
 
     def call(self, like: Call, target: Any, *args: Any, **kwargs: Any) -> Any:
@@ -396,7 +407,7 @@ class ShardingInterpreter:
 
     def probe(self, node: fx.Node, places: dict[fx.Node, Place]) -> Any:
         """The place of ``node``'s result when its operands have these places; None if not local."""
-        probe = ShardingInterpreter(self.axis, probing=True)
+        probe = ShardingInterpreter(self.axis, self.rules, probing=True)
         probe.env = {n: recipe(n) for n in node.all_input_nodes}
         for n, place in places.items():
             probe.env[n] = Value(n.meta["val"], place)

@@ -105,10 +105,3 @@ def computed_with_draws(s: ShardingInterpreter, c: Call) -> Any:
         where=where(c.like),
         fix="use dropout or attention with dropout_p, which Mosaic draws alike on all ranks",
     )
-
-
-def attention_whole(s: ShardingInterpreter, c: Call) -> Value:
-    """A whole attention with dropout: every rank must drop the same elements."""
-    from mosaic.partition.attention import whole
-
-    return whole(s, c)

@@ -20,7 +20,8 @@ from torch import fx
 
 from mosaic.layout import Place
 from mosaic.partition.interpreter import ShardingInterpreter
-from mosaic.partition.values import Call, Value
+from mosaic.partition.pointwise import is_pointwise
+from mosaic.partition.values import Call, Value, key
 
 aten = torch.ops.aten
 GROUPED = {"_grouped_mm", "transformers::grouped_mm_fallback"}
@@ -81,8 +82,6 @@ def iter_after(node: fx.Node) -> Iterator[fx.Node]:
 
 def region_kind(region: Region, node: fx.Node) -> str | None:
     """What a user of the region's nodes gives; None if it depends on the order."""
-    from mosaic.partition.table import is_pointwise, key
-
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:

@@ -49,15 +49,12 @@ def hoist(s: ShardingInterpreter, value: Value, place: Place) -> Value:
 
 def pulled(s: ShardingInterpreter, origin: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
     """Where operands are cut to have ``origin`` at a place; None: its whole result is sliced."""
-    from mosaic.partition.table import pull
-    from mosaic.partition.written import HELPERS
-
     if origin.op != "call_function" or not hasattr(origin.target, "_schema"):
         return None
-    if origin.target in HELPERS:
+    if origin.target in s.rules.helpers:
         return None
     if (origin, place) not in s.pulled:
-        s.pulled[origin, place] = pull(s, origin, place)
+        s.pulled[origin, place] = s.rules.pull(s, origin, place)
     return s.pulled[origin, place]
 
 
@@ -120,14 +117,12 @@ def check_never_cut(s: ShardingInterpreter, node: fx.Node, value: Any) -> None:
 
 
 def write(s: ShardingInterpreter, node: fx.Node) -> fx.Node:
-    from mosaic.partition.table import written_whole
-
     assert s.writer
     if s.gives_shares(recipe(node)):  # whole work gives the whole gradient on every rank
         return s.writer.function(node, collectives.divide_gradient, (node, s.axis.p))
     if node.op != "call_function":
         return node
-    special = written_whole(node)
+    special = s.rules.written_whole(node)
     if special:
         value = special(s, s.call_of(node))
         several = isinstance(value, tuple)  # items of one node

@@ -5,7 +5,7 @@ free; one that vanishes makes partial sums, which one all-reduce joins; ``whole`
 
     ``...`` leading dims   i o c  features   m k n  of a matmul   v e  vocabulary, embedding
 
-Ops whose local form is another program name a function in ``mosaic/local/``. Every pointwise op of
+Ops whose local form is another program name a function in this folder. Every pointwise op of
 ATen shares one rule. An op without a row is decomposed if torch knows how, else gathered, loudly.
 ``python -m mosaic`` prints the table; tests/ranks/test_rules.py proves every row.
 """
@@ -35,11 +35,12 @@ from mosaic.partition import (
     views,
     windows,
     writes,
+    written,
 )
 from mosaic.partition.decomposed import decomposed
-from mosaic.partition.interpreter import ShardingInterpreter
-from mosaic.partition.pointwise import pointwise
-from mosaic.partition.values import Call, Value, candidates
+from mosaic.partition.interpreter import Rules, ShardingInterpreter
+from mosaic.partition.pointwise import is_pointwise, pointwise
+from mosaic.partition.values import Call, Value, candidates, key
 from mosaic.torch_private import has_decomposition
 
 LocalForm = Callable[[ShardingInterpreter, Call], Any]
@@ -309,25 +310,8 @@ TABLE: dict[str, LocalForm] = {
     "mosaic::autograd_function": functions.autograd_function,
 }
 
-#: Pointwise ops that torch does not tag so.
-POINTWISE = frozenset(
-    "__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor "
-    "_conj _to_copy alias clone complex detach detach_copy empty_like fill.Scalar fill.Tensor "
-    "full_like masked_fill.Scalar masked_fill.Tensor ones_like polar type_as "
-    "where.self where.ScalarOther where.ScalarSelf where.Scalar zero zeros_like".split()
-)
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
 NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function", "mosaic::sdpa"})
-
-
-def key(target: Any) -> str:
-    """``aten.mean.dim`` -> ``mean.dim``, ``aten.view.default`` -> ``view``.
-
-    Ops of other libraries keep their namespace: ``mine::linear`` need not be a linear.
-    """
-    schema = target._schema
-    name = schema.name.removeprefix("aten::")
-    return f"{name}.{schema.overload_name}" if schema.overload_name else name
 
 
 def rule_for(target: Any) -> LocalForm:
@@ -340,10 +324,6 @@ def rule_for(target: Any) -> LocalForm:
     if is_pointwise(target):
         return pointwise
     return decomposed if has_decomposition(target) else unknown
-
-
-def is_pointwise(target: Any) -> bool:
-    return key(target) in POINTWISE or torch.Tag.pointwise in target.tags
 
 
 def unknown(s: ShardingInterpreter, c: Call) -> Any:
@@ -360,7 +340,7 @@ def written_whole(node: fx.Node) -> LocalForm | None:
     if name in NEVER_AS_IS:
         return TABLE[name]
     if name == "scaled_dot_product_attention":
-        return randomness.attention_whole if dropout_of(node) else None
+        return attention.whole if dropout_of(node) else None
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return None
     call = Call(node.target, node.args, node.kwargs, None, node)
@@ -418,3 +398,7 @@ def pull_slice(node: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
     if step != 1 or (place.outer, place.inner) != (1, 1):
         return None
     return {x: place.with_layout(place.layout.embed(first, shape[dim]))}
+
+
+#: What interpreters are given.
+RULES = Rules(rule_for, pull, written_whole, routing.follow, written.HELPERS, written.COLLECTIVES)

@@ -115,6 +115,16 @@ class Collective:
     source: str
 
 
+def key(target: Any) -> str:
+    """``aten.mean.dim`` -> ``mean.dim``, ``aten.view.default`` -> ``view``.
+
+    Ops of other libraries keep their namespace: ``mine::linear`` need not be a linear.
+    """
+    schema = target._schema
+    name = schema.name.removeprefix("aten::")
+    return f"{name}.{schema.overload_name}" if schema.overload_name else name
+
+
 def is_effect(node: fx.Node) -> bool:
     """Whether a call has no result and is there for what it does: a check."""
     schema = getattr(node.target, "_schema", None)

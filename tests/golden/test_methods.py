@@ -13,7 +13,8 @@ from traffic import calls
 
 from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.cost import Shape
-from mosaic.attention.strategy import SPLIT_KV, Facts, Strategy, way_of
+from mosaic.attention.resolve import Facts, way_of
+from mosaic.attention.strategy import SPLIT_KV, Strategy
 from mosaic.attention.table import methods_table
 from mosaic.report.show import listing
 from mosaic.torch_private import FakeTensorMode

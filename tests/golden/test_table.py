@@ -12,7 +12,7 @@ from sampling import FULL
 from torch import Tensor, fx, nn
 
 from mosaic.api.methods import Auto
-from mosaic.attention import strategy
+from mosaic.attention import resolve
 from mosaic.graph.context import Context
 from mosaic.layout import Layout
 from mosaic.report.plan import Plan
@@ -108,9 +108,7 @@ BUILT = [
 def test_no_tensor_is_quadratic(planned, monkeypatch, build: Callable[[], cases.Built]):
     """Nor has one a row of all keys for each of this rank's queries, as a dense mask has. (With a
     ring of p stages: gathered keys are as long as the axis, and so is a row of their scores.)"""
-    monkeypatch.setitem(
-        strategy.RESOLVE, Auto, lambda _, facts: (strategy.ring(facts, facts.p), "")
-    )
+    monkeypatch.setitem(resolve.RESOLVE, Auto, lambda _, facts: (resolve.ring(facts, facts.p), ""))
     model, args, kwargs = build()
     plan = planned(model, *args, **kwargs)
     along = [a for a in plan.attentions if a.axis]

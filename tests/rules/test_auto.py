@@ -8,7 +8,8 @@ import pytest
 
 from mosaic.api.methods import AllGather, Auto, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.cost import Cost, Shape, cost_of
-from mosaic.attention.strategy import LOCAL, SPLIT_KV, Facts, Strategy, way_between, way_of
+from mosaic.attention.resolve import Facts, way_between, way_of
+from mosaic.attention.strategy import LOCAL, SPLIT_KV, Strategy
 from mosaic.attention.timing import pipelined, seconds_of
 from mosaic.layout import Layout
 

@@ -12,7 +12,8 @@ from traffic import calls, held
 from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.blocks import Band
 from mosaic.attention.cost import Shape, cost_of
-from mosaic.attention.strategy import SPLIT_KV, Facts, Strategy, way_of
+from mosaic.attention.resolve import Facts, way_of
+from mosaic.attention.strategy import SPLIT_KV, Strategy
 from mosaic.layout import Layout
 from mosaic.torch_private import FakeTensorMode
 

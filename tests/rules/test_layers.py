@@ -1,0 +1,64 @@
+"""The modules of the package import each other in one direction: no circle, in functions neither."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import mosaic
+from mosaic import passes
+
+FOLDERS = {"mosaic": Path(mosaic.__file__).parent, "mosaic.passes": Path(passes.__file__).parent}
+
+
+def modules() -> dict[str, Path]:
+    """All modules by name; a package is named as its folder."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if package == "mosaic" and parts[0] == "passes":
+                continue  # where the folder is linked into the package
+            name = ".".join((package, *parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Names of modules that a file imports when it runs, in functions as well."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.ImportFrom) and child.module:
+            yield child.module
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        elif isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        yield from imported(child)
+
+
+def test_imports_have_no_circle() -> None:
+    paths = modules()
+    needs = {
+        name: {m for m in imported(ast.parse(path.read_text())) if m in paths} - {name, "mosaic"}
+        for name, path in paths.items()
+    }
+    for name, others in needs.items():  # a module, and not the package that it is in
+        others -= {other for other in others if any(m.startswith(f"{other}.") for m in others)}
+        others -= {other for other in others if name.startswith(f"{other}.")}
+    assert len(list(TopologicalSorter(needs).static_order())) == len(paths)
+
+
+def test_no_import_stands_in_a_function() -> None:
+    """Every import of ours is at the top of its file, where a reader looks for it."""
+    late = [
+        f"{name}: {ast.unparse(statement)}"
+        for name, path in modules().items()
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for statement in ast.walk(function)
+        if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("mosaic")
+    ]
+    assert late == []
