@@ -1,4 +1,4 @@
-"""The modules of the package import each other in one direction: no circle, in functions neither."""
+"""Modules of the package import each other in one direction: no circle, in functions neither."""
 
 from __future__ import annotations
 

@@ -1,0 +1,41 @@
+"""Files that README.md, CONTRIBUTING.md and docstrings name exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+#: What the texts only give as an example.
+EXAMPLES = {"demo.py", "model.py", "my_pass.py", "passes/my_pass.py", "your_script.py"}
+#: A file is named from the top, from its package, or as a neighbour.
+FROM = ("", "mosaic", "passes", "tests")
+
+
+def named(text: str) -> set[str]:
+    return {m for m in re.findall(r"[\w./*]*\w\.py\b", text) if not m.startswith("/")} - EXAMPLES
+
+
+def exists(name: str) -> bool:
+    return any(any(ROOT.joinpath(folder).glob(name)) for folder in FROM)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_files_in_pages_exist(page: str) -> None:
+    text = (ROOT / page).read_text().replace("\\", "")
+    folders = set(re.findall(r"`((?:mosaic|passes|tests|examples)/[\w/]*)`", text))
+    assert not [name for name in sorted(named(text) | folders) if not exists(name)]
+
+
+def test_files_in_docstrings_and_comments_exist() -> None:
+    wrong = []
+    for path in [*ROOT.glob("mosaic/**/*.py"), *ROOT.glob("passes/*.py")]:
+        if ROOT / "mosaic/passes" in path.parents:
+            continue
+        for name in re.findall(r"``([\w/]+\.py)``|\(``?([\w/]+\.py)", path.read_text()):
+            name = name[0] or name[1]
+            if name not in EXAMPLES and not (exists(name) or (path.parent / name).exists()):
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert wrong == []
