@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import pickle
@@ -116,6 +117,8 @@ def _report(failures: dict[int, str], silent: list[int], p: int, timeout: float)
 def _serve(connection: Connection, rank: int, p: int, rendezvous: str, device: str) -> None:
     torch.set_num_threads(1)  # first: OpenMP with more threads hangs after a fork
     _leave_parent()
+    said = f"rank {rank} of {p}: %(name)s: %(message)s"
+    logging.basicConfig(format=said, force=True)  # to stderr, not to the parent's handlers
     gc.freeze()  # what the parent has imported stays: no collection need look at it
     gc.set_threshold(50_000, 20, 20)  # else a compile spends a tenth of its time on collections
     startup: BaseException | None = None
