@@ -26,7 +26,7 @@ from mosaic.graph.source import line
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import ATTENTIONS
 from mosaic.masks.softmax import unread_softmax
-from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.probing import probe
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, candidates, key
 from mosaic.runtime.world import own_axes
@@ -258,7 +258,7 @@ class Search:
             for operand in operands
             if isinstance(operand.meta.get("val"), torch.Tensor)
             for candidate in candidates(operand.meta["val"].shape, place)
-            if same_place(probe(node, operand, candidate, index), place)
+            if same_place(probed(node, operand, candidate, index), place)
         ]
 
 
@@ -280,9 +280,9 @@ def whole_length(node: fx.Node, dim: int) -> int:
     return node.meta["val"].shape[dim]
 
 
-def probe(node: fx.Node, operand: fx.Node, candidate: Place, index: int | None) -> Place | None:
+def probed(node: fx.Node, operand: fx.Node, candidate: Place, index: int | None) -> Place | None:
     axis = Axis("", candidate.mesh_axis, candidate.layout, Ring())
-    found = ShardingInterpreter(axis, RULES).probe(node, {operand: candidate})
+    found = probe(axis, RULES, node, {operand: candidate})
     return found[index] if isinstance(found, tuple) and index is not None else found
 
 

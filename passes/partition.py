@@ -28,9 +28,9 @@ from mosaic.graph.source import where
 from mosaic.graph.strides import shares_elements
 from mosaic.layout import Layout
 from mosaic.partition.emitter import Emitter
-from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, Collective, Value, places_of
+from mosaic.partition.writing import ProgramWriter
 from mosaic.passes.normalize import mark_gradients, passes_gradients, records_gradients
 from mosaic.passes.propagate import attended, follow
 from mosaic.torch_private import is_alias
@@ -70,17 +70,17 @@ def returned(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in tensors if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
-def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> ShardingInterpreter:
+def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> ProgramWriter:
     """Write the program of this rank along one axis; the second one's over the first one's."""
     old = list(graph.nodes)
     output = graph.output_node()
     world, spec = context.on(axis.mesh_axis), context.spec
     is_last = number + 1 >= len(context.axes)
     writer = Emitter(graph, world.rank, world.group, Modes.current())
-    sharder = ShardingInterpreter(
+    sharder = ProgramWriter(
         axis,
         RULES,
-        writer,
+        writer=writer,
         on_gather=spec.on_gather,
         gradients=spec.gradients,
         arriving=context.arriving_nodes(graph),
@@ -109,7 +109,7 @@ def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Shardin
     return sharder
 
 
-def report(sharder: ShardingInterpreter, context: Context) -> None:
+def report(sharder: ProgramWriter, context: Context) -> None:
     """What the plan shows, and what the ranks compare."""
     if len(context.axes) < 2:
         context.collectives += sharder.collectives
@@ -127,7 +127,7 @@ def nothing_cut(context: Context) -> Axis:
     return Axis("", world.mesh_axis, whole, Local(mesh=world.mesh_axis))
 
 
-def gradients_of(sharder: ShardingInterpreter) -> Collective:
+def gradients_of(sharder: ProgramWriter) -> Collective:
     """What backward sums across the ranks: one all-reduce for each entered tensor, bucketed."""
     p = sharder.axis.p
     sent = sharder.entered_bytes * 2 * (p - 1) // p
@@ -135,13 +135,12 @@ def gradients_of(sharder: ShardingInterpreter) -> Collective:
     return Collective("all_reduce", sharder.axis.name, sent, why, "parameters")
 
 
-def result(sharder: ShardingInterpreter, node: Any, whole: bool) -> tuple[Any, str]:
+def result(sharder: ProgramWriter, node: Any, whole: bool) -> tuple[Any, str]:
     """The local node of an output, and how it stays cut ("" when it is whole)."""
     sharder.current = node if isinstance(node, fx.Node) else None
     value = sharder.env[node] if isinstance(node, fx.Node) else None
     if not isinstance(value, Value):
         return node, ""
-    assert sharder.writer
     if value.place is None or whole:
         out = sharder.node(sharder.gather(value, "an output is whole", node))
         check_share(sharder, out, node)
@@ -161,10 +160,10 @@ def shared_input(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return next((n for n in tensors if is_alias(n.meta["val"], val)), None)
 
 
-def check_share(sharder: ShardingInterpreter, out: fx.Node, node: fx.Node) -> None:
+def check_share(sharder: ProgramWriter, out: fx.Node, node: fx.Node) -> None:
     """Raise UnsupportedError for a parameter, or a view of it, as an output: its gradient comes
     from outside whole, where others give shares."""
-    if sharder.gradients == "whole" or sharder.axis.p == 1 or sharder.writer is None:
+    if sharder.gradients == "whole" or sharder.axis.p == 1:
         return
     shared = shared_input(sharder.writer.graph, out)
     if shared is not None and shared.meta.get("is_state") and shared.meta.get("requires_grad"):

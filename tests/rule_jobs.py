@@ -27,6 +27,7 @@ from mosaic.graph.context import Context, Output
 from mosaic.graph.modes import Modes
 from mosaic.layout import Layout
 from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, Call, key
 from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.lower_attention import lower_attention
@@ -127,7 +128,7 @@ def costs_of_my_share() -> tuple[dict[str, str], set[str]]:
 def cost_of(case: Case, cut: Cut, layout: str = "even") -> str:
     """What the planner says this cut sends in forward, as a letter of ``rule_costs``."""
     graph = captured(case.name).graph
-    planner = Recorder(axis_of(case, cut, layout, P, graph))
+    planner = Recorder(axis_of(case, cut, layout, P, graph), RULES)
     try:
         planner.run(list(graph.nodes))
     except UnsupportedError:

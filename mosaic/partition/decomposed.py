@@ -10,7 +10,8 @@ from torch import fx
 
 from mosaic.graph.modes import modes_of
 from mosaic.graph.strides import STRIDED
-from mosaic.partition.interpreter import NotLocalError, ShardingInterpreter
+from mosaic.partition.interpreter import ShardingInterpreter
+from mosaic.partition.probing import NotLocalError, Prober
 from mosaic.partition.values import Call, Value
 from mosaic.torch_private import decompose_op, fake_mode_of, make_fx, pytree
 
@@ -34,7 +35,7 @@ def decomposed(s: ShardingInterpreter, c: Call) -> Any:
     called = [n.target for n in traced.graph.nodes if n.op == "call_function"]
     if not all(is_usable(target, c.target) for target in called):
         return s.gather_for(c, "has no rule")
-    if s.has_recipes(c) and not s.probing and not is_local(s, c, traced.graph, tensors):
+    if s.has_recipes(c) and not isinstance(s, Prober) and not is_local(s, c, traced.graph, tensors):
         return s.gather_for(c, "works along the axis")
     return run(s, c, traced.graph, tensors)
 
@@ -42,7 +43,7 @@ def decomposed(s: ShardingInterpreter, c: Call) -> Any:
 def is_local(s: ShardingInterpreter, c: Call, graph: fx.Graph, tensors: list[Value]) -> bool:
     """Whether nothing is sent."""
     try:
-        run(ShardingInterpreter(s.axis, s.rules, probing=True), c, graph, tensors)
+        run(Prober(s.axis, s.rules), c, graph, tensors)
     except NotLocalError:
         return False
     return True

@@ -1,8 +1,11 @@
-"""Runs a global program on shards: values with places, and what rules may ask for.
+"""Follows a global program on shards: values with places, and what rules may ask for.
 
-One engine does two jobs. Without a rank it *plans*: it follows places from op to op and writes
-nothing. With a rank it *writes* this rank's local program. Rules (``table.py``) cannot tell the two
-apart, so what is planned is what is written, and every decision is a function of global facts.
+There are several ways to follow one. Rules cannot tell them apart, so what is planned is what is
+written, and every decision is a function of global facts.
+
+    ShardingInterpreter   plans: follows places from op to op, notes what would be sent
+    Prober                asks whether one op is local with its operands at some places (probing.py)
+    ProgramWriter         writes this rank's local program (writing.py)
 
 A value that is whole stays a recipe (its node in the global graph) until it is needed: whole, then
 it is written whole; at a place, then only this rank's part is computed (``slice_pushdown.py``).
@@ -11,7 +14,7 @@ it is written whole; at a place, then only this rank's part is computed (``slice
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
@@ -26,7 +29,6 @@ from mosaic.graph.modes import modes_of
 from mosaic.graph.source import innermost, line, where
 from mosaic.layout import Place
 from mosaic.partition.emitter import Emitter
-from mosaic.partition.slice_pushdown import hoist, whole
 from mosaic.partition.values import (
     Axis,
     Call,
@@ -34,7 +36,6 @@ from mosaic.partition.values import (
     Many,
     Value,
     differentiable,
-    is_effect,
     is_whole,
     map_values,
     needs_gradient,
@@ -42,13 +43,8 @@ from mosaic.partition.values import (
     recipe,
     result_device,
 )
-from mosaic.runtime import collectives
 from mosaic.runtime.rng import draw_seed
 from mosaic.torch_private import fake_mode_of, pytree
-
-
-class NotLocalError(Exception):
-    """A probe met a collective: the op is not local under these places."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,11 @@ class Rules:
 
 @dataclass
 class ShardingInterpreter:
-    """See the module's docstring. ``writer`` is None when planning."""
+    """Plans. ``writer`` is for rules that write nodes of their own; None here, where none are."""
 
     axis: Axis
     rules: Rules
     writer: Emitter | None = None
-    probing: bool = False
     on_gather: str = "warn"
     gradients: str = "whole"
     arriving: dict[fx.Node, Place] = field(default_factory=dict)
@@ -82,16 +77,10 @@ class ShardingInterpreter:
     collectives: list[Collective] = field(default_factory=list)
     attentions: list[Any] = field(default_factory=list)
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
-    hoisted: dict[tuple[fx.Node, Place], Value] = field(default_factory=dict)
-    pulled: dict[tuple[fx.Node, Place], Any] = field(default_factory=dict)
-    _entered: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    written: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    _seed: fx.Node | None = None
     is_second: bool = False  # of two axes: the nodes are the first one's local program
     decided: list[str] = field(default_factory=list)  # about the first axis's collectives
     recorded: list[fx.Node | None] = field(default_factory=list)  # where each collective stands
     routed: dict[fx.Node, Any] = field(default_factory=dict)  # sorted by expert: routing.py
-    entered_bytes: int = 0  # of whole tensors whose gradients are summed across in backward
     current: fx.Node | None = None  # the global node at hand
 
     # --- the program -----------------------------------------------------------------------
@@ -134,28 +123,27 @@ class ShardingInterpreter:
             several, index = self.env[node.args[0]], node.args[1]
             return recipe(node) if isinstance(several, Many) else several[index]
         if node in self.routed:
-            return self.routed_value(node)
+            return self.rules.follow(self, node)
         if node.target is draw_seed:
             return self.helper(node)
         if all(is_whole(self.env[n]) for n in node.all_input_nodes):
-            if self.writer and is_effect(node):
-                whole(self, node)
-            return recipe(node)
+            return self.unmoved(node)
         return self.helper(node) or self.apply(self.call_of(node))
 
     def call_of(self, node: fx.Node) -> Call:
         args, kwargs = self.values((node.args, node.kwargs))
         return Call(node.target, args, kwargs, node.meta["val"], node)
 
-    def routed_value(self, node: fx.Node) -> Any:
-        return self.rules.follow(self, node)
+    def unmoved(self, node: fx.Node) -> Any:
+        """A node whose operands are all whole."""
+        return recipe(node)
 
     def helper(self, node: fx.Node) -> Any:
         """What another axis's program holds; None for an op."""
         if node.target not in self.rules.helpers:
             return None
         value = self.rules.helpers[node.target](self, node)
-        if node.target in self.rules.collectives and not self.probing:
+        if node.target in self.rules.collectives:
             # By name: plans are compared, and the address of a function differs between ranks.
             name = getattr(node.target, "__name__", node.target)
             self.decided.append(f"{name}: {places_of(value)}")
@@ -163,11 +151,7 @@ class ShardingInterpreter:
 
     def arrived(self, node: fx.Node, place: Place) -> Value:
         """An input that is this rank's part already."""
-        val = node.meta["val"]
-        if not self.writer:
-            return Value(val, place)
-        node.meta["val"] = val.new_empty(place.local_shape(val.shape, self.writer.rank))
-        return Value(val, place, node)
+        return Value(node.meta["val"], place)
 
     def values(self, arguments: Any) -> Any:
         return pytree.tree_map(lambda a: self.env[a] if isinstance(a, fx.Node) else a, arguments)
@@ -199,40 +183,35 @@ class ShardingInterpreter:
     def emit(self, call: Call, place: Any, /, *, enter: bool = True, **changed: Any) -> Any:
         """Write ``call`` as it is, with some arguments changed. ``place``: where the axis is in the
         result (one, or a tuple for several results). Whole operands of sharded work are entered."""
-        bound = {**call.bound, **changed}
-        node = None
-        if self.writer:
-            operands = map_values(lambda v: self.operand(v, enter), call.split(bound))
-            node = self.writer.op(call.like, call.target, *operands)
+        nodes = self.written_nodes(call, {**call.bound, **changed}, enter)
         if isinstance(call.val, (tuple, list)):
             places = place if isinstance(place, tuple) else (place,) * len(call.val)
-            nodes = [
-                self.writer.item(node, i) if self.writer else None for i in range(len(call.val))
-            ]
             return tuple(Value(v, pl, n) for v, pl, n in zip(call.val, places, nodes, strict=True))
-        return Value(call.val, place, node)
+        return Value(call.val, place, nodes[0])
+
+    def written_nodes(
+        self, call: Call, bound: dict[str, Any], enter: bool
+    ) -> Sequence[fx.Node | None]:
+        """The nodes of a call's results."""
+        return [None] * (len(call.val) if isinstance(call.val, (tuple, list)) else 1)
 
     def function(
         self, call: Call, target: Any, args: tuple[Any, ...], val: Any, place: Place | None = None
     ) -> Value:
         """A helper of ours on local tensors; ``val`` is what it gives at global size."""
-        if not self.writer:
-            return Value(val, place)
-        nodes = map_values(self.node, args)
-        return Value(val, place, self.writer.function(call.like, target, nodes))
+        return Value(val, place)
 
     def take(self, call: Call, x: Value, runs: Any, dim: int) -> fx.Node | None:
         """These stretches of the local tensor, joined."""
-        if not self.writer:
-            return None
-        return self.writer.take(call.like, self.node(x), runs, dim)
+        return None
 
     def on_rank(self, decide: Callable[[int], Any]) -> Any:
-        return decide(self.writer.rank) if self.writer else None
+        """What only this rank's program has; None when planning."""
+        return None
 
     def local(self, shape: Iterable[int], place: Place) -> list[int]:
         """A shape at this rank's size (at global size when planning)."""
-        return place.local_shape(list(shape), self.writer.rank) if self.writer else list(shape)
+        return list(shape)
 
     def positions(self, call: Call, place: Place) -> Value:
         """The global indices 0..size-1 of a dim, at its place (as a vector)."""
@@ -242,33 +221,8 @@ class ShardingInterpreter:
         return self.at(self.emit(new, None, enter=False), place.at(0))
 
     def operand(self, value: Value, enter: bool) -> fx.Node:
-        if value.place is not None or not enter:
-            return self.node(value)
-        return self.entered(value)
-
-    def entered(self, value: Value) -> fx.Node:
-        """A whole value about to be used by sharded work: its gradient is summed across, once."""
-        if self.gives_shares(value):
-            return value.origin
-        node = self.node(value)
-        if not needs_gradient(value) or self.axis.p == 1:
-            return node
-        if node not in self._entered:
-            assert self.writer
-            if self.counts_entered(value):
-                self.entered_bytes += value.val.numel() * value.val.element_size()
-            entered = self.writer.function(
-                node, collectives.enter, (node, self.writer.group), name=f"{node.name}_entered"
-            )
-            self._entered[node] = entered
-        return self._entered[node]
-
-    def counts_entered(self, value: Value) -> bool:
-        """In an axis's program that is cut again sizes differ by rank, but those of parameters."""
-        leaf = value.origin
-        while leaf is not None and leaf.target is collectives.enter:
-            leaf = leaf.args[0]
-        return not self.is_second or (leaf is not None and leaf.op == "placeholder")
+        """The node of an operand; ``enter``: a whole one is used by sharded work."""
+        raise NotImplementedError("a plan has no nodes")
 
     def gives_shares(self, value: Value) -> bool:
         """A parameter whose gradient stays this rank's share, for an outer reducer. An input's is
@@ -278,10 +232,7 @@ class ShardingInterpreter:
 
     def node(self, value: Value) -> fx.Node:
         """The local node of a value; a recipe is written whole now."""
-        if value.node is None:
-            assert value.origin is not None
-            value.node = whole(self, value.origin)
-        return value.node
+        raise NotImplementedError("a plan has no nodes")
 
     def sum_across(self, value: Value, call: Call, why: str, op: str = "sum") -> Value:
         """Partial results, one on each rank, become whole."""
@@ -289,50 +240,46 @@ class ShardingInterpreter:
 
     def joined(self, value: Value, like: fx.Node, why: str, op: str) -> Value:
         self.record("all_reduce", value.val, why, like)
-        if not self.writer or self.axis.p == 1:
-            return Value(value.val, None, value.node)
-        operands = (value.node, self.writer.group, op)
-        node = self.writer.function(like, collectives.sum_across, operands, name=f"{op}_across")
-        return Value(value.val, None, node)
+        return Value(value.val, None, self.sent_node("sum_across", value, like, op))
+
+    def sent_node(self, how: str, value: Value, like: fx.Node | None, *how_much: Any) -> Any:
+        """The node of a value after a collective (a key of ``SENDERS`` in writing.py)."""
+        return value.node
 
     def at(self, value: Value, place: Place) -> Value:
         """The value at a place: as it is, hoisted, resharded, or (last) gathered and sliced."""
         if value.place is None:
-            return hoist(self, value, place)
+            return self.pushed_down(value, place)
         have, want = value.place.refined(), place.refined()
         if have == want:
             return Value(value.val, place, value.node)
         if value.origin is not None:
-            return hoist(self, recipe(value.origin), place)
+            return self.pushed_down(recipe(value.origin), place)
         if (have.dim, have.outer, have.inner, have.layout.n) != (
             want.dim, want.outer, want.inner, want.layout.n,
         ):  # fmt: skip
             return self.slice(self.gather_aloud(value, "is needed cut in another dim"), place)
         return self.reshard(value, have, want)
 
+    def pushed_down(self, value: Value, place: Place) -> Value:
+        """A whole value at a place: recomputed there, or sliced."""
+        return Value(value.val, place)
+
     def reshard(self, value: Value, have: Place, want: Place) -> Value:
         like = value.node or value.origin
         self.record("all_to_all", value.val, "two layouts of one axis meet", like)
-        if not self.writer:
-            return Value(value.val, want)
-        specs = (self.writer.shard(have), self.writer.shard(want))
-        node = self.writer.function(like, torch.ops.mosaic.reshard.default, (value.node, *specs))
-        return Value(value.val, want, node)
+        return Value(value.val, want, self.sent_node("reshard", value, like, have, want))
 
     def halo(self, value: Value, have: Place, want: Place) -> Value:
         """What each rank needs of the axis, also of what others hold: a layout that overlaps."""
         like = value.node or value.origin
         if have == want:
-            return Value(value.val, have, self.node(value) if self.writer else None)
+            return Value(value.val, have, value.node)
         near = [d.length for r in range(self.axis.p) for d in want.layout.ranks[r]]
         rows = max(0, sum(near) - have.layout.n) // self.axis.p + 1
         sent = [rows if d == have.dim else n for d, n in enumerate(value.shape)]
         self.record("all_to_all", value.val.new_empty(sent), "windows reach into other ranks", like)
-        if not self.writer or self.axis.p == 1:
-            return Value(value.val, want, value.node)
-        specs = (self.writer.shard(have), self.writer.shard(want))
-        node = self.writer.function(like, torch.ops.mosaic.halo.default, (value.node, *specs))
-        return Value(value.val, want, node)
+        return Value(value.val, want, self.sent_node("halo", value, like, have, want))
 
     def gather_aloud(self, value: Value, why: str, like: fx.Node | None = None) -> Value:
         """The whole value on every rank, for an op that is otherwise local: said, or refused, but
@@ -347,8 +294,6 @@ class ShardingInterpreter:
     def say_gathered(self, name: str, why: str, like: fx.Node, operands: list[Value]) -> None:
         """Every gather of an activation is said here, or refused; but for what a rule asks for as
         a part of an exact and cheap form (``gather``), and for whole outputs."""
-        if self.probing:
-            raise NotLocalError
         self.gathered.append((f"{name} {why}", like))
         if self.on_gather == "error":
             raise UnsupportedError(
@@ -367,19 +312,13 @@ class ShardingInterpreter:
             return recipe(value.origin)
         like = like or value.node
         self.record("all_gather", value.val, why, like)
-        if not self.writer or self.axis.p == 1:
-            return Value(value.val, None, value.node)
-        spec = self.writer.shard(value.place)
-        node = self.writer.function(like, torch.ops.mosaic.gather.default, (value.node, spec))
-        return Value(value.val, None, node)
+        return Value(value.val, None, self.sent_node("gather", value, like, value.place))
 
     def gather_for(self, call: Call, reason: str) -> Any:
         """No exact local form: run the op whole on every rank, and say so (or refuse)."""
         return self.emit(self.with_whole_operands(call, reason), None, enter=False)
 
     def with_whole_operands(self, call: Call, reason: str) -> Call:
-        if self.probing:
-            raise NotLocalError
         why = f"{call.name} {reason}"
         if self.has_recipes(call):
             return call.replaced(map_values(lambda v: self.gather(v, why), call.bound))
@@ -392,36 +331,11 @@ class ShardingInterpreter:
 
     def slice(self, value: Value, place: Place) -> Value:
         """My intervals of a whole value."""
-        if not self.writer or self.axis.p == 1:
-            return Value(value.val, place, value.node)
-        spec = self.writer.shard(place)
-        if self.gives_shares(value):
-            leaf = value.origin
-            share = self.writer.function(leaf, collectives.slice_share, (leaf, spec))
-            return Value(value.val, place, share)
-        node = self.node(value)
-        if needs_gradient(value):
-            self.record("slice", value.val, "gradient of a whole value that is used in parts", node)
-        part = self.writer.function(node, collectives.slice_to, (node, spec))
-        return Value(value.val, place, part)
-
-    def probe(self, node: fx.Node, places: dict[fx.Node, Place]) -> Any:
-        """The place of ``node``'s result when its operands have these places; None if not local."""
-        probe = ShardingInterpreter(self.axis, self.rules, probing=True)
-        probe.env = {n: recipe(n) for n in node.all_input_nodes}
-        for n, place in places.items():
-            probe.env[n] = Value(n.meta["val"], place)
-        try:
-            value = probe.value_of(node)
-        except NotLocalError:
-            return None
-        return places_of(value)
+        return Value(value.val, place)
 
     # --- the plan --------------------------------------------------------------------------
 
     def record(self, op: str, val: Any, why: str, like: fx.Node | None) -> None:
-        if self.probing:
-            raise NotLocalError
         if self.axis.p == 1:
             return
         p, size = self.axis.p, prod(val.shape) * val.element_size()
@@ -434,16 +348,10 @@ class ShardingInterpreter:
 
     def dropout_seed(self, call: Call) -> fx.Node:
         """One int64 seed for the whole graph, drawn once per call, the same on every rank."""
-        assert self.writer
-        if self._seed is None:
-            self._seed = self.writer.seed(call.like, str(result_device(call)))
-        return self._seed
+        raise NotImplementedError("a plan has no nodes")
 
     def seed(self, call: Call) -> Value | None:
-        if not self.writer:
-            return None
-        node = self.dropout_seed(call)
-        return Value(node.meta["val"], None, node)
+        return None
 
     def site(self, like: fx.Node) -> int:
         """Which random op of the program: its number in the global graph."""

@@ -21,6 +21,7 @@ from torch import fx
 from mosaic.layout import Place
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.pointwise import is_pointwise
+from mosaic.partition.probing import Prober
 from mosaic.partition.values import Call, Value, key
 
 aten = torch.ops.aten
@@ -206,7 +207,7 @@ CHECKS: dict[str, Callable[[Region, fx.Node], str | None]] = {
 def sort(s: ShardingInterpreter, c: Call, along: Callable[[ShardingInterpreter, Call], Any]) -> Any:
     """A sort of ids along the axis whose order nobody sees; ``along``: any other."""
     x = c["self"]
-    if x.place is None or x.ndim != 1 or s.probing or c.like.target is not c.target:
+    if x.place is None or x.ndim != 1 or isinstance(s, Prober) or c.like.target is not c.target:
         return along(s, c)
     region = region_of(c.like)
     if region is None or x.place.inner % region.choices:

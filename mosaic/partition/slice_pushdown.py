@@ -17,14 +17,12 @@ from mosaic.runtime import collectives
 from mosaic.torch_private import pytree
 
 if TYPE_CHECKING:
-    from mosaic.partition.interpreter import ShardingInterpreter
+    from mosaic.partition.writing import ProgramWriter
 
 
-def hoist(s: ShardingInterpreter, value: Value, place: Place) -> Value:
+def hoist(s: ProgramWriter, value: Value, place: Place) -> Value:
     """A whole value at a place: recomputed there from its leaves, or sliced where that stops."""
     origin = value.origin
-    if not s.writer:
-        return Value(value.val, place)
     if s.axis.p == 1:
         return Value(value.val, place, s.node(value))
     if origin is None:
@@ -47,7 +45,7 @@ def hoist(s: ShardingInterpreter, value: Value, place: Place) -> Value:
     return s.hoisted[origin, place]
 
 
-def pulled(s: ShardingInterpreter, origin: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
+def pulled(s: ProgramWriter, origin: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
     """Where operands are cut to have ``origin`` at a place; None: its whole result is sliced."""
     if origin.op != "call_function" or not hasattr(origin.target, "_schema"):
         return None
@@ -59,7 +57,7 @@ def pulled(s: ShardingInterpreter, origin: fx.Node, place: Place) -> dict[fx.Nod
 
 
 def recomputed(
-    s: ShardingInterpreter, origin: fx.Node, place: Place, places: dict[fx.Node, Place] | None
+    s: ProgramWriter, origin: fx.Node, place: Place, places: dict[fx.Node, Place] | None
 ) -> Value | None:
     if places is None:
         return None
@@ -72,12 +70,12 @@ def recomputed(
     return s.at(s.apply(call) if operands else created(s, call, place), place)
 
 
-def whole_form(s: ShardingInterpreter, node: fx.Node) -> Any:
+def whole_form(s: ProgramWriter, node: fx.Node) -> Any:
     value = s.env[node]
     return recipe(node) if isinstance(value, Value) and value.origin is not None else value
 
 
-def created(s: ShardingInterpreter, call: Call, place: Place) -> Value:
+def created(s: ProgramWriter, call: Call, place: Place) -> Value:
     """zeros, ones, full: made at the local size."""
     return s.emit(call, place, size=s.local(call.val.shape, place))
 
@@ -85,14 +83,14 @@ def created(s: ShardingInterpreter, call: Call, place: Place) -> Value:
 # --- whole --------------------------------------------------------------------------------------
 
 
-def whole(s: ShardingInterpreter, origin: fx.Node) -> fx.Node:
+def whole(s: ProgramWriter, origin: fx.Node) -> fx.Node:
     """Write a recipe whole, and whatever it needs that is not written yet, in graph order."""
     for node in unwritten(s, origin):
         s.written[node] = write(s, node)
     return s.written[origin]
 
 
-def unwritten(s: ShardingInterpreter, origin: fx.Node) -> list[fx.Node]:
+def unwritten(s: ProgramWriter, origin: fx.Node) -> list[fx.Node]:
     todo, found = [origin], set()
     while todo:
         node = todo.pop()
@@ -107,7 +105,7 @@ def unwritten(s: ShardingInterpreter, origin: fx.Node) -> list[fx.Node]:
     return sorted(found)
 
 
-def check_never_cut(s: ShardingInterpreter, node: fx.Node, value: Any) -> None:
+def check_never_cut(s: ProgramWriter, node: fx.Node, value: Any) -> None:
     """A recipe is made of what was never cut. Else every rank would compute all that is before it
     a second time, whole, beside its part, and nothing would say so."""
     values = value if isinstance(value, tuple) else (value,)
@@ -116,8 +114,7 @@ def check_never_cut(s: ShardingInterpreter, node: fx.Node, value: Any) -> None:
             raise AssertionError(f"{node.name} is cut, and was asked for whole as a recipe")
 
 
-def write(s: ShardingInterpreter, node: fx.Node) -> fx.Node:
-    assert s.writer
+def write(s: ProgramWriter, node: fx.Node) -> fx.Node:
     if s.gives_shares(recipe(node)):  # whole work gives the whole gradient on every rank
         return s.writer.function(node, collectives.divide_gradient, (node, s.axis.p))
     if node.op != "call_function":

@@ -40,6 +40,7 @@ from mosaic.partition import (
 from mosaic.partition.decomposed import decomposed
 from mosaic.partition.interpreter import Rules, ShardingInterpreter
 from mosaic.partition.pointwise import is_pointwise, pointwise
+from mosaic.partition.probing import probe
 from mosaic.partition.values import Call, Value, candidates, key
 from mosaic.torch_private import has_decomposition
 
@@ -366,7 +367,7 @@ def pull(s: ShardingInterpreter, node: fx.Node, place: Place) -> dict[fx.Node, P
         return pull_pointwise(operands, node, place)
     for operand in operands:
         for candidate in candidates(operand.meta["val"].shape, place):
-            if s.probe(node, {operand: candidate}) == place:
+            if probe(s.axis, s.rules, node, {operand: candidate}) == place:
                 return {operand: candidate}
     return None
 

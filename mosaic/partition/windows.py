@@ -12,8 +12,9 @@ from torch import fx
 from mosaic.layout.windows import Part, Windows
 from mosaic.partition import empty
 from mosaic.partition.decomposed import decomposed
-from mosaic.partition.interpreter import NotLocalError, ShardingInterpreter
+from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.normalization import others_whole
+from mosaic.partition.probing import NotLocalError, Prober
 from mosaic.partition.values import Call, Value
 
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ def slide(
     place = x.place.refined()
     if (place.outer, place.inner) != (1, 1) or not place.layout.n:
         return s.gather_for(c, AS_FACTOR)
-    if s.probing:  # an axis begins behind the patches that it is made of
+    if isinstance(s, Prober):  # an axis begins behind the patches that it is made of
         raise NotLocalError
     out = place.with_layout(windows.outputs(place.layout, s.axis.layout))
     near = s.halo(x, place, place.with_layout(windows.needed(out.layout)))

@@ -99,12 +99,12 @@ def attention_step(scope: Scope, subject: str | None = None) -> tuple[Step, str]
     if subject is None:
         return None
     try:
-        return Emitter(scope, draw, subject).step()
+        return Writer(scope, draw, subject).step()
     except UnfillableError:
         return None
 
 
-class Emitter:
+class Writer:
     """Writes the lines of one attention."""
 
     def __init__(self, scope: Scope, draw: Draw, subject: str):
