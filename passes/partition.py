@@ -1,5 +1,5 @@
 """Write this rank's local program. The only pass that makes collectives, and the only one that sees
-the rank: it runs the rules that ``propagate`` ran, this time with a writer.
+the rank: it runs the rules that ``propagate`` ran, this time as a ProgramWriter, which has nodes.
 
     x: f64[2, 37, 5]                  x: f64[2, 37, 5]
     h = linear(x, w, b)          ->   x_rows = slice_to(x, 37=0:10|10:20|20:30|30:37 dim=1)
@@ -43,8 +43,8 @@ def partition(graph: fx.Graph, context: Context) -> int:
         plan_together(graph, context)
     count = 0
     for number, axis in enumerate(context.axes or (nothing_cut(context),)):
-        sharder = write(graph, context, axis, number)
-        count += len(sharder.collectives)
+        writer = write(graph, context, axis, number)
+        count += len(writer.collectives)
     return count
 
 
@@ -76,47 +76,47 @@ def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Program
     output = graph.output_node()
     world, spec = context.on(axis.mesh_axis), context.spec
     is_last = number + 1 >= len(context.axes)
-    writer = Emitter(graph, world.rank, world.group, Modes.current())
-    sharder = ProgramWriter(
+    emitter = Emitter(graph, world.rank, world.group, Modes.current())
+    writer = ProgramWriter(
         axis,
         RULES,
-        writer=writer,
+        emitter=emitter,
         on_gather=spec.on_gather,
         gradients=spec.gradients,
         arriving=context.arriving_nodes(graph),
         is_second=number > 0,
     )
     with graph.inserting_before(output):
-        sharder.run(old)
+        writer.run(old)
         written = len(context.mutated)
-        updates = [result(sharder, r, whole=True) for r in output.args[0][:written]]
+        updates = [result(writer, r, whole=True) for r in output.args[0][:written]]
         whole = spec.outputs == "whole"
-        outputs = [result(sharder, r, whole) for r in output.args[0][written:]]
+        outputs = [result(writer, r, whole) for r in output.args[0][written:]]
         if is_last:
             outputs = [
-                (as_promised(writer, out, said), shard)
+                (as_promised(emitter, out, said), shard)
                 for (out, shard), said in zip(outputs, context.outputs[written:], strict=True)
             ]
-            write_back(writer, [node for node, _ in updates], context)
-        writer.switch(Modes.current())
+            write_back(emitter, [node for node, _ in updates], context)
+        emitter.switch(Modes.current())
     output.args = (tuple(node for node, _ in (outputs if is_last else updates + outputs)),)
     context.output_shards = [shard for _, shard in outputs]
     erase(graph, old)
     rename_all(graph)
-    report(sharder, context)
+    report(writer, context)
     if not is_last:
         mark_gradients(graph)
-    return sharder
+    return writer
 
 
-def report(sharder: ProgramWriter, context: Context) -> None:
+def report(writer: ProgramWriter, context: Context) -> None:
     """What the plan shows, and what the ranks compare."""
     if len(context.axes) < 2:
-        context.collectives += sharder.collectives
-    if sharder.entered_bytes:
-        context.collectives.append(gradients_of(sharder))
-    context.gathered += sharder.gathered
-    context.decided += sharder.decided
+        context.collectives += writer.collectives
+    if writer.entered_bytes:
+        context.collectives.append(gradients_of(writer))
+    context.gathered += writer.gathered
+    context.decided += writer.decided
 
 
 def nothing_cut(context: Context) -> Axis:
@@ -127,28 +127,28 @@ def nothing_cut(context: Context) -> Axis:
     return Axis("", world.mesh_axis, whole, Local(mesh=world.mesh_axis))
 
 
-def gradients_of(sharder: ProgramWriter) -> Collective:
+def gradients_of(writer: ProgramWriter) -> Collective:
     """What backward sums across the ranks: one all-reduce for each entered tensor, bucketed."""
-    p = sharder.axis.p
-    sent = sharder.entered_bytes * 2 * (p - 1) // p
+    p = writer.axis.p
+    sent = writer.entered_bytes * 2 * (p - 1) // p
     why = "gradients of whole tensors, in backward"
-    return Collective("all_reduce", sharder.axis.name, sent, why, "parameters")
+    return Collective("all_reduce", writer.axis.name, sent, why, "parameters")
 
 
-def result(sharder: ProgramWriter, node: Any, whole: bool) -> tuple[Any, str]:
+def result(writer: ProgramWriter, node: Any, whole: bool) -> tuple[Any, str]:
     """The local node of an output, and how it stays cut ("" when it is whole)."""
-    sharder.current = node if isinstance(node, fx.Node) else None
-    value = sharder.env[node] if isinstance(node, fx.Node) else None
+    writer.current = node if isinstance(node, fx.Node) else None
+    value = writer.env[node] if isinstance(node, fx.Node) else None
     if not isinstance(value, Value):
         return node, ""
     if value.place is None or whole:
-        out = sharder.node(sharder.gather(value, "an output is whole", node))
-        check_share(sharder, out, node)
-        return apart(sharder.writer, out), ""
-    out = apart(sharder.writer, sharder.node(value))
-    if shared_input(sharder.writer.graph, out):  # autograd would make it of the whole input
-        out = insert(sharder.writer.graph, node, aten.clone.default, (out,))
-    return out, sharder.writer.shard(value.place)
+        out = writer.node(writer.gather(value, "an output is whole", node))
+        check_share(writer, out, node)
+        return apart(writer.emitter, out), ""
+    out = apart(writer.emitter, writer.node(value))
+    if shared_input(writer.emitter.graph, out):  # autograd would make it of the whole input
+        out = insert(writer.emitter.graph, node, aten.clone.default, (out,))
+    return out, writer.emitter.shard(value.place)
 
 
 def shared_input(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -160,12 +160,12 @@ def shared_input(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return next((n for n in tensors if is_alias(n.meta["val"], val)), None)
 
 
-def check_share(sharder: ProgramWriter, out: fx.Node, node: fx.Node) -> None:
+def check_share(writer: ProgramWriter, out: fx.Node, node: fx.Node) -> None:
     """Raise UnsupportedError for a parameter, or a view of it, as an output: its gradient comes
     from outside whole, where others give shares."""
-    if sharder.gradients == "whole" or sharder.axis.p == 1:
+    if writer.gradients == "whole" or writer.axis.p == 1:
         return
-    shared = shared_input(sharder.writer.graph, out)
+    shared = shared_input(writer.emitter.graph, out)
     if shared is not None and shared.meta.get("is_state") and shared.meta.get("requires_grad"):
         raise UnsupportedError(
             f"the program returns parameter {shared.name} or a view of it, and gradients are "
@@ -175,49 +175,49 @@ def check_share(sharder: ProgramWriter, out: fx.Node, node: fx.Node) -> None:
         )
 
 
-def apart(writer: Emitter, node: fx.Node) -> fx.Node:
+def apart(emitter: Emitter, node: fx.Node) -> fx.Node:
     """An output that was unfolded or expanded, with memory for each element: AOTAutograd lays its
     gradient out in the same way, and adds up what meets at one place."""
     if not shares_elements(node.meta["val"]):
         return node
     options = {"memory_format": torch.contiguous_format}
-    return writer.op(node, aten.clone.default, (node,), options)
+    return emitter.op(node, aten.clone.default, (node,), options)
 
 
-def as_promised(writer: Emitter, out: Any, said: Output) -> Any:
+def as_promised(emitter: Emitter, out: Any, said: Output) -> Any:
     """An output as eager mode would give it, beside its values."""
-    out = tied(writer, out) if said.requires_grad else out
-    return laid_out(writer, out, said.order) if said.order else out
+    out = tied(emitter, out) if said.requires_grad else out
+    return laid_out(emitter, out, said.order) if said.order else out
 
 
-def laid_out(writer: Emitter, out: fx.Node, order: tuple[int, ...]) -> fx.Node:
+def laid_out(emitter: Emitter, out: fx.Node, order: tuple[int, ...]) -> fx.Node:
     """An output with its dims in the order that they have in the user's memory: views, and draws
     of its form, that follow a graph break depend on it."""
-    if out.meta["val"].permute(order).is_contiguous() or shared_input(writer.graph, out):
+    if out.meta["val"].permute(order).is_contiguous() or shared_input(emitter.graph, out):
         return out
     back = [order.index(d) for d in range(len(order))]
-    dense = writer.op(out, aten.permute.default, (out, list(order)), {})
+    dense = emitter.op(out, aten.permute.default, (out, list(order)), {})
     options = {"memory_format": torch.contiguous_format}
-    dense = writer.op(out, aten.clone.default, (dense,), options)
-    return writer.op(out, aten.permute.default, (dense, back), {})
+    dense = emitter.op(out, aten.clone.default, (dense,), options)
+    return emitter.op(out, aten.permute.default, (dense, back), {})
 
 
-def tied(writer: Emitter, out: fx.Node) -> fx.Node:
+def tied(emitter: Emitter, out: fx.Node) -> fx.Node:
     """An output that the rules made of constants alone (all of it is padding, or written over), or
     a view under ``no_grad``, though autograd says that it requires a gradient (which is zero): a
     sum of no elements of an input is added."""
     if is_learned(out):
         return out
     device = out.meta["val"].device
-    inputs = (n for n in writer.graph.nodes if n.meta.get("requires_grad"))
+    inputs = (n for n in emitter.graph.nodes if n.meta.get("requires_grad"))
     source = next((n for n in inputs if n.meta["val"].device == device), None)
     if source is None:
         return out
-    writer.switch(Modes.current())
-    flat = writer.op(source, aten.reshape.default, (source, [-1]), {})
-    none = writer.op(source, aten.slice.Tensor, (flat, 0, 0, 0), {})
-    zero = writer.op(source, aten.sum.default, (none,), {"dtype": out.meta["val"].dtype})
-    return writer.op(source, aten.add.Tensor, (out, zero), {})
+    emitter.switch(Modes.current())
+    flat = emitter.op(source, aten.reshape.default, (source, [-1]), {})
+    none = emitter.op(source, aten.slice.Tensor, (flat, 0, 0, 0), {})
+    zero = emitter.op(source, aten.sum.default, (none,), {"dtype": out.meta["val"].dtype})
+    return emitter.op(source, aten.add.Tensor, (out, zero), {})
 
 
 def is_learned(out: fx.Node) -> bool:
@@ -235,21 +235,21 @@ def is_learned(out: fx.Node) -> bool:
     return False
 
 
-def write_back(writer: Emitter, updates: list[Any], context: Context) -> None:
+def write_back(emitter: Emitter, updates: list[Any], context: Context) -> None:
     """In-place updates of inputs (BatchNorm's buffers): AOTAutograd keeps a copy_ to an input."""
-    placeholders = [n for n in writer.graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in emitter.graph.nodes if n.op == "placeholder"]
     for index, new in zip(context.mutated, updates, strict=True):
         target = placeholders[index]
-        read_from_copy(writer, target)
-        writer.op(new, aten.copy_.default, (target, new), {})
+        read_from_copy(emitter, target)
+        emitter.op(new, aten.copy_.default, (target, new), {})
 
 
-def read_from_copy(writer: Emitter, target: fx.Node) -> None:
+def read_from_copy(emitter: Emitter, target: fx.Node) -> None:
     """What backward saved of an input must be what it was before the write: the copy is saved, a
     second one in backward would be of what was written."""
     saved = {"recompute": CheckpointPolicy.MUST_SAVE}
-    with writer.graph.inserting_before(writer.first()):
-        copy = insert(writer.graph, target, aten.clone.default, (target,), meta=saved)
+    with emitter.graph.inserting_before(emitter.first()):
+        copy = insert(emitter.graph, target, aten.clone.default, (target,), meta=saved)
     target.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
 

@@ -1,7 +1,7 @@
 """Grad mode and autocast, as they were when a node was captured.
 
 A recipe may be written far from where the user wrote it (a slice that is hoisted, a whole value
-made on demand), so every node carries its own modes and the writer switches to them.
+made on demand), so every node carries its own modes and the emitter switches to them.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def with_whole_queries(s: ShardingInterpreter, c: Call) -> Value:
 
 def entered(s: ShardingInterpreter, x: Value) -> Value:
     """A whole value of whose gradient each rank has a part."""
-    return Value(x.val, None, s.operand(x, enter=True) if s.writer else None)
+    return Value(x.val, None, s.operand(x, enter=True) if s.emitter else None)
 
 
 def over_other_dim(s: ShardingInterpreter, c: Call, place: Place) -> Value:
@@ -318,17 +318,17 @@ def marked(
     part of the work, and the gradients of whole operands are summed.
     """
     s.attentions.append((found, c))
-    if not s.writer:
+    if not s.emitter:
         return Value(c.val, place)
     args, kwargs = map_values(lambda x: s.operand(x, enter), (operands, parts))
-    shape = place.local_shape(c.val.shape, s.writer.rank) if place else c.val.shape
+    shape = place.local_shape(c.val.shape, s.emitter.rank) if place else c.val.shape
     decided = c.like.meta
     if "attention" in decided:  # for another axis
         found = with_axis(decided["attention"], found, decided["both"])
     kept = {key: decided.get(key) for key in ("way", "both")}
     meta = {"attention": found, "seed": seed_of(s, c, found), **kept}
     target = STRUCTURED if parts else PLAIN
-    node = s.writer.marked(c.like, target, args, kwargs, c.val.new_empty(shape), meta)
+    node = s.emitter.marked(c.like, target, args, kwargs, c.val.new_empty(shape), meta)
     return Value(c.val, place, node)
 
 

@@ -20,5 +20,5 @@ def autograd_function(s: ShardingInterpreter, c: Call) -> tuple[Value, ...]:
     if any(v.place for v in c["tensors"]):
         c = s.with_whole_operands(c, "is a user's autograd.Function, of which nothing is known")
     several = s.function(c, call_autograd_function, (c["number"], *c["tensors"]), c.val)
-    items = [s.writer.item(several.node, i) if s.writer else None for i in range(len(c.val))]
+    items = [s.emitter.item(several.node, i) if s.emitter else None for i in range(len(c.val))]
     return tuple(Value(v, None, n) for v, n in zip(c.val, items, strict=True))

@@ -116,7 +116,7 @@ def held_here(s: ShardingInterpreter, c: Call, rows: Value, place: Place) -> Val
 
 
 def encoded(s: ShardingInterpreter, place: Place) -> str:
-    return s.writer.shard(place.at(0)) if s.writer else ""
+    return s.emitter.shard(place.at(0)) if s.emitter else ""
 
 
 def local_rows(rows: Tensor, spec: str, spare: int | None) -> Tensor:

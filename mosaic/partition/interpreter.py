@@ -65,11 +65,11 @@ class Rules:
 
 @dataclass
 class ShardingInterpreter:
-    """Plans. ``writer`` is for rules that write nodes of their own; None here, where none are."""
+    """Plans. ``emitter`` is for rules that write nodes of their own; None here, where none are."""
 
     axis: Axis
     rules: Rules
-    writer: Emitter | None = None
+    emitter: Emitter | None = None
     on_gather: str = "warn"
     gradients: str = "whole"
     arriving: dict[fx.Node, Place] = field(default_factory=dict)

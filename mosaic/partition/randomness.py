@@ -30,7 +30,7 @@ def dropout(s: ShardingInterpreter, c: Call) -> Value:
 
 def indices(s: ShardingInterpreter, x: Value) -> str:
     """How every dim of x is cut, as strings that a graph can hold."""
-    rank, group = (s.writer.rank, s.writer.group) if s.writer else (0, "")
+    rank, group = (s.emitter.rank, s.emitter.group) if s.emitter else (0, "")
     shards = [
         Shard(x.place.at(0), rank, group)
         if x.place and x.place.dim == dim
@@ -73,9 +73,9 @@ def drawn_once(s: ShardingInterpreter, c: Call) -> Any:
         if any(v.place for v in c.tensors()):
             c = s.with_whole_operands(c, "draws random numbers for the whole tensor")
         drawn = s.emit(c, None, enter=False)
-    if not s.writer or s.axis.p == 1:
+    if not s.emitter or s.axis.p == 1:
         return drawn
-    return s.function(c, broadcast, (drawn, s.writer.group), c.val)
+    return s.function(c, broadcast, (drawn, s.emitter.group), c.val)
 
 
 def name_of(c: Call) -> str:

@@ -58,7 +58,7 @@ def each_interval(
     dim, shape = place.dim, [*x.shape]
     shape[dim] = pieces.size
     ends = x.val.new_empty(shape)
-    if not s.writer:
+    if not s.emitter:
         return Value(x.val, place), Value(ends, pieces)
     scans, lasts = [], []
     for run in runs_of(s, place) or [(0, 0)]:
@@ -71,7 +71,7 @@ def each_interval(
 
 def repeated(s: ShardingInterpreter, c: Call, value: Value, place: Place) -> Value:
     """One row for each interval of this rank, for all of its elements."""
-    if not s.writer:
+    if not s.emitter:
         return Value(c.val, place)
     parts, dim = [], place.dim
     for k, (start, stop) in enumerate(runs_of(s, place) or [(0, 0)]):
@@ -84,14 +84,14 @@ def repeated(s: ShardingInterpreter, c: Call, value: Value, place: Place) -> Val
 
 def runs_of(s: ShardingInterpreter, place: Place) -> list[tuple[int, int]]:
     """Where each interval lies in this rank's memory."""
-    assert s.writer
-    held = placed(place.layout.ranks[s.writer.rank])
+    assert s.emitter
+    held = placed(place.layout.ranks[s.emitter.rank])
     return [(run.start, run.stop) for _, run in held]
 
 
 def write(s: ShardingInterpreter, c: Call, target: Any, *args: Any) -> fx.Node:
-    assert s.writer
-    return s.writer.op(c.like, target, args, {})
+    assert s.emitter
+    return s.emitter.op(c.like, target, args, {})
 
 
 def joined(s: ShardingInterpreter, c: Call, parts: list[fx.Node], dim: int) -> fx.Node:

@@ -116,7 +116,7 @@ def check_never_cut(s: ProgramWriter, node: fx.Node, value: Any) -> None:
 
 def write(s: ProgramWriter, node: fx.Node) -> fx.Node:
     if s.gives_shares(recipe(node)):  # whole work gives the whole gradient on every rank
-        return s.writer.function(node, collectives.divide_gradient, (node, s.axis.p))
+        return s.emitter.function(node, collectives.divide_gradient, (node, s.axis.p))
     if node.op != "call_function":
         return node
     special = s.rules.written_whole(node)
@@ -130,4 +130,4 @@ def write(s: ProgramWriter, node: fx.Node) -> fx.Node:
     # A whole attention of ours has other strides than the user's, through which a view went.
     is_view = node.target is torch.ops.aten.view.default
     target = torch.ops.aten.reshape.default if is_view else node.target
-    return s.writer.op(node, target, args, kwargs)
+    return s.emitter.op(node, target, args, kwargs)

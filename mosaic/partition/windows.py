@@ -38,13 +38,15 @@ def slide(
         raise NotLocalError
     out = place.with_layout(windows.outputs(place.layout, s.axis.layout))
     near = s.halo(x, place, place.with_layout(windows.needed(out.layout)))
-    if not s.writer:
+    if not s.emitter:
         return Value(c.val, out)
     made = []
     for part, outputs in s.on_rank(lambda rank: whose(windows, out.layout, rank)):
         window = cut(s, c, near, place.dim, part, fill)
         made.append(s.node(local(Value(x.val, place, window), outputs)))
-    node = made[0] if len(made) == 1 else s.writer.op(c.like, aten.cat.default, (made, out.dim), {})
+    node = (
+        made[0] if len(made) == 1 else s.emitter.op(c.like, aten.cat.default, (made, out.dim), {})
+    )
     return empty.rows_of(s, c, Value(c.val, out, node), out)
 
 
@@ -57,13 +59,13 @@ def whose(windows: Windows, outputs: Any, rank: int) -> list[tuple[Part, int]]:
 
 
 def cut(s: ShardingInterpreter, c: Call, near: Value, dim: int, part: Part, fill: float) -> fx.Node:
-    assert s.writer
+    assert s.emitter
     stretch = (s.node(near), dim, part.start, part.stop)
-    node = s.writer.op(c.like, aten.slice.Tensor, stretch, {})
+    node = s.emitter.op(c.like, aten.slice.Tensor, stretch, {})
     if not (part.before or part.after):
         return node
     pads = [0, 0] * (near.ndim - 1 - dim) + [part.before, part.after]
-    return s.writer.op(c.like, aten.constant_pad_nd.default, (node, pads, fill), {})
+    return s.emitter.op(c.like, aten.constant_pad_nd.default, (node, pads, fill), {})
 
 
 # --- convolutions -------------------------------------------------------------------------------

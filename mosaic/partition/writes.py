@@ -85,7 +85,7 @@ def values_place(x: Value, values: Value, indices: list[Value | None]) -> Place 
 
 def spared(s: ShardingInterpreter, c: Call, x: Value, place: Place, **changed: Any) -> Value:
     """Write into this rank's rows and a spare one, and drop that."""
-    if not s.writer:
+    if not s.emitter:
         return Value(c.val, place)
     longer = Value(x.val, place, spare_row(s, c, x, place))
     return rows_of(s, c, s.emit(c, place, self=longer, **changed), place)

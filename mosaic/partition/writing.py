@@ -33,10 +33,10 @@ SENDERS = {
 
 @dataclass(kw_only=True)
 class ProgramWriter(ShardingInterpreter):
-    """``writer`` appends to the graph. ``entered_bytes`` are those of whole tensors whose gradients
-    are summed across in backward."""
+    """``emitter`` appends to the graph. ``entered_bytes``: of whole tensors whose gradients are
+    summed across in backward."""
 
-    writer: Emitter
+    emitter: Emitter
     hoisted: dict[tuple[fx.Node, Place], Value] = field(default_factory=dict)
     pulled: dict[tuple[fx.Node, Place], Any] = field(default_factory=dict)
     written: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -67,8 +67,8 @@ class ProgramWriter(ShardingInterpreter):
         if node not in self._entered:
             if self.counts_entered(value):
                 self.entered_bytes += value.val.numel() * value.val.element_size()
-            entered = self.writer.function(
-                node, collectives.enter, (node, self.writer.group), name=f"{node.name}_entered"
+            entered = self.emitter.function(
+                node, collectives.enter, (node, self.emitter.group), name=f"{node.name}_entered"
             )
             self._entered[node] = entered
         return self._entered[node]
@@ -89,30 +89,30 @@ class ProgramWriter(ShardingInterpreter):
 
     def arrived(self, node: fx.Node, place: Place) -> Value:
         val = node.meta["val"]
-        node.meta["val"] = val.new_empty(place.local_shape(val.shape, self.writer.rank))
+        node.meta["val"] = val.new_empty(place.local_shape(val.shape, self.emitter.rank))
         return Value(val, place, node)
 
     def written_nodes(self, call: Call, bound: dict[str, Any], enter: bool) -> Sequence[fx.Node]:
         operands = map_values(lambda v: self.operand(v, enter), call.split(bound))
-        node = self.writer.op(call.like, call.target, *operands)
+        node = self.emitter.op(call.like, call.target, *operands)
         if not isinstance(call.val, (tuple, list)):
             return [node]
-        return [self.writer.item(node, i) for i in range(len(call.val))]
+        return [self.emitter.item(node, i) for i in range(len(call.val))]
 
     def function(
         self, call: Call, target: Any, args: tuple[Any, ...], val: Any, place: Place | None = None
     ) -> Value:
         nodes = map_values(self.node, args)
-        return Value(val, place, self.writer.function(call.like, target, nodes))
+        return Value(val, place, self.emitter.function(call.like, target, nodes))
 
     def take(self, call: Call, x: Value, runs: Any, dim: int) -> fx.Node:
-        return self.writer.take(call.like, self.node(x), runs, dim)
+        return self.emitter.take(call.like, self.node(x), runs, dim)
 
     def on_rank(self, decide: Callable[[int], Any]) -> Any:
-        return decide(self.writer.rank)
+        return decide(self.emitter.rank)
 
     def local(self, shape: Iterable[int], place: Place) -> list[int]:
-        return place.local_shape(list(shape), self.writer.rank)
+        return place.local_shape(list(shape), self.emitter.rank)
 
     def pushed_down(self, value: Value, place: Place) -> Value:
         return hoist(self, value, place)
@@ -122,30 +122,30 @@ class ProgramWriter(ShardingInterpreter):
             return self.node(value)
         if how == "sum_across":
             (op,) = how_much
-            args = (value.node, self.writer.group, op)
-            return self.writer.function(like, collectives.sum_across, args, name=f"{op}_across")
-        specs = [self.writer.shard(place) for place in how_much]
-        return self.writer.function(like, SENDERS[how], (value.node, *specs))
+            args = (value.node, self.emitter.group, op)
+            return self.emitter.function(like, collectives.sum_across, args, name=f"{op}_across")
+        specs = [self.emitter.shard(place) for place in how_much]
+        return self.emitter.function(like, SENDERS[how], (value.node, *specs))
 
     def slice(self, value: Value, place: Place) -> Value:
         if self.axis.p == 1:
             return Value(value.val, place, value.node)
-        spec = self.writer.shard(place)
+        spec = self.emitter.shard(place)
         if self.gives_shares(value):
             leaf = value.origin
-            share = self.writer.function(leaf, collectives.slice_share, (leaf, spec))
+            share = self.emitter.function(leaf, collectives.slice_share, (leaf, spec))
             return Value(value.val, place, share)
         node = self.node(value)
         if needs_gradient(value):
             self.record("slice", value.val, "gradient of a whole value that is used in parts", node)
-        part = self.writer.function(node, collectives.slice_to, (node, spec))
+        part = self.emitter.function(node, collectives.slice_to, (node, spec))
         return Value(value.val, place, part)
 
     # --- random numbers --------------------------------------------------------------------
 
     def dropout_seed(self, call: Call) -> fx.Node:
         if self._seed is None:
-            self._seed = self.writer.seed(call.like, str(result_device(call)))
+            self._seed = self.emitter.seed(call.like, str(result_device(call)))
         return self._seed
 
     def seed(self, call: Call) -> Value:

@@ -31,10 +31,10 @@ def again(
 ) -> Value:
     """The same helper on the operands that the second axis has."""
     val = node.meta["val"]
-    if not s.writer:
+    if not s.emitter:
         return Value(val, place)
     operands = map_values(s.node, args)
-    return Value(val, place, s.writer.function(node, node.target, operands, name=node.name))
+    return Value(val, place, s.emitter.function(node, node.target, operands, name=node.name))
 
 
 def elementwise(s: ShardingInterpreter, node: fx.Node) -> Value:
@@ -80,17 +80,17 @@ def kept(s: ShardingInterpreter, node: fx.Node) -> Value:
     dim = value.place.dim
     if Shard.decode(parts[dim]).place.layout.p > 1:
         value = s.gather_aloud(value, "is dropped from in a dim that both axes cut", node)
-    elif s.writer:
-        parts[dim] = s.writer.shard(value.place.at(0))
+    elif s.emitter:
+        parts[dim] = s.emitter.shard(value.place.at(0))
     return again(s, node, (s.env[seed], value, site, ";".join(parts), p), value.place)
 
 
 def drawn(s: ShardingInterpreter, node: fx.Node) -> Value:
     """A seed that the ranks of the first axis share: those of the second share it too."""
     seed = again(s, node, node.args, None)
-    if s.writer and s.axis.p > 1:
-        args = (seed.node, s.writer.group)
-        seed.node = s.writer.function(node, broadcast, args, name=node.name)
+    if s.emitter and s.axis.p > 1:
+        args = (seed.node, s.emitter.group)
+        seed.node = s.emitter.function(node, broadcast, args, name=node.name)
     return seed
 
 
@@ -100,7 +100,9 @@ def users_function(s: ShardingInterpreter, node: fx.Node) -> tuple[Value, ...]:
     why = "is read by a user's autograd.Function, of which nothing is known"
     whole = [s.gather_aloud(s.env[x], why, node) for x in tensors]
     several = again(s, node, (number, *whole), None)
-    items = [s.writer.item(several.node, i) if s.writer else None for i in range(len(several.val))]
+    items = [
+        s.emitter.item(several.node, i) if s.emitter else None for i in range(len(several.val))
+    ]
     return tuple(Value(v, None, n) for v, n in zip(several.val, items, strict=True))
 
 
