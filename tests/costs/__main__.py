@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from costs.decoder import Decoder, explained
-from costs.test_costs import slowness
 
 import mosaic
 from mosaic.report.explain import Ranks, ranks
@@ -46,7 +45,6 @@ def beside_inductor(layers: int) -> None:
 
 if __name__ == "__main__":
     quick = "--quick" in sys.argv
-    print(f"this machine takes {slowness():.1f} times as long as one with 20 million additions/s\n")
     print(" layers  ranks method      named   explain  passes  forward  backward")
     print("                                         s       s    nodes     nodes")
     for p in (8, 64, 256, 1024):

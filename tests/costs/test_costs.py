@@ -4,10 +4,11 @@ same for any number of ranks. ``python tests/costs`` prints the table."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
-from costs.decoder import explained
+from costs.decoder import Decoder, explained
 from torch import fx
 
 from mosaic.passes import infer_axes
@@ -24,7 +25,7 @@ def test_programs_are_as_long_for_256_ranks_as_for_8(method):
 def test_two_layers_on_1024_ranks():
     start = time.monotonic()
     plan = explained(2, 1024)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 60  # it takes 5 to 8
     texts = [a for node in plan.graphs["local"].nodes for a in node.args if isinstance(a, str)]
     assert texts and max(map(len, texts)) < 500  # they say who holds what
     assert max(map(len, "\n".join(plan.diffs.values()).splitlines())) < 5000
@@ -47,21 +48,22 @@ def test_each_layer_is_searched_once_for_axes(monkeypatch):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("named", [True, False])
-def test_eighty_layers(named):
+def test_eighty_layers():
+    """Beside what torch takes to trace the model without us (77 s and 56 s once): machines differ."""
+    plain = seconds(compiled_without_us)
+    assert seconds(lambda: explained(80, 8)) < 2 * plain
+    assert seconds(lambda: explained(80, 8, named=False)) < 2 * plain
+
+
+def compiled_without_us() -> None:
+    torch._dynamo.reset()
+    torch.compile(Decoder(80), backend="aot_eager")(torch.zeros(1, 512, dtype=torch.long))
+
+
+def seconds(work: Callable[[], object]) -> float:
     start = time.monotonic()
-    plan = explained(80, 8, named=named)
-    assert len(plan.attentions) == 80
-    assert time.monotonic() - start < 60 * slowness()
-
-
-def slowness() -> float:
-    """How much longer than the 0.5 s of the machine that the budgets are for ten million additions
-    take: 1 there."""
-    start, x = time.monotonic(), 0
-    for _ in range(10**7):
-        x += 1
-    return max(1.0, (time.monotonic() - start) / 0.5)
+    work()
+    return time.monotonic() - start
 
 
 def test_a_listing_follows_thousands_of_views():
