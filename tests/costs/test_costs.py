@@ -49,7 +49,7 @@ def test_each_layer_is_searched_once_for_axes(monkeypatch):
 
 @pytest.mark.full
 def test_eighty_layers():
-    """Beside what torch takes to trace the model without us (77 s and 56 s once): machines differ."""
+    """Beside what torch takes to trace it without us (77 s and 56 s once), as machines differ."""
     plain = seconds(compiled_without_us)
     assert seconds(lambda: explained(80, 8)) < 2 * plain
     assert seconds(lambda: explained(80, 8, named=False)) < 2 * plain
