@@ -26,7 +26,7 @@ from mosaic.attention.shift import shift_of
 from mosaic.attention.transfer import Returned, Tensors, Transfer, summed
 from mosaic.attention.visit import Inputs, key_blocks, visit
 from mosaic.layout import Intervals, Layout, Run
-from mosaic.runtime.comm import all_reduce, take_runs
+from mosaic.runtime.comm import all_reduce, joined, take_runs
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,10 @@ def backward(
             dkvs.append((dk, dv))
             if gradients and dmask is not None:
                 gradients.add(at, dmask)
-        returns.send(stop, tuple(joined(grads) for grads in zip(*dkvs, strict=True)))
+        returns.send(stop, tuple(joined(grads, 2) for grads in zip(*dkvs, strict=True)))
     dk, dv = returns.total()
     dq = all_reduce(dq, plan.group) if plan.way.everywhere else home_gradient(dq, q, route)
     return dq, dk, dv, gradients.total() if gradients else []
-
-
-def joined(parts: tuple[Tensor, ...]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def gathered(mine: Tensors, route: Route) -> Tensors:

@@ -151,8 +151,9 @@ class Transfer:
         for _, held in self.received:
             arrived += placed(held, offset)
             offset += _length(held)
-        own = dict(self.parts(self.side.rank)).get(self.side.rank, ())
-        blocks = [(placed(own), _take(xs, self.before, self.side.rank, own))]
+        me = self.side.rank
+        own = self.part(me, me) if me in self.hop[me] else ()
+        blocks = [(placed(own), _take(xs, self.before, me, own))]
         if pending is not None:
             blocks.append((arrived, _unrowed(wait(pending), xs)))
         return _sorted(blocks)
@@ -215,7 +216,7 @@ class Returned(NamedTuple):
 
     def stacked(self) -> Tensors:
         """(batch, heads, ranks, rows, dim)"""
-        rows = sum(run.stop - run.start for run in self.where)
+        rows = sum(run.length for run in self.where)
         return tuple(x.unflatten(2, (self.ranks, rows)) for x in self.parts)
 
 

@@ -31,6 +31,8 @@ def combs(runs: Sequence[Run], least: int) -> list[Run | Comb]:
     [Run(start=0, stop=2, step=1), Comb(repeats=3, teeth=(Tooth(start=9, length=2, spacing=-2),))]
     """
     out: list[Run | Comb] = []
+    if len(runs) < least:  # eager attention comes by here at every call
+        return [*runs]
     at = 0
     while at < len(runs):
         best = max((_comb(runs, at, teeth) for teeth in (1, 2)), key=lambda c: c.repeats)
@@ -43,11 +45,10 @@ def _comb(runs: Sequence[Run], at: int, teeth: int) -> Comb:
     """The longest comb of so many teeth that begins with ``runs[at]``."""
     first, second = runs[at : at + teeth], runs[at + teeth : at + 2 * teeth]
     found = tuple(
-        Tooth(a.start, a.stop - a.start, b.start - a.start)
-        for a, b in zip(first, second, strict=False)
+        Tooth(a.start, a.length, b.start - a.start) for a, b in zip(first, second, strict=False)
     )
     if len(found) < teeth or not all(tooth.spacing for tooth in found):
-        return Comb(1, (Tooth(first[0].start, first[0].stop - first[0].start, 0),))
+        return Comb(1, (Tooth(first[0].start, first[0].length, 0),))
     count = 1
     while [
         (run.start, run.stop) for run in runs[at + count * teeth : at + (count + 1) * teeth]

@@ -29,7 +29,7 @@ def exchange(source: Layout, target: Layout, rank: int) -> Exchange:
     held = sorted(placed(source.ranks[rank]))
     for wanted in target.ranks:
         runs = [run for interval in wanted for _, run in cut(held, interval)]
-        send.append(sum(run.stop - run.start for run in runs))
+        send.append(sum(run.length for run in runs))
         take += runs
     arrived, offset = [], 0  # (where it belongs in memory, where it lies in the receive buffer)
     wants = placed(target.ranks[rank])

@@ -34,8 +34,12 @@ def written(held: Intervals, spacings: tuple[int, ...], count: int) -> str:
 
 
 def read(text: str) -> list[list[tuple[int, int]]]:
-    """What the ranks hold that ``_written`` wrote."""
+    """What the ranks hold that ``written`` wrote. Raises ValueError for other texts."""
     intervals, _, count = text.partition("*")
-    found = [re.fullmatch(r"(\d+):(\d+)([+-]\d+)?", part) for part in intervals.split(",") if part]
-    numbers = [(int(m[1]), int(m[2]), int(m[3] or 0)) for m in found if m is not None]
+    numbers = []
+    for part in filter(None, intervals.split(",")):
+        match = re.fullmatch(r"(\d+):(\d+)([+-]\d+)?", part)
+        if match is None:
+            raise ValueError(f"{part!r} is no interval")
+        numbers.append((int(match[1]), int(match[2]), int(match[3] or 0)))
     return [[(a + i * by, b + i * by) for a, b, by in numbers] for i in range(int(count or 1))]

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from mosaic.layout import Interval, Layout, Run, joined_runs, placed, united
+from mosaic.layout.intervals import intersection
 
 
 class Part(NamedTuple):
@@ -116,12 +117,8 @@ def returned(source: Layout, target: Layout, rank: int) -> Return:
 
 def shared(source: Layout, owner: int, target: Layout, reader: int) -> list[Interval]:
     """What ``reader`` needs of what ``owner`` holds, in the order of the axis."""
-    both = (
-        Interval(max(a.start, b.start), min(a.stop, b.stop))
-        for a in source.ranks[owner]
-        for b in target.ranks[reader]
-    )
-    return sorted(piece for piece in both if piece.start < piece.stop)
+    both = (intersection(a, b) for a in source.ranks[owner] for b in target.ranks[reader])
+    return sorted(piece for piece in both if piece.length > 0)
 
 
 def stretches(

@@ -240,10 +240,16 @@ class ShardingInterpreter:
 
     def joined(self, value: Value, like: fx.Node, why: str, op: str) -> Value:
         self.record("all_reduce", value.val, why, like)
-        return Value(value.val, None, self.sent_node("sum_across", value, like, op))
+        return Value(value.val, None, self.summed_node(value, like, op))
 
-    def sent_node(self, how: str, value: Value, like: fx.Node | None, *how_much: Any) -> Any:
-        """The node of a value after a collective (a key of ``SENDERS`` in writing.py)."""
+    def summed_node(self, value: Value, like: fx.Node, op: str) -> fx.Node | None:
+        """The node of partial results when they have met."""
+        return value.node
+
+    def moved_node(
+        self, collective: Any, value: Value, like: Any, *places: Place
+    ) -> fx.Node | None:
+        """The node of a value that ``collective`` moves from one place (to another)."""
         return value.node
 
     def at(self, value: Value, place: Place) -> Value:
@@ -268,7 +274,8 @@ class ShardingInterpreter:
     def reshard(self, value: Value, have: Place, want: Place) -> Value:
         like = value.node or value.origin
         self.record("all_to_all", value.val, "two layouts of one axis meet", like)
-        return Value(value.val, want, self.sent_node("reshard", value, like, have, want))
+        node = self.moved_node(torch.ops.mosaic.reshard.default, value, like, have, want)
+        return Value(value.val, want, node)
 
     def halo(self, value: Value, have: Place, want: Place) -> Value:
         """What each rank needs of the axis, also of what others hold: a layout that overlaps."""
@@ -279,7 +286,8 @@ class ShardingInterpreter:
         rows = max(0, sum(near) - have.layout.n) // self.axis.p + 1
         sent = [rows if d == have.dim else n for d, n in enumerate(value.shape)]
         self.record("all_to_all", value.val.new_empty(sent), "windows reach into other ranks", like)
-        return Value(value.val, want, self.sent_node("halo", value, like, have, want))
+        node = self.moved_node(torch.ops.mosaic.halo.default, value, like, have, want)
+        return Value(value.val, want, node)
 
     def gather_aloud(self, value: Value, why: str, like: fx.Node | None = None) -> Value:
         """The whole value on every rank, for an op that is otherwise local: said, or refused, but
@@ -312,7 +320,8 @@ class ShardingInterpreter:
             return recipe(value.origin)
         like = like or value.node
         self.record("all_gather", value.val, why, like)
-        return Value(value.val, None, self.sent_node("gather", value, like, value.place))
+        node = self.moved_node(torch.ops.mosaic.gather.default, value, like, value.place)
+        return Value(value.val, None, node)
 
     def gather_for(self, call: Call, reason: str) -> Any:
         """No exact local form: run the op whole on every rank, and say so (or refuse)."""

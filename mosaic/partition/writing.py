@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from mosaic.layout import Place
@@ -22,13 +21,6 @@ from mosaic.partition.values import (
     result_device,
 )
 from mosaic.runtime import collectives
-
-#: The collectives that move a value from one place to another.
-SENDERS = {
-    "gather": torch.ops.mosaic.gather.default,
-    "reshard": torch.ops.mosaic.reshard.default,
-    "halo": torch.ops.mosaic.halo.default,
-}
 
 
 @dataclass(kw_only=True)
@@ -117,15 +109,19 @@ class ProgramWriter(ShardingInterpreter):
     def pushed_down(self, value: Value, place: Place) -> Value:
         return hoist(self, value, place)
 
-    def sent_node(self, how: str, value: Value, like: Any, *how_much: Any) -> Any:
+    def summed_node(self, value: Value, like: fx.Node, op: str) -> fx.Node | None:
         if self.axis.p == 1:
-            return self.node(value)
-        if how == "sum_across":
-            (op,) = how_much
-            args = (value.node, self.emitter.group, op)
-            return self.emitter.function(like, collectives.sum_across, args, name=f"{op}_across")
-        specs = [self.emitter.shard(place) for place in how_much]
-        return self.emitter.function(like, SENDERS[how], (value.node, *specs))
+            return value.node
+        args = (value.node, self.emitter.group, op)
+        return self.emitter.function(like, collectives.sum_across, args, name=f"{op}_across")
+
+    def moved_node(
+        self, collective: Any, value: Value, like: Any, *places: Place
+    ) -> fx.Node | None:
+        if self.axis.p == 1:
+            return value.node
+        specs = [self.emitter.shard(place) for place in places]
+        return self.emitter.function(like, collective, (value.node, *specs))
 
     def slice(self, value: Value, place: Place) -> Value:
         if self.axis.p == 1:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mosaic.api.errors import ShardingError
 from mosaic.layout import Interval, Layout, Place, Run, Shard, common, exchange
 
 sizes = st.integers(0, 40)
@@ -108,6 +109,12 @@ REGULAR = [
 def test_the_text_of_many_ranks_is_short(layout):
     assert Layout.parse(str(layout)) == layout
     assert len(str(layout)) < 100
+
+
+@pytest.mark.parametrize("text", ["4=0:2|2:x", "4=0:2+,2:4", "4=0-2|2:4"])
+def test_another_text_is_no_layout(text):
+    with pytest.raises(ShardingError):
+        Layout.parse(text)
 
 
 @given(st.data(), sizes)
