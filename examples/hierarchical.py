@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mosaic
 from mosaic.attention.cost import Cost, Shape, cost_of, size
-from mosaic.attention.strategy import Facts, way_of
+from mosaic.attention.resolve import Facts, way_of
 
 #: Of differences, by dtype; bfloat16 has 8 bits, and p ranks round in another order than one does.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 0.1}

@@ -1,8 +1,10 @@
-"""Files that README.md, CONTRIBUTING.md and docstrings name exist."""
+"""Files that README.md, CONTRIBUTING.md and docstrings name exist, and what examples import."""
 
 from __future__ import annotations
 
+import ast
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,13 @@ def test_files_in_docstrings_and_comments_exist() -> None:
             if name not in EXAMPLES and not (exists(name) or (path.parent / name).exists()):
                 wrong.append(f"{path.relative_to(ROOT)}: {name}")
     assert wrong == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+def test_what_examples_import_from_mosaic_exists(path: Path) -> None:
+    """Some of them only run in the slow sweep."""
+    imports = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom))
+    for found in imports:
+        if found.module and found.module.startswith("mosaic"):
+            module = import_module(found.module)
+            assert [x.name for x in found.names if not hasattr(module, x.name)] == []
