@@ -18,8 +18,10 @@ from measure import difference, largest
 from torch import Tensor
 
 import mosaic
-from mosaic.attention.cost import Cost, Shape, cost_of, size
-from mosaic.attention.resolve import Facts, way_of
+from mosaic.attention.blocks import Band
+from mosaic.attention.cost import Cost, cost_of, size
+from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.resolve import Machine, resolve
 
 #: Of differences, by dtype; bfloat16 has 8 bits, and p ranks round in another order than one does.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "bfloat16": 0.1}
@@ -64,12 +66,12 @@ def run(given: argparse.Namespace) -> None:
     q, k, v, dout = tensors(given, context.device)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     want = [out, *torch.autograd.grad(out, [q, k, v], dout)]
-    shape = shape_of(q, k)
+    problem = problem_of(q, k, p)
     rows, off = [], 0.0
     for name, method in methods(p // w, w).items():
         got = attended(q, k, v, dout, method)
         errors = [largest(difference([a], [b]), q.device) for a, b in zip(want, got, strict=True)]
-        rows.append((name, cost(method, shape, p, w), errors))
+        rows.append((name, cost(method, problem, w), errors))
         off = max(off, *errors)
     if context.rank(ALL) == 0:
         show(rows, given, p)
@@ -97,16 +99,18 @@ def attended(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, method: mosaic.Metho
     return [out, *torch.autograd.grad(out, [q, k, v], dout)]
 
 
-def shape_of(q: Tensor, k: Tensor) -> Shape:
+def problem_of(q: Tensor, k: Tensor, p: int) -> AttentionProblem:
     batch, heads, n, dim = q.shape
-    return Shape(batch, heads, k.shape[1], n, n, dim, dim, q.element_size(), area=0.5)
+    cut = mosaic.Layout.zigzag(n, p)
+    sizes = (batch, heads, k.shape[1], dim, dim, q.element_size())
+    return AttentionProblem(cut, cut, *sizes, band=Band(None, 0))
 
 
-def cost(method: mosaic.Method, shape: Shape, p: int, node_size: int) -> Cost:
+def cost(method: mosaic.Method, problem: AttentionProblem, node_size: int) -> Cost:
     """By the formulas to which Mosaic's tests hold the programs that run."""
-    sizes = (("node", p // node_size), ("place", node_size))
-    way, _ = way_of(method, Facts(p, shape, sizes=sizes, node_size=node_size))
-    return cost_of(way, shape, p, node_size)
+    sizes = (("node", problem.p // node_size), ("place", node_size))
+    strategy, _ = resolve(method, problem, Machine(sizes, node_size))
+    return cost_of(strategy, problem, node_size)
 
 
 def show(rows: list[tuple[str, Cost, list[float]]], given: argparse.Namespace, p: int) -> None:

@@ -25,8 +25,8 @@ PIPELINE = (
     analyze_masks,  # what attention masks mean; most of them disappear
     infer_axes,  # which axis, and where it begins
     propagate,  # where it is in every tensor
+    assign_layouts,  # who holds which indices; places follow
     choose_method,
-    assign_layouts,  # who holds which indices; propagate's places then follow
     partition,  # the only pass that sees the rank
     rewrite_attention,
 )

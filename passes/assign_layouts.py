@@ -14,11 +14,15 @@ from torch import fx
 from mosaic.graph.context import Context
 from mosaic.layout import Layout
 from mosaic.partition.values import Axis
+from mosaic.passes.propagate import follow, note_places
 
 
 def assign_layouts(graph: fx.Graph, context: Context) -> int:
     before, context.axes = context.axes, tuple(assigned(a, context) for a in context.axes)
-    return sum(old != new for old, new in zip(before, context.axes, strict=True))
+    changed = sum(old != new for old, new in zip(before, context.axes, strict=True))
+    if changed:
+        note_places(follow(graph, context), context)
+    return changed
 
 
 def assigned(axis: Axis, context: Context) -> Axis:

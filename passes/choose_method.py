@@ -9,26 +9,28 @@ for what "auto" chose.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from mosaic.api.errors import ShardingError
 from mosaic.attention.cost import ITEMSIZE
-from mosaic.attention.resolve import Facts, way_between
-from mosaic.attention.strategy import Strategy
+from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.resolve import machine_of, resolve
 from mosaic.graph.context import Context
 from mosaic.graph.source import where
-from mosaic.partition.attention import Attention
-from mosaic.runtime.world import device_memory
 
 
 def choose_method(graph: fx.Graph, context: Context) -> int:
-    for found, node in context.attentions:
-        if found.is_distributed and context.world.size > 1:
+    found, context.attentions = context.attentions, []
+    for problem, node in found:
+        if problem.axes and context.world.size > 1:
             check_not_empty(node, context)
-        node.meta["way"], note = resolved(found, context)
+        node.meta["problem"], note = resolved(problem, context)
+        context.attentions.append((node.meta["problem"], node))
         if note and note not in context.notes:
             context.notes.append(note)
-    return sum(found.is_distributed for found, _ in context.attentions)
+    return sum(bool(problem.axes) for problem, _ in found)
 
 
 def check_not_empty(node: fx.Node, context: Context) -> None:
@@ -44,19 +46,10 @@ def check_not_empty(node: fx.Node, context: Context) -> None:
         )
 
 
-def resolved(found: Attention, context: Context) -> tuple[Strategy, str]:
-    """How one attention is done, and a note where its axis's method does not do it."""
-    world = context.on(found.mesh)
-    facts = Facts(
-        p=world.size,
-        shape=found.shape,
-        has_rows=found.has_rows,
-        heads_are_cut=found.heads is not None,
-        sizes=tuple(world.sizes.items()),
-        node_size=world.node_size,
-        memory=device_memory(),
-    )
-    way, note = way_between(found.method, facts, found.query, found.key)
-    if way.grad_dtype and ITEMSIZE[way.grad_dtype] < found.shape.itemsize:
-        note = f"grad_dtype={way.grad_dtype} is narrower than the keys: it rounds dK and dV"
-    return way, note
+def resolved(problem: AttentionProblem, context: Context) -> tuple[AttentionProblem, str]:
+    """The attention with its strategy, and a note where its axis's method does not do it."""
+    machine = machine_of(context.on(problem.mesh))
+    strategy, note = resolve(problem.method, problem, machine)
+    if strategy.grad_dtype and ITEMSIZE[strategy.grad_dtype] < problem.itemsize:
+        note = f"grad_dtype={strategy.grad_dtype} is narrower than the keys: it rounds dK and dV"
+    return replace(problem, strategy=strategy), note

@@ -85,12 +85,6 @@ def one_for_each_mesh_axis(axes: tuple[Axis, ...], context: Context) -> tuple[Ax
                 f"axis {axis.name!r} ({axis.layout.n}) stays whole: {rival.name!r} "
                 f"({rival.layout.n}) is cut over mesh axis {rival.mesh_axis!r}"
             )
-    if len(kept) > 2:
-        raise ShardingError(
-            "at most two axes of a model can be cut at once",
-            axes=", ".join(repr(axis.name) for axis in axes),
-            fix="give the shortest the method 'local'",
-        )
     return tuple(axis for axis in axes if axis in kept)
 
 

@@ -7,12 +7,14 @@ the rank: it runs the rules that ``propagate`` ran, this time as a ProgramWriter
                                       m = div(sum_across(sum(h, [1])), 37)
 
 Sizes are computed from places. A whole value stays a recipe until it is needed, and then only the
-part that is needed is computed. Of two axes the second is written over the first one's program.
+part that is needed is computed. Of several axes each is written over the program of those before
+it: rules know one axis, and that they compose is all that makes two or three exact.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -32,7 +34,6 @@ from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, Collective, Value, places_of
 from mosaic.partition.writing import ProgramWriter
 from mosaic.passes.normalize import mark_gradients, passes_gradients, records_gradients
-from mosaic.passes.propagate import attended, follow
 from mosaic.torch_private import is_alias
 
 aten = torch.ops.aten
@@ -49,20 +50,18 @@ def partition(graph: fx.Graph, context: Context) -> int:
 
 
 def plan_together(graph: fx.Graph, context: Context) -> None:
-    """What two axes send, from the global graph: sizes in the second one's program differ by rank.
+    """What several axes send, from the global graph: sizes in a later one's program differ by rank.
 
-    What one axis sends of a tensor that the other one cuts is a part of it.
+    What one axis sends of a tensor that others cut is a part of it.
     """
-    planners = follow(graph, context)
-    attended(planners, context)  # now with the final layouts
-    for planner, other in zip(planners, reversed(planners), strict=True):
+    for planner in context.planners:
         for node in returned(graph):
             planner.current = node
             planner.gather(planner.env[node], "an output is whole", node)
+        others = [other for other in context.planners if other is not planner]
         for node, sent in zip(planner.recorded, planner.collectives, strict=True):
-            cut = node is not None and places_of(other.env.get(node))
-            share = other.axis.p if cut else 1
-            context.collectives.append(replace(sent, bytes=sent.bytes // share))
+            cut = (other.axis.p for other in others if node and places_of(other.env.get(node)))
+            context.collectives.append(replace(sent, bytes=sent.bytes // prod(cut)))
 
 
 def returned(graph: fx.Graph) -> list[fx.Node]:
@@ -83,8 +82,8 @@ def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Program
         emitter=emitter,
         on_gather=spec.on_gather,
         gradients=spec.gradients,
-        arriving=context.arriving_nodes(graph),
-        is_second=number > 0,
+        arriving=context.arriving_nodes(graph, axis.mesh_axis),
+        is_over_shards=number > 0,
     )
     with graph.inserting_before(output):
         writer.run(old)
@@ -100,7 +99,9 @@ def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Program
             write_back(emitter, [node for node, _ in updates], context)
         emitter.switch(Modes.current())
     output.args = (tuple(node for node, _ in (outputs if is_last else updates + outputs)),)
-    context.output_shards = [shard for _, shard in outputs]
+    before = context.output_shards or [()] * len(outputs)
+    cut = zip(before, outputs, strict=True)
+    context.output_shards = [(*shards, shard) if shard else shards for shards, (_, shard) in cut]
     erase(graph, old)
     rename_all(graph)
     report(writer, context)
@@ -156,7 +157,7 @@ def shared_input(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     the input, outside of the graph: what the graph does with the gradient is lost."""
     val = node.meta["val"]
     inputs = (n for n in graph.nodes if n.op == "placeholder")
-    tensors = (n for n in inputs if isinstance(n.meta["val"], torch.Tensor))
+    tensors = (n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor))
     return next((n for n in tensors if is_alias(n.meta["val"], val)), None)
 
 

@@ -1,4 +1,4 @@
-"""Follow the axes through the program: ``meta["place"]`` of every node, and who attends over them.
+"""Follow the axes through the program: ``meta["places"]`` of every node, who attends over them.
 
 The rules run without a rank and write nothing; layouts are still provisional (even), since the
 choice between even and zigzag needs to know the attentions first.
@@ -11,12 +11,12 @@ from dataclasses import replace
 from torch import fx
 
 from mosaic.api.errors import ShardingError
+from mosaic.attention.problem import AttentionProblem, combined
 from mosaic.frontend.user_warnings import UNKNOWN
 from mosaic.graph.context import Context
-from mosaic.graph.source import line
+from mosaic.graph.source import line, where
 from mosaic.masks.op import ATTENTIONS
 from mosaic.masks.softmax import unread_softmax
-from mosaic.partition.attention import Attention, flattened, with_axis
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, places_of
@@ -27,15 +27,29 @@ def propagate(graph: fx.Graph, context: Context) -> int:
     planners = follow(graph, context)
     if begin_again(graph, planners, context) or leave_whole(planners, context):
         planners = follow(graph, context)
-    for key, planner in zip(("place", "second place"), planners, strict=False):
-        for node, value in planner.env.items():
-            node.meta[key] = places_of(value)
-    context.attentions = attended(planners, context)
+    note_places(planners, context)
     if context.spec.sharded:
         for axis, planner in zip(context.axes, planners, strict=True):
             if not attends(planner):
                 raise nothing_attends(graph, axis, planner, context.ends_at)
-    return sum(node.meta.get("place") is not None for node in graph.nodes)
+    return sum(any(node.meta.get("places", ())) for node in graph.nodes)
+
+
+def note_places(planners: list[ShardingInterpreter], context: Context) -> None:
+    """``meta["places"]``: where each axis is in a node. And the attentions, of all axes together:
+    ``meta["planned"]`` has what each axis makes of one."""
+    context.planners = planners
+    for node in planners[0].env if planners else ():
+        node.meta["places"] = tuple(places_of(planner.env[node]) for planner in planners)
+    found: dict[fx.Node, dict[str, AttentionProblem]] = {}
+    for planner in planners:
+        for part, call in planner.attentions:
+            found.setdefault(call.like, {})[planner.axis.name] = part
+    context.attentions = []
+    for node, parts in found.items():
+        node.meta["planned"] = parts
+        whole = combined(tuple(parts.values()), context.on, where(node))
+        context.attentions.append((whole, node))
 
 
 def attends(planner: ShardingInterpreter) -> bool:
@@ -78,32 +92,12 @@ def leave_whole(planners: list[ShardingInterpreter], context: Context) -> bool:
 def follow(graph: fx.Graph, context: Context) -> list[ShardingInterpreter]:
     """Each axis followed through the global graph as if it were the only one."""
     planners = [
-        ShardingInterpreter(a, RULES, arriving=context.arriving_nodes(graph)) for a in context.axes
+        ShardingInterpreter(a, RULES, arriving=context.arriving_nodes(graph, a.mesh_axis))
+        for a in context.axes
     ]
     for planner in planners:
         planner.run(list(graph.nodes))
     return planners
-
-
-def attended(
-    planners: list[ShardingInterpreter], context: Context
-) -> list[tuple[Attention, fx.Node]]:
-    """What was decided about each attention, for all axes together."""
-    found: dict[fx.Node, Attention] = {}
-    for planner in planners:
-        for mine, call in planner.attentions:
-            before = found.get(call.like)
-            found[call.like] = mine if before is None else merged(before, mine, call.like, context)
-    return [(attention, node) for node, attention in found.items()]
-
-
-def merged(a: Attention, b: Attention, node: fx.Node, context: Context) -> Attention:
-    """One attention that two axes meet in; of one that attends over both ``partition`` is told."""
-    if a.axes and b.axes:
-        first, second = context.axes
-        node.meta["both"] = flattened(a, b, (first, second), context.world, node)
-        return node.meta["both"]
-    return with_axis(a, b, None)
 
 
 def nothing_attends(

@@ -21,11 +21,12 @@ from torch import fx
 
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.problem import AttentionProblem, combined
 from mosaic.attention.visit import Inputs
 from mosaic.graph.context import Context
 from mosaic.graph.emit import insert, splice
+from mosaic.graph.source import where
 from mosaic.layout import Place, Shard
-from mosaic.partition.attention import Attention
 from mosaic.passes.choose_method import resolved
 
 aten = torch.ops.aten
@@ -57,11 +58,14 @@ def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
 
 
 def plan_of(node: fx.Node, context: Context) -> AttentionPlan:
-    found: Attention = node.meta["attention"]
+    parts: tuple[AttentionProblem, ...] = node.meta["attention"]
+    found, planned = combined(parts, context.on, where(node)), node.meta.get("problem")
+    if planned is None or not planned.needs_as(found):  # written late, in parts
+        planned, _ = resolved(found, context)
     world = context.on(found.mesh)
-    cut = [encoded(place, context) for place in (found.batch, found.heads)]
+    cut = [encoded(place, context) for place in (found.batch_cut, found.heads_cut)]
     return AttentionPlan(
-        way=node.meta["way"] or resolved(found, context)[0],  # without one: written late, in parts
+        strategy=planned.strategy,
         rank=world.rank,
         group=world.group,
         query=found.query,

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.blocks import CAUSAL, FULL, Band
-from mosaic.attention.cost import Shape
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.resolve import Facts, way_of
-from mosaic.attention.strategy import LOCAL, SPLIT_KV
+from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.resolve import Machine, strategy_of
+from mosaic.attention.strategy import LOCAL, SPLIT_KV, Strategy
 from mosaic.attention.tiles import TileProgram
 from mosaic.attention.visit import Inputs
 from mosaic.layout import Layout
@@ -186,7 +186,7 @@ def problem(case: Case, group: str) -> Problem:
     query = Layout.whole(case.n, p) if case.method == "split_kv" else query
     has_rows = mask is not None and mask.shape[2] > 1
     tile = str(TILES) if case.mask.endswith("tiles") else ""
-    chosen = way(case, p, has_rows)
+    chosen = strategy(case, query, key, has_rows)
     plan = AttentionPlan(
         chosen, rank, group, query, key, case.band, 0.5, case.dropout, site=5, tile=tile
     )
@@ -195,15 +195,16 @@ def problem(case: Case, group: str) -> Problem:
     return Problem(inputs, plan, rows, keys, dout, out.detach(), list(grads), seed, ids)
 
 
-def way(case: Case, p: int, has_rows: bool):
+def strategy(case: Case, query: Layout, key: Layout, has_rows: bool) -> Strategy:
     if isinstance(case.method, str):
         return {"local": LOCAL, "split_kv": SPLIT_KV}[case.method]
     sizes: tuple[tuple[str, int], ...] = ()
     if isinstance(case.method, Composed):
         nodes = int(case.method.sequence.mesh[1:])
-        sizes = (("h", p // nodes), (case.method.sequence.mesh, nodes))
-    shape = Shape(BATCH, HEADS, case.kv_heads, case.n, case.m, DIM, V_DIM, itemsize=8)
-    return way_of(case.method, Facts(p, shape, has_rows, sizes=sizes))[0]
+        sizes = (("h", key.p // nodes), (case.method.sequence.mesh, nodes))
+    dims = (BATCH, HEADS, case.kv_heads, DIM, V_DIM)
+    given = AttentionProblem(query, key, *dims, itemsize=8, has_rows=has_rows)
+    return strategy_of(case.method, given, Machine(sizes))[0]
 
 
 def my_rows(x: Tensor, rows: list[int]) -> Tensor:
@@ -222,7 +223,7 @@ def op_of(known: Problem) -> Callable[..., Tensor]:
     plan, group = known.plan, known.plan.group
     seed = known.seed if plan.dropout else None
     calls = calls_of(plan, known.inputs[0].shape[1], known.inputs[1].shape[1])
-    is_local, documents = plan.way == LOCAL, known.documents
+    is_local, documents = plan.strategy == LOCAL, known.documents
 
     def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         if is_local:  # the keys are whole, and used by every rank's queries
@@ -252,7 +253,7 @@ def found(known: Problem, fn: Callable[..., Tensor]) -> list[Tensor]:
         out, [x for x in leaves if x.requires_grad], known.dout[:, :, known.rows], allow_unused=True
     )
     got = [out.detach(), *grads]
-    shared = known.plan.tile or known.plan.way.everywhere or known.inputs[-1].shape[2] == 1
+    shared = known.plan.tile or known.plan.strategy.everywhere or known.inputs[-1].shape[2] == 1
     for share in got[4:] if shared else []:  # one row of mask for all queries, or leaves
         dist.all_reduce(share)
     return got

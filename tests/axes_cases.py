@@ -176,6 +176,33 @@ class FlattenedStructured(Structured):
         return self.norm(flat + self.first(flat, mask)).reshape(b, r, c, E) * x
 
 
+class Video(nn.Module):
+    """(batch, times, rows, columns): attention over time, over each image, and over each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, E)
+        self.time, self.image, self.row = Attention(), Attention(), Attention()
+        self.norm = nn.LayerNorm(E)
+        self.clock = nn.Parameter(torch.randn(6, 1, 1, E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.unsqueeze(-1)) + self.clock[: x.shape[1]]
+        x = self.norm(x + self.time(x.movedim(1, 3), causal=True).movedim(3, 1))
+        x = x + self.image(x.flatten(2, 3)).unflatten(2, x.shape[2:4])
+        x = x + self.row(x) - x.mean(dim=(1, 2, 3), keepdim=True)
+        return (x * x.amax(dim=(1, 3), keepdim=True)).square().mean()
+
+
+class Volume(Video):
+    """One attention over all three, flattened."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.unsqueeze(-1))
+        flat = x.flatten(1, 3)
+        return (self.norm(flat + self.image(flat)).view_as(x) * x).square().mean()
+
+
 class Swish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -279,7 +306,15 @@ KINDS: tuple[type[Cells], ...] = (
     Flattened, FlattenedCausal, FlattenedMasked, InTurn, InTurnFlat, Training, Dropped, Latents,
     Everything, UsersFunction, Structured, FlattenedStructured,
 )  # fmt: skip
+
+
+def video(kind: type[Video]) -> Built:
+    return kind().double(), (torch.randn(2, 3, 4, 5).double().requires_grad_(),), {}
+
+
 CASES = {
+    "Video": partial(video, Video),
+    "Volume": partial(video, Volume),
     "table": table,
     "tokens": tokens,
     "ManyRows": partial(built, ManyRows, rows=12),

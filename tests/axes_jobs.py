@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import axes_cases
+import pytest
 import torch
 from model_jobs import gradients, loss_of
 
@@ -33,4 +34,42 @@ def run(
         "loss": loss.detach(),
         "gradients": {**gradients(model), "x": args[0].grad},
         "buffers": dict(model.named_buffers()),
+    }
+
+
+class Table(axes_cases.InTurn):
+    """The cells themselves, of any number of rows and columns."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cells(self.embed(x.unsqueeze(-1)))
+
+
+def from_shards_to_shards(rows: int, columns: int) -> dict:
+    """Both axes arrive cut and stay cut: no rank sees the table."""
+    torch.manual_seed(0)
+    model, (x,), _ = axes_cases.built(Table, rows, columns)
+    want = model(x)
+    grads = torch.autograd.grad(want.square().sum(), [x, *model.parameters()])
+    mosaic.init(None, mesh_shape=(2, 2), mesh_axes=("r", "c"))
+    spec = mosaic.ShardingSpec(
+        inputs={"x": "batch rows columns"},
+        axes={"rows": mosaic.Ring(mesh="r"), "columns": mosaic.AllGather(mesh="c")},
+        inputs_are="shards",
+        outputs="shards",
+    )
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager", "spec": spec})
+    part = mosaic.shard_tensor(mosaic.shard_tensor(x, 1, mesh_axis="r"), 2, mesh_axis="c")
+    out = compiled(part)
+    whole = mosaic.gather(out)
+    whole.square().sum().backward()
+    got = [whole, x.grad, *(p.grad for p in model.parameters())]
+    differences = [(a - b).abs().max() for a, b in zip(got, [want, *grads], strict=True)]
+    with pytest.raises(mosaic.ShardingError) as refused:
+        mosaic.layout_of(out)
+    return {
+        "sizes": (list(part.shape), list(out.shape)),
+        "layouts": [str(mosaic.layout_of(out, dim)) for dim in (1, 2)],
+        "error": float(max(differences)),
+        "refused": str(refused.value),
+        "like": list(mosaic.shard_like(torch.ones(2, rows, columns, 1), out).shape),
     }

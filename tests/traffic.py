@@ -11,10 +11,9 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mosaic.attention import heads
-from mosaic.attention.blocks import FULL, Band
-from mosaic.attention.cost import Shape
 from mosaic.attention.op import backward_program, calls_of, forward_program
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.problem import AttentionProblem
 from mosaic.attention.strategy import Strategy
 from mosaic.attention.visit import Inputs
 from mosaic.layout import Layout
@@ -45,21 +44,18 @@ class Call(NamedTuple):
 
 
 def calls(
-    way: Strategy,
-    shape: Shape,
-    p: int,
+    strategy: Strategy,
+    given: AttentionProblem,
     dtype: torch.dtype = torch.float64,
     rank: int = 1,
-    band: Band = FULL,
-    cut: Callable[[int, int], Layout] = Layout.even,
     device: str = "meta",
 ) -> tuple[Call, Call]:
-    """The forward and the backward of one attention on ``rank`` of p. Other devices than "meta"
-    (which has no kernel but plain matrix products) need a FakeTensorMode."""
-    query, key = cut(shape.queries, p), cut(shape.keys, p)
-    query = Layout.whole(shape.queries, p) if way.everywhere else query
-    plan = AttentionPlan(way, rank, "sp", query, key, band)
-    specs = calls_of(plan, shape.heads, shape.kv_heads)
+    """The forward and the backward of one attention on ``rank``. Other devices than "meta" (which
+    has no kernel but plain matrix products) need a FakeTensorMode."""
+    key, query = given.key, given.query
+    query = Layout.whole(query.n, given.p) if strategy.everywhere else query
+    plan = AttentionPlan(strategy, rank, "sp", query, key, given.band)
+    specs = calls_of(plan, given.heads, given.kv_heads)
     lengths = query.lengths[rank], key.lengths[rank]
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -79,9 +75,9 @@ def calls(
         grads = backward_program(dout, q, k, v, *Inputs(), out, lse, specs.attention, False)[:3]
         return tuple(heads.program(grads, specs.there, False)) if specs.there else grads
 
-    sizes = [(shape.heads, lengths[0], shape.dim), (shape.kv_heads, lengths[1], shape.dim)]
-    sizes.append((shape.kv_heads, lengths[1], shape.v_dim))
-    inputs = tuple(torch.empty(shape.batch, *size, dtype=dtype, device=device) for size in sizes)
+    shapes = [(given.heads, lengths[0], given.dim), (given.kv_heads, lengths[1], given.dim)]
+    shapes.append((given.kv_heads, lengths[1], given.v_dim))
+    inputs = tuple(torch.empty(given.batch, *shape, dtype=dtype, device=device) for shape in shapes)
     out, *saved = forward(*inputs)
     return Call(forward, inputs), Call(backward, (torch.empty_like(out), *saved))
 

@@ -94,12 +94,6 @@ class ShardingSpec:
                 "inputs arrive as shards, and nothing says along which axis",
                 fix="name it: inputs={'x': 'batch rows features'}, axes={'rows': 'ring'}",
             )
-        if len(self.sharded) > 1 and "shards" in (self.inputs_are, self.outputs):
-            raise ShardingError(
-                "inputs and outputs that stay cut are cut along one axis",
-                axes=", ".join(map(repr, self.sharded)),
-                fix="leave inputs_are and outputs whole, or give the other axes the method 'local'",
-            )
 
     @property
     def sharded(self) -> dict[str | int, Method]:

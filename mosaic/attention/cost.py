@@ -1,4 +1,4 @@
-"""What a way of attention costs: the one home of the formulas.
+"""What a strategy of attention costs: the one home of the formulas.
 
 Bytes that one of p ranks sends for one attention, with even shards. In them
 
@@ -27,41 +27,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mosaic.attention.problem import AttentionProblem
 from mosaic.attention.strategy import Level, Strategy
 
 #: Bytes (inside a node, between nodes).
 Pair = tuple[float, float]
 #: Bytes of a number, for the dtypes in which dK and dV may travel.
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One attention at its global size. ``area``: the share of query-key pairs that is computed.
-    ``window``: how many keys a query sees beside its own position; None is all of them."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    dim: int
-    v_dim: int
-    itemsize: int
-    area: float = 1.0
-    window: int | None = None
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of all ranks' keys and values."""
-        dims = self.dim + self.v_dim
-        return self.batch * self.keys * self.kv_heads * dims * self.itemsize
-
-    @property
-    def flops(self) -> float:
-        """Of the forward; the backward has 2.5 times as many."""
-        pairs = self.batch * self.heads * self.queries * self.keys * self.area
-        return 2 * pairs * (self.dim + self.v_dim)
 
 
 @dataclass(frozen=True)
@@ -93,12 +65,12 @@ class Parts:
     kv: float
 
     @classmethod
-    def of(cls, way: Strategy, shape: Shape, p: int) -> Parts:
-        rows = shape.batch * shape.queries / p * shape.heads
-        copies = max(1, way.heads // shape.kv_heads)
-        e = shape.itemsize
-        lse = rows * max(4, e)
-        return cls(rows * shape.dim * e, rows * shape.v_dim * e, lse, shape.kv_bytes / p * copies)
+    def of(cls, strategy: Strategy, x: AttentionProblem) -> Parts:
+        rows = x.batch * x.query.n / x.p * x.heads
+        copies = max(1, strategy.heads // x.kv_heads)
+        lse = rows * max(4, x.itemsize)
+        q, out = rows * x.dim * x.itemsize, rows * x.v_dim * x.itemsize
+        return cls(q, out, lse, x.kv_bytes / x.p * copies)
 
 
 @dataclass(frozen=True)
@@ -111,25 +83,26 @@ class Sent:
     steps: Pair
 
     @classmethod
-    def of(cls, way: Strategy, shape: Shape, p: int, node_size: int) -> Sent:
+    def of(cls, strategy: Strategy, x: AttentionProblem, node_size: int = 0) -> Sent:
         """The ranks of a group lie ``apart``; so many of them share a node."""
-        parts, inter, intra = Parts.of(way, shape, p), way.inter, way.intra
+        parts, inter, intra = Parts.of(strategy, x), strategy.inter, strategy.intra
+        node_size = node_size or x.p
 
         def near(count: int, apart: int) -> int:
             return min(count, max(1, node_size // apart))
 
-        u = 1 if way.is_outer else way.heads
-        heads = near(way.heads, inter.size * intra.size if way.is_outer else 1)
+        u = 1 if strategy.is_outer else strategy.heads
+        heads = near(strategy.heads, inter.size * intra.size if strategy.is_outer else 1)
         columns = near(inter.cols, u * intra.size) * near(intra.cols, u)
         nodes = near(inter.rows, u * inter.cols * intra.size)
         rows = near(intra.rows, u * intra.cols)
         seen = 1.0
-        if shape.window is not None and inter.size == 1 and intra.rows > 1:
+        if x.band.length is not None and inter.size == 1 and intra.rows > 1:
             others = (intra.rows - 1) * parts.kv
-            seen = min(1, shape.window * parts.kv * p / shape.keys / others)
+            seen = min(1, x.band.length * parts.kv * x.p / x.key.n / others)
         in_window = seen * inter.rows * parts.kv
         return cls(
-            heads=_pair(way.heads, heads, (parts.q + parts.out + parts.kv) / way.heads),
+            heads=_pair(strategy.heads, heads, (parts.q + parts.out + parts.kv) / strategy.heads),
             queries=_pair(inter.cols * intra.cols, columns, parts.q + parts.out + parts.lse),
             windows=_pair(inter.rows, nodes, parts.kv),
             steps=_pair(intra.rows, rows, in_window),
@@ -141,30 +114,30 @@ def _pair(count: int, near: int, size: float) -> Pair:
     return (near - 1) * size, (count - near) * size
 
 
-def cost_of(way: Strategy, shape: Shape, p: int, node_size: int = 0) -> Cost:
+def cost_of(strategy: Strategy, problem: AttentionProblem, node_size: int = 0) -> Cost:
     """``node_size``: how many neighbouring ranks share a node; 0 is all."""
-    if way.everywhere:
-        return _split_kv(shape, p)
-    if way.ranks == 1:
+    if strategy.everywhere:
+        return _split_kv(problem)
+    if strategy.ranks == 1:
         return Cost()
-    parts, sent = Parts.of(way, shape, p), Sent.of(way, shape, p, node_size or p)
+    parts, sent = Parts.of(strategy, problem), Sent.of(strategy, problem, node_size)
     heads, queries = sum(sent.heads), sum(sent.queries)
     keys = sum(sent.windows) + sum(sent.steps)
     again = 1 + (parts.q + parts.out) / (parts.q + parts.out + parts.lse)
-    grids = way.inter.cols * way.intra.cols > 1
+    grids = strategy.inter.cols * strategy.intra.cols > 1
     return Cost(
         forward=heads + keys + queries,
-        backward=heads + keys * (1 + home_factor(way, shape)) + queries * again,
+        backward=heads + keys * (1 + home_factor(strategy, problem)) + queries * again,
         between=sum(pair[1] for pair in (sent.heads, sent.queries, sent.windows, sent.steps)),
-        memory=_memory(way, parts),
-        merges=way.inter.stages * way.intra.stages - 1 + grids,
-        sends=2 * (way.heads > 1) + _sends(way.inter, way.intra) + 3 * grids,
+        memory=_memory(strategy, parts),
+        merges=strategy.inter.stages * strategy.intra.stages - 1 + grids,
+        sends=2 * (strategy.heads > 1) + _sends(strategy.inter, strategy.intra) + 3 * grids,
     )
 
 
-def home_factor(way: Strategy, shape: Shape) -> float:
+def home_factor(strategy: Strategy, problem: AttentionProblem) -> float:
     """Bytes of dK and dV on their way home, by those of K and V."""
-    return ITEMSIZE.get(way.grad_dtype, shape.itemsize) / shape.itemsize
+    return ITEMSIZE.get(strategy.grad_dtype, problem.itemsize) / problem.itemsize
 
 
 def portions(level: Level) -> list[float]:
@@ -181,12 +154,12 @@ def _sends(inter: Level, intra: Level) -> int:
     return windows + inter.stages * steps
 
 
-def _memory(way: Strategy, parts: Parts) -> float:
-    window, step = _held(way.inter), _held(way.intra)
-    visits = (window + step * math.ceil(max(portions(way.inter)))) * parts.kv
-    gathered = way.inter.cols * way.intra.cols
+def _memory(strategy: Strategy, parts: Parts) -> float:
+    window, step = _held(strategy.inter), _held(strategy.intra)
+    visits = (window + step * math.ceil(max(portions(strategy.inter)))) * parts.kv
+    gathered = strategy.inter.cols * strategy.intra.cols
     queries = gathered * (parts.q + 2 * (parts.out + parts.lse)) if gathered > 1 else 0
-    if way.heads == 1:
+    if strategy.heads == 1:
         return visits + queries
     return parts.q + parts.kv + max(parts.q + parts.kv, visits + queries)
 
@@ -201,12 +174,12 @@ def _held(level: Level) -> int:
     return 3 * math.ceil(max(portions(level)))
 
 
-def _split_kv(shape: Shape, p: int) -> Cost:
-    e = max(4, shape.itemsize)
-    rows = shape.batch * shape.heads * shape.queries
-    share = 2 * (p - 1) / p
-    forward = share * rows * (shape.v_dim + 2) * e
-    return Cost(forward, share * rows * shape.dim * e, 0, 2 * rows * (shape.v_dim + 2) * e, 1, 2)
+def _split_kv(x: AttentionProblem) -> Cost:
+    e = max(4, x.itemsize)
+    rows = x.batch * x.heads * x.query.n
+    share = 2 * (x.p - 1) / x.p
+    forward = share * rows * (x.v_dim + 2) * e
+    return Cost(forward, share * rows * x.dim * e, 0, 2 * rows * (x.v_dim + 2) * e, 1, 2)
 
 
 def size(n: float) -> str:

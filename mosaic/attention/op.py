@@ -36,7 +36,7 @@ class Calls(NamedTuple):
 
 def calls_of(plan: AttentionPlan, heads: int, kv_heads: int) -> Calls:
     """For q with ``heads`` and k, v with ``kv_heads``."""
-    if plan.way.heads == 1:
+    if plan.strategy.heads == 1:
         return Calls(plan.encode())
     there = exchange_of(plan, [(plan.query, heads), (plan.key, kv_heads), (plan.key, kv_heads)])
     back = exchange_of(plan, [(plan.query, heads)])

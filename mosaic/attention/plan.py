@@ -24,7 +24,7 @@ class AttentionPlan:
     the ``TileProgram`` of a dense mask, if it has one.
     """
 
-    way: Strategy
+    strategy: Strategy
     rank: int
     group: str
     query: Layout
@@ -40,10 +40,10 @@ class AttentionPlan:
     world: int = 0
 
     def __post_init__(self) -> None:
-        moved = [self.key] if self.way.everywhere else [self.key, self.query]
-        if self.way.ranks > 1 and not all(layout.is_partition for layout in moved):
+        moved = [self.key] if self.strategy.everywhere else [self.key, self.query]
+        if self.strategy.ranks > 1 and not all(layout.is_partition for layout in moved):
             raise UnsupportedError(
-                f"{self.way} needs queries and keys that are each held once",
+                f"{self.strategy} needs queries and keys that are each held once",
                 query=self.query,
                 key=self.key,
                 fix="cut them with Layout.even or Layout.zigzag, or use the method 'local'",
@@ -66,7 +66,10 @@ class AttentionPlan:
     def decode(cls, text: str) -> AttentionPlan:
         fields = json.loads(text)
         fields.update({name: Layout.parse(fields[name]) for name in ("query", "key")})
-        fields["way"], fields["band"] = Strategy.decode(fields["way"]), Band(*fields["band"])
+        fields["strategy"], fields["band"] = (
+            Strategy.decode(fields["strategy"]),
+            Band(*fields["band"]),
+        )
         return cls(**{**fields, "members": tuple(fields["members"])})
 
     def shard_of(self, dim: str, size: int) -> Shard:
@@ -79,17 +82,17 @@ class AttentionPlan:
     @property
     def head_group(self) -> tuple[int, ...]:
         """The ranks with which this one exchanges sequence for heads."""
-        return head_group(self.way, self.rank, self.p)
+        return head_group(self.strategy, self.rank, self.p)
 
     def after_heads(self, heads: int) -> AttentionPlan:
         """What is left to do after the exchange: fewer heads (of ``heads``), longer shards."""
-        members = same_heads(self.way, self.rank, self.p)
-        groups = [head_group(self.way, member, self.p) for member in members]
+        members = same_heads(self.strategy, self.rank, self.p)
+        groups = [head_group(self.strategy, member, self.p) for member in members]
         slot = self.head_group.index(self.rank)
-        cut = Shard(Place(Layout.even(heads, self.way.heads), 0), slot, "")
+        cut = Shard(Place(Layout.even(heads, self.strategy.heads), 0), slot, "")
         return replace(
             self,
-            way=replace(self.way, heads=1),
+            strategy=replace(self.strategy, heads=1),
             rank=members.index(self.rank),
             query=together(self.query, groups),
             key=together(self.key, groups),

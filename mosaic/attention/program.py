@@ -57,7 +57,7 @@ class Route:
 
 @lru_cache(maxsize=128)
 def route_of(plan: AttentionPlan) -> Route:
-    hops, side = schedule(plan.way, plan.p), plan.side
+    hops, side = schedule(plan.strategy, plan.p), plan.side
     queries = Transfer(side, hops.queries, plan.query)
     halo = _halo(queries.after, plan) if plan.band.left is not None else None
     stops = []
@@ -110,7 +110,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, plan: AttentionPlan
             here = visit(plan, route.rows, at, rows, inputs, shift)
             found = attend(rows, keys, values, here, found)
     found = found or nothing(rows, v)
-    return everywhere(found, plan) if plan.way.everywhere else home(found, q, route)
+    return everywhere(found, plan) if plan.strategy.everywhere else home(found, q, route)
 
 
 def home(found: Partial, q: Tensor, route: Route) -> Partial:
@@ -158,7 +158,7 @@ def backward(
     """dq, dk, dv of this rank; and the gradient of its mask rows, or those of a mask's leaves."""
     route = route_of(plan)
     douts, rows, outs, lses = gathered((dout, q, out, lse), route)
-    returns = Returns((k, v), plan.way.grad_dtype)
+    returns = Returns((k, v), plan.strategy.grad_dtype)
     dq = torch.zeros_like(rows, dtype=accumulator(q.dtype))
     shift = shift_of(plan, route.rows, rows, inputs)
     gradients = mask_gradients(plan, route.rows, inputs) if need_dmask else None
@@ -175,7 +175,7 @@ def backward(
                 gradients.add(at, dmask)
         returns.send(stop, tuple(joined(grads, 2) for grads in zip(*dkvs, strict=True)))
     dk, dv = returns.total()
-    dq = all_reduce(dq, plan.group) if plan.way.everywhere else home_gradient(dq, q, route)
+    dq = all_reduce(dq, plan.group) if plan.strategy.everywhere else home_gradient(dq, q, route)
     return dq, dk, dv, gradients.total() if gradients else []
 
 

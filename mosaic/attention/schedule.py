@@ -39,12 +39,12 @@ class Schedule:
 
 
 @lru_cache(maxsize=32)
-def schedule(way: Strategy, p: int) -> Schedule:
-    """The hops of ``way`` over ``p`` ranks (those that are left after heads were cut)."""
-    inter, intra = way.inter, way.intra
+def schedule(strategy: Strategy, p: int) -> Schedule:
+    """The hops of ``strategy`` over ``p`` ranks (those that are left after heads were cut)."""
+    inter, intra = strategy.inter, strategy.intra
     if inter.size * intra.size == 1:
         return Schedule(identity(p), (Window(identity(p), (identity(p),)),))
-    assert inter.size * intra.size == p, (way, p)
+    assert inter.size * intra.size == p, (strategy, p)
     ranks = list(product(*(range(n) for n in (inter.rows, inter.cols, intra.rows, intra.cols))))
     number = {place: rank for rank, place in enumerate(ranks)}
     queries = tuple(
@@ -75,16 +75,16 @@ def portions(level: Level) -> list[range]:
     return [range(1), *(range(a, b) for a, b in pairwise(cuts))]
 
 
-def head_group(way: Strategy, rank: int, world: int) -> tuple[int, ...]:
+def head_group(strategy: Strategy, rank: int, world: int) -> tuple[int, ...]:
     """The ranks with which ``rank`` exchanges sequence for heads."""
-    apart = world // way.heads if way.is_outer else 1
-    first = rank % apart if way.is_outer else rank - rank % way.heads
-    return tuple(first + slot * apart for slot in range(way.heads))
+    apart = world // strategy.heads if strategy.is_outer else 1
+    first = rank % apart if strategy.is_outer else rank - rank % strategy.heads
+    return tuple(first + slot * apart for slot in range(strategy.heads))
 
 
-def same_heads(way: Strategy, rank: int, world: int) -> tuple[int, ...]:
+def same_heads(strategy: Strategy, rank: int, world: int) -> tuple[int, ...]:
     """The ranks that hold ``rank``'s heads after the exchange, one of each group."""
-    if way.is_outer:
-        apart = world // way.heads
+    if strategy.is_outer:
+        apart = world // strategy.heads
         return tuple(range(rank - rank % apart, rank - rank % apart + apart))
-    return tuple(range(rank % way.heads, world, way.heads))
+    return tuple(range(rank % strategy.heads, world, strategy.heads))

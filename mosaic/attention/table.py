@@ -14,11 +14,14 @@ from mosaic.api.methods import (
     Ring,
     Ulysses,
 )
-from mosaic.attention.cost import Shape, cost_of
-from mosaic.attention.resolve import Facts, way_of
+from mosaic.attention.cost import cost_of
+from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.resolve import Machine, strategy_of
+from mosaic.layout import Layout
 
 RANKS = 8
-EXAMPLE = Shape(1, 32, 8, 8192, 8192, 128, 128, itemsize=2)
+CUT = Layout.even(8192, RANKS)
+EXAMPLE = AttentionProblem(CUT, CUT, 1, 32, 8, 128, 128, itemsize=2)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,9 @@ def methods_table() -> str:
 
 
 def line(row: Row) -> str:
-    sizes = (("u", 4), ("s", 2))
-    way, _ = way_of(row.method, Facts(RANKS, EXAMPLE, sizes=sizes))
-    cost = cost_of(way, EXAMPLE, RANKS)
-    q = EXAMPLE.queries / RANKS * EXAMPLE.heads * EXAMPLE.dim * EXAMPLE.itemsize
+    strategy, _ = strategy_of(row.method, EXAMPLE, Machine(sizes=(("u", 4), ("s", 2))))
+    cost = cost_of(strategy, EXAMPLE)
+    q = CUT.n / RANKS * EXAMPLE.heads * EXAMPLE.dim * EXAMPLE.itemsize
     example = f"{cost.forward / q:.3g}, {cost.backward / q:.3g}"
     words = (row.written, row.cuts, row.forward, row.backward, row.held, row.when, example)
     return f"| {' | '.join(words)} |"

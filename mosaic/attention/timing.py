@@ -1,4 +1,4 @@
-"""How long a way of attention takes, roughly: what "auto" compares.
+"""How long a strategy of attention takes, roughly: what "auto" compares.
 
 Keys travel while the portion before them is attended to, and in backward the gradients of the one
 before that as well; what has nothing to hide behind is waited for. Rates are those measured on
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from mosaic.attention.cost import Pair, Sent, Shape, cost_of, home_factor, portions
+from mosaic.attention.cost import Pair, Sent, cost_of, home_factor, portions
+from mosaic.attention.problem import AttentionProblem
 from mosaic.attention.strategy import Level, Strategy
 
 MIB = 1 << 20
@@ -69,18 +70,18 @@ def milliseconds(seconds: float) -> str:
 
 
 def seconds_of(
-    way: Strategy, shape: Shape, p: int, node_size: int = 0, rates: Rates = H200
+    strategy: Strategy, problem: AttentionProblem, node_size: int = 0, rates: Rates = H200
 ) -> Seconds:
     """Of one attention. ``node_size``: how many neighbouring ranks share a node; 0 is all."""
-    sent, cost = Sent.of(way, shape, p, node_size or p), cost_of(way, shape, p)
+    sent, cost, p = Sent.of(strategy, problem, node_size), cost_of(strategy, problem), problem.p
     exchanged = 2 * rates.travel(_times(sent.heads, 1 / 2), rates.exchange)
     queries = 2 * rates.travel(_times(sent.queries, 1 / 2), rates.exchange)
     again = 2 * rates.travel(_times(sent.queries, 1), rates.exchange)
-    merges = cost.merges * (rates.launch + 3 * _partial(way, shape, p) / rates.hbm)
-    work, home = shape.flops / p / rates.kernel, home_factor(way, shape)
+    merges = cost.merges * (rates.launch + 3 * _partial(strategy, problem) / rates.hbm)
+    work, home = problem.flops / p / rates.kernel, home_factor(strategy, problem)
     return Seconds(
-        exchanged + queries + merges + _visits(way, sent, work, 0, p, rates),
-        exchanged + again + merges + _visits(way, sent, 2.5 * work, home, p, rates),
+        exchanged + queries + merges + _visits(strategy, sent, work, 0, p, rates),
+        exchanged + again + merges + _visits(strategy, sent, 2.5 * work, home, p, rates),
     )
 
 
@@ -88,23 +89,25 @@ def _times(sent: Pair, factor: float) -> Pair:
     return sent[0] * factor, sent[1] * factor
 
 
-def _partial(way: Strategy, shape: Shape, p: int) -> float:
+def _partial(strategy: Strategy, x: AttentionProblem) -> float:
     """Bytes of an output in float32 of all queries that are attended on one rank."""
-    rows = shape.batch * shape.heads * shape.queries / p * way.inter.cols * way.intra.cols
-    return rows * shape.v_dim * 4
+    rows = x.batch * x.heads * x.query.n / x.p * strategy.inter.cols * strategy.intra.cols
+    return rows * x.v_dim * 4
 
 
-def _visits(way: Strategy, sent: Sent, work: float, home: float, p: int, rates: Rates) -> float:
+def _visits(
+    strategy: Strategy, sent: Sent, work: float, home: float, p: int, rates: Rates
+) -> float:
     """Windows that travel between nodes, and in each the steps inside a node."""
-    is_gather = way.intra.rows == p and way.intra.stages <= 2
+    is_gather = strategy.intra.rows == p and strategy.intra.stages <= 2
     link = rates.gather if is_gather else rates.exchange
 
     def window(share: float) -> float:
-        stages = _stages(way.intra)
+        stages = _stages(strategy.intra)
         arrive = [rates.travel(_times(sent.steps, share * came), link) for _, came in stages]
         return pipelined(arrive, [rates.launch + work * share * done for done, _ in stages], home)
 
-    stages = _stages(way.inter)
+    stages = _stages(strategy.inter)
     arrive = [rates.travel(_times(sent.windows, came), rates.exchange) for _, came in stages]
     return pipelined(arrive, [window(done) for done, _ in stages], home)
 

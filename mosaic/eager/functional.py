@@ -16,11 +16,11 @@ from torch import Tensor
 from mosaic.api.errors import ShardingError
 from mosaic.api.mesh import context_or_world_of_one
 from mosaic.api.methods import Local, Method, method_of
-from mosaic.attention.blocks import FULL, Band, share_seen
-from mosaic.attention.cost import Shape
+from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.resolve import Facts, way_between
+from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.resolve import machine_of, resolve
 from mosaic.attention.visit import Inputs
 from mosaic.eager.operands import (
     band_of,
@@ -36,7 +36,7 @@ from mosaic.frontend.agreement import check_calls_alike, check_shards_alike
 from mosaic.layout import Layout
 from mosaic.runtime.collectives import enter, enter_together
 from mosaic.runtime.rng import draw_seed
-from mosaic.runtime.world import World, device_memory, world_of
+from mosaic.runtime.world import World, world_of
 
 
 def attention(
@@ -209,7 +209,7 @@ def text_of(method: Method, band: Band, scale: float | None, dropout: float) -> 
 
 # Eager code asks at every call, and "auto" compares all methods to answer.
 _text_of = lru_cache(maxsize=1024)(text_of)
-_way_between = lru_cache(maxsize=1024)(way_between)
+_resolve = lru_cache(maxsize=1024)(resolve)
 _calls = lru_cache(maxsize=1024)(calls_of)
 
 
@@ -246,33 +246,22 @@ def plan_of(
             sizes=f"{query.n} queries, {key.n} keys; q {list(q.shape)}, v {list(v.shape)}",
             fix="leave the call out where there is nothing to attend to",
         )
-    facts = Facts(
-        p=world.size,
-        shape=shape_of(q, k, v, query, key, request.band),
-        has_rows=may_have_rows(inputs.mask, query),
-        sizes=tuple(world.sizes.items()),
-        node_size=world.node_size,
-        memory=device_memory(),
-    )
-    way, _ = _way_between(request.method, facts, query, key)
     scale = int(q.shape[3]) ** -0.5 if request.scale is None else request.scale
-    return AttentionPlan(
-        way, world.rank, world.group, query, key, request.band, scale, request.dropout
-    )
-
-
-def shape_of(q: Tensor, k: Tensor, v: Tensor, query: Layout, key: Layout, band: Band) -> Shape:
-    return Shape(
+    problem = AttentionProblem(
+        query=query,
+        key=key,
         batch=int(q.shape[0]),
         heads=int(q.shape[1]),
         kv_heads=int(k.shape[1]),
-        queries=query.n,
-        keys=key.n,
         dim=int(q.shape[3]),
         v_dim=int(v.shape[3]),
         itemsize=q.element_size(),
-        area=share_seen(band, query.n, key.n),
-        window=band.length,
+        band=request.band,
+        has_rows=may_have_rows(inputs.mask, query),
+    )
+    strategy, _ = _resolve(request.method, problem, machine_of(world))
+    return AttentionPlan(
+        strategy, world.rank, world.group, query, key, request.band, scale, request.dropout
     )
 
 

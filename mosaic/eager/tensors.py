@@ -19,18 +19,29 @@ from mosaic.torch_private import may_vary
 _MARK = "_mosaic_shard"
 
 
-def mark(x: Tensor, spec: str) -> Tensor:
-    """Remember on the tensor how it is cut."""
-    setattr(x, _MARK, spec)
+def mark(x: Tensor, *shards: str) -> Tensor:
+    """Remember on the tensor how it is cut: along one axis, or along several in this order."""
+    setattr(x, _MARK, ";".join(shards))
     return x
 
 
-def shard_of(x: Tensor) -> Shard:
+def _marked(part: Tensor, x: Tensor, shard: Shard) -> Tensor:
+    """``part`` with its layout, beside those over other mesh axes that ``x`` has. A compiled
+    program that takes it (inputs_are="shards") is traced again at the global lengths."""
+    had = [Shard.decode(spec) for spec in getattr(x, _MARK, "").split(";") if spec]
+    mine = own_axes(shard.place.mesh_axis)
+    shards = [*(s for s in had if not mine & own_axes(s.place.mesh_axis)), shard]
+    for held in shards:
+        may_vary(part, held.place.dim)
+    return mark(part, *(held.encode() for held in shards))
+
+
+def shards_of(x: Tensor) -> list[Shard]:
     """How a tensor is cut. Raises ShardingError for one that Mosaic did not cut."""
-    return Shard.decode(_spec(x))
+    return [Shard.decode(spec) for spec in _specs(x)]
 
 
-def _spec(x: Tensor) -> str:
+def _specs(x: Tensor) -> list[str]:
     if not isinstance(x, Tensor):
         raise ShardingError(f"a {type(x).__name__} is no tensor", fix="pass a torch.Tensor")
     spec = getattr(x, _MARK, None)
@@ -43,12 +54,23 @@ def _spec(x: Tensor) -> str:
             "use mosaic.shard_like(whole, that output), or say how it is cut: "
             "mosaic.gather(x, dim, layout=...)",
         )
-    return spec
+    return spec.split(";")
 
 
-def layout_of(x: Tensor) -> Layout:
-    """Which global indices each rank holds."""
-    return shard_of(x).place.layout
+def layout_of(x: Tensor, dim: int | None = None) -> Layout:
+    """Which global indices each rank holds; ``dim``: of a tensor that is cut in several dims.
+
+    Raises ShardingError for a tensor that Mosaic did not cut, or not in that dim.
+    """
+    places = [shard.place for shard in shards_of(x)]
+    found = [p.layout for p in places if dim is None or p.dim == dim_of(x, dim)]
+    if len(found) != 1:
+        raise ShardingError(
+            "the tensor is cut in several dims" if found else f"dim {dim} of the tensor is whole",
+            cut=", ".join(f"dim {p.dim} over mesh axis '{p.mesh_axis}'" for p in places),
+            fix="say of which dim: mosaic.layout_of(x, dim)",
+        )
+    return found[0]
 
 
 def layout_text(layout: Layout | None, x: Tensor, dim: int, mesh_axis: str) -> str:
@@ -84,8 +106,9 @@ def dim_of(x: Tensor, dim: int) -> int:
 
 @torch.compiler.assume_constant_result
 def _along(spec: str, dim: int, mesh_axis: str) -> str:
-    place = Shard.decode(spec).place
-    if place.dim != dim or (place.outer, place.inner) != (1, 1):
+    places = (Shard.decode(text).place for text in spec.split(";"))
+    place = next((p for p in places if p.dim == dim and (p.outer, p.inner) == (1, 1)), None)
+    if place is None:
         return ""
     if own_axes(place.mesh_axis) != own_axes(mesh_axis):
         raise ShardingError(
@@ -104,7 +127,9 @@ def gather(
     equal shards, one behind the other. Raises ShardingError where the shard does not fit.
     """
     if dim is None:
-        return torch.ops.mosaic.gather(x, _spec(x))
+        for spec in reversed(_specs(x)):  # the last axis cut the shards of those before it
+            x = torch.ops.mosaic.gather(x, spec)
+        return x
     dim = dim_of(x, dim)
     return gather_node(x, dim, layout_text(layout, x, dim, mesh_axis), mesh_axis)
 
@@ -132,6 +157,7 @@ def shard_tensor(
     x: Tensor, dim: int, *, layout: Layout | None = None, mesh_axis: str = "sp"
 ) -> Tensor:
     """This rank's part of a whole tensor along ``dim``: cut as ``torch.chunk`` or by ``layout``.
+    A second call cuts the part along another dim, over another mesh axis.
 
     Raises ShardingError for a dim that is not there, and when the layout is for another length or
     another number of ranks, or is no cut.
@@ -157,9 +183,7 @@ def shard_tensor(
     shard = Shard(place, context.rank(mesh_axis), context.group_name(mesh_axis))
     # A tensor of its own: a view would keep the whole one in memory, and differ between ranks.
     part = slice_to(x, shard.encode()).clone(memory_format=torch.contiguous_format)
-    # A compiled program that takes it (inputs_are="shards") is traced again at the global length.
-    may_vary(part, dim)
-    return mark(part, shard.encode())
+    return _marked(part, x, shard)
 
 
 def as_shard(part: Tensor, dim: int, *, layout: Layout, mesh_axis: str = "sp") -> Tensor:
@@ -181,18 +205,18 @@ def as_shard(part: Tensor, dim: int, *, layout: Layout, mesh_axis: str = "sp") -
         )
     shard = Shard(Place(layout, dim, mesh_axis=mesh_axis), rank, context.group_name(mesh_axis))
     out = part.view_as(part)
-    may_vary(out, dim)
-    return mark(out, shard.encode())
+    return _marked(out, part, shard)
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor (labels), cut as ``like`` is along the same dim."""
-    shard = shard_of(like)
-    place = shard.place
-    if x.ndim <= place.dim or x.shape[place.dim] != place.size:
-        raise ShardingError(
-            "the tensor does not have the axis where the other has it",
-            sizes=f"{list(x.shape)} against length {place.size} in dim {place.dim}",
-            fix="pass a whole tensor that has the same axis in the same dim",
-        )
-    return mark(slice_to(x, shard.encode()), shard.encode())
+    for shard in shards_of(like):
+        place = shard.place
+        if x.ndim <= place.dim or x.shape[place.dim] != place.size:
+            raise ShardingError(
+                "the tensor does not have the axis where the other has it",
+                sizes=f"{list(x.shape)} against length {place.size} in dim {place.dim}",
+                fix="pass a whole tensor that has the same axis in the same dim",
+            )
+        x = slice_to(x, shard.encode())
+    return mark(x, *_specs(like))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, combinations
 from typing import Any
 
 import torch
@@ -133,17 +134,17 @@ def partitioned(
         return shard_programs.passed_through(module, first, spec, world)
     inputs = read_inputs(module)
     refuse_unknown(module, inputs)
-    arriving = arriving_shards(module, inputs, spec, world)
+    worlds = [world_of(ranks, mesh) for mesh in meshes(spec)]
+    arriving = arriving_shards(module, inputs, spec, worlds)
     captured = capture(module, global_sizes(module, arriving))
     context = Context(
         spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
-        policies=captured.policies,
+        policies=captured.policies, worlds=worlds,
     )  # fmt: skip
     resumed = resumed_at(captured.graph)
     context.is_resumed = resumed is not None
     context.is_first_graph = options.is_first_graph
     context.ends_at = ended_at(module)
-    context.worlds = {m.mesh: world_of(ranks, m.mesh) for m in spec.sharded.values()}
     context.graph_text = text_of(captured.graph)
     passes = without_those_off(PIPELINE, OPTIONAL)
     reports = run_passes(passes, captured.graph, context, "global")
@@ -152,6 +153,14 @@ def partitioned(
     plan.graphs["local"] = captured.graph
     local = fx.GraphModule(captured.root, captured.graph)
     return local, context, plan
+
+
+def meshes(spec: ShardingSpec) -> list[str]:
+    """The mesh axes that are cut, and every few of them as one: an attention may run over some
+    axes, flattened. All ranks make their groups here, before programs could differ."""
+    cut = list(dict.fromkeys(method.mesh for method in spec.sharded.values()))
+    some = chain.from_iterable(combinations(cut, n) for n in range(1, max(2, len(cut))))
+    return [",".join(few) for few in some]
 
 
 @dataclass
@@ -170,7 +179,7 @@ class Lowering:
         passes = without_those_off(LOWERING, OPTIONAL)
         self.plan.passes += run_passes(passes, graph, self.context, kind)
         self.plan.graphs[kind] = graph
-        worlds = (self.context.world, *self.context.worlds.values())
+        worlds = (self.context.world, *self.context.worlds)
         self.sequences[kind] = sequence(graph, {w.group: w.mesh_axis for w in worlds})
 
 
@@ -230,7 +239,7 @@ def checked(
     return run
 
 
-def marked(outputs: Sequence[Any], shards: Sequence[str]) -> Sequence[Any]:
+def marked(outputs: Sequence[Any], shards: Sequence[tuple[str, ...]]) -> Sequence[Any]:
     """Outputs that stay cut, with their layout on each. Two may be one tensor on some rank (``y``
     and ``y[:, 1:]`` where all its rows are kept): the second is then an alias, with its own."""
     if not any(shards):
@@ -240,5 +249,5 @@ def marked(outputs: Sequence[Any], shards: Sequence[str]) -> Sequence[Any]:
         if shard and any(found[index] is other for other in found[:index]):
             found[index] = found[index].view_as(found[index])
         if shard:
-            mark(found[index], shard)
+            mark(found[index], *shard)
     return found

@@ -8,6 +8,7 @@ was decided at the local length (an ``if``, a loop) must be what would be decide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec, binds
 from mosaic.frontend.capture import Input
 from mosaic.layout import Layout, Place, Shard
-from mosaic.runtime.world import World
+from mosaic.runtime.world import World, own_axes
 from mosaic.torch_private import broken_guard, guarded_attribute, placeholder_source, size_symbols
 
-Arriving = dict[int, Place]
+#: For the number of an input where each mesh axis cuts it.
+Arriving = dict[int, tuple[Place, ...]]
 MARK = "_mosaic_shard"  # where shard_tensor writes the layout
 
 
@@ -29,33 +31,34 @@ def arriving_shards(
     module: fx.GraphModule,
     inputs: tuple[Input, ...],
     spec: ShardingSpec,
-    world: World,
+    worlds: Sequence[World],
 ) -> Arriving:
-    """The place of every input that arrives cut, by the input's number; {} when all are whole."""
-    if spec.inputs_are == "whole" or world.size == 1:
-        return {}
+    """The places of every input that arrives cut; {} when all are whole. ``worlds``: the ranks of
+    each mesh axis."""
+    of = {world.mesh_axis: world for world in worlds}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    return {
-        given.index: place_of(placeholders[given.index], path, dim, world)
-        for path, dim in cut_dims(spec)
-        for given in inputs
-        if not given.is_state and binds(path, given.source)
-    }
+    found: Arriving = {}
+    for path, dim, mesh in cut_dims(spec) if spec.inputs_are == "shards" else ():
+        for given in inputs:
+            if of[mesh].size > 1 and not given.is_state and binds(path, given.source):
+                place = place_of(placeholders[given.index], path, dim, of[mesh])
+                found[given.index] = (*found.get(given.index, ()), place)
+    return found
 
 
-def cut_dims(spec: ShardingSpec) -> list[tuple[str, int]]:
-    """(argument path, dim) of every named dim that is cut."""
+def cut_dims(spec: ShardingSpec) -> list[tuple[str, int, str]]:
+    """(argument path, dim, mesh axis) of every named dim that is cut."""
     return [
-        (path, names.split().index(axis))
+        (path, names.split().index(str(axis)), method.mesh)
         for path, names in (spec.inputs or {}).items()
-        for axis in spec.sharded
+        for axis, method in spec.sharded.items()
         if axis in names.split()
     ]
 
 
 def place_of(node: fx.Node, path: str, dim: int, world: World) -> Place:
     value = node.meta["example_value"]
-    layout = recorded(node, dim)
+    layout = recorded(node, dim, world)
     if layout is None:
         raise ShardingError(
             f"{path} arrives cut, and carries no layout along dim {dim}",
@@ -89,14 +92,13 @@ def place_of(node: fx.Node, path: str, dim: int, world: World) -> Place:
     return Place(layout, dim, mesh_axis=world.mesh_axis)
 
 
-def recorded(node: fx.Node, dim: int) -> Layout | None:
+def recorded(node: fx.Node, dim: int, world: World) -> Layout | None:
     """What ``shard_tensor`` wrote on the tensor. A guard on it, as a part of another whole may be
     as long as this one."""
     spec = guarded_attribute(node, MARK)
-    if spec is None:
-        return None
-    place = Shard.decode(spec).place
-    return place.layout if place.dim == dim else None
+    places = [] if spec is None else [Shard.decode(text).place for text in spec.split(";")]
+    mine = (p for p in places if own_axes(p.mesh_axis) == own_axes(world.mesh_axis))
+    return next((p.layout for p in mine if p.dim == dim), None)
 
 
 def local_size(size: Any) -> int:
@@ -111,10 +113,11 @@ def global_sizes(module: fx.GraphModule, arriving: Arriving) -> dict[Any, int]:
     if not arriving:
         return {}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    sizes = {i: placeholders[i].meta["example_value"].shape[p.dim] for i, p in arriving.items()}
+    cut = [(placeholders[i], place) for i, places in arriving.items() for place in places]
+    sizes = [node.meta["example_value"].shape[place.dim] for node, place in cut]
     known: dict[Any, int] = {}
-    for index, place in arriving.items():
-        for symbol in size_symbols(sizes[index]):
+    for (_, place), size in zip(cut, sizes, strict=True):
+        for symbol in size_symbols(size):
             if known.setdefault(symbol, place.layout.n) != place.layout.n:
                 raise ShardingError(
                     "two inputs arrive cut to one local length, but their global lengths differ",
@@ -122,7 +125,7 @@ def global_sizes(module: fx.GraphModule, arriving: Arriving) -> dict[Any, int]:
                     fix="pass one of them whole",
                 )
     check_others_are_whole(placeholders, arriving, known)
-    check_decisions(next(iter(sizes.values())), known)
+    check_decisions(sizes[0], known)
     return known
 
 
@@ -133,7 +136,7 @@ def check_others_are_whole(
     for index, node in enumerate(placeholders):
         shape: list[Any] = list(getattr(node.meta["example_value"], "shape", ()))
         for dim, size in enumerate(shape):
-            is_cut = index in arriving and dim == arriving[index].dim
+            is_cut = dim in [place.dim for place in arriving.get(index, ())]
             if is_cut or not isinstance(size, torch.SymInt) or not size_symbols(size) & set(known):
                 continue
             name = Input(index, *placeholder_source(node)).name

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from mosaic.api.spec import ShardingSpec
+from mosaic.attention.problem import AttentionProblem
 from mosaic.frontend.capture import Input, Policy
 from mosaic.graph.modes import Modes
 from mosaic.layout import Place
-from mosaic.partition.attention import Attention
+from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.values import Axis, Collective
-from mosaic.runtime.world import World
+from mosaic.runtime.world import World, own_axes
 
 
 @dataclass(frozen=True)
@@ -27,36 +28,40 @@ class Output:
 @dataclass
 class Context:
     """Shared by the passes of one graph. ``world`` are all ranks that take part, and ``worlds``
-    those of each mesh axis, where that is another."""
+    those of each mesh axis that is cut, and of several of them together."""
 
     spec: ShardingSpec
     world: World
     inputs: tuple[Input, ...]
     mutated: tuple[int, ...]
     modes: Modes
-    arriving: dict[int, Place] = field(default_factory=dict)  # inputs that are shards already
+    #: Inputs that are shards already: for each mesh axis where it cuts them.
+    arriving: Mapping[int, tuple[Place, ...]] = field(default_factory=dict)
     is_resumed: bool = False  # after a graph break: locals may have other meanings
     is_first_graph: bool = True
     ends_at: str = ""  # the graph break behind this graph, and its reason
     holds_shards: bool = False  # a program that was written for shards: it is only lowered
     graph_text: str = ""
     constants: int = 0  # tensors of the local program that are no inputs
-    worlds: dict[str, World] = field(default_factory=dict)
+    worlds: Sequence[World] = ()
     policies: Mapping[int, Policy] = field(default_factory=dict)  # of selective checkpoints
     outputs: tuple[Output, ...] = ()  # with the new values of mutated inputs first
     axes: tuple[Axis, ...] = ()  # what is cut, on different mesh axes
-    attentions: list[tuple[Attention, fx.Node]] = field(default_factory=list)
+    planners: list[ShardingInterpreter] = field(default_factory=list)  # one for each axis
+    attentions: list[tuple[AttentionProblem, fx.Node]] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
     decided: list[str] = field(default_factory=list)  # what else ranks must have in common
-    output_shards: list[str] = field(default_factory=list)  # how each output is cut, "" if whole
+    output_shards: list[tuple[str, ...]] = field(default_factory=list)  # how each output is cut
     notes: list[str] = field(default_factory=list)
 
     def on(self, mesh_axis: str) -> World:
-        """The ranks of a mesh axis."""
-        return self.world if mesh_axis == self.world.mesh_axis else self.worlds[mesh_axis]
+        """The ranks of a (joint) mesh axis."""
+        names = own_axes(mesh_axis)
+        return next(w for w in (self.world, *self.worlds) if own_axes(w.mesh_axis) == names)
 
-    def arriving_nodes(self, graph: fx.Graph) -> dict[fx.Node, Place]:
-        """The placeholders of inputs that arrive cut."""
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        return {placeholders[i]: place for i, place in self.arriving.items()}
+    def arriving_nodes(self, graph: fx.Graph, mesh_axis: str) -> dict[fx.Node, Place]:
+        """The placeholders of inputs that a mesh axis cuts already."""
+        nodes = [n for n in graph.nodes if n.op == "placeholder"]
+        cut = ((nodes[i], place) for i, places in self.arriving.items() for place in places)
+        return {node: place for node, place in cut if place.mesh_axis == mesh_axis}

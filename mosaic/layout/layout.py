@@ -6,7 +6,7 @@ import operator
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from itertools import accumulate, pairwise, product
 
 from mosaic.api.errors import ShardingError
@@ -14,8 +14,8 @@ from mosaic.layout.intervals import (
     Interval,
     Intervals,
     Run,
+    common,
     cut,
-    intersection,
     joined,
     joined_runs,
     placed,
@@ -91,7 +91,7 @@ class Layout:
         6=0:2|2:3|3:5|5:6
         """
         ranks = product(range(rows.p), range(cols.p))
-        return cls.crossed(rows.blocks(1, cols.n), cols.blocks(rows.n, 1), ranks)
+        return cls.crossed([rows.blocks(1, cols.n), cols.blocks(rows.n, 1)], ranks)
 
     @classmethod
     @lru_cache(maxsize=256)
@@ -230,17 +230,16 @@ class Layout:
         return Layout.of(self.n // k, ([(a // k, b // k) for a, b in r] for r in self.ranks))
 
     @classmethod
-    def crossed(cls, a: Layout, b: Layout, ranks: Iterable[tuple[int, int]]) -> Layout:
-        """Two axes of one dim: rank (i, j) holds what rank i of a and rank j of b both hold.
+    def crossed(cls, axes: Sequence[Layout], ranks: Iterable[tuple[int, ...]]) -> Layout:
+        """Several axes of one dim: rank (i, j) holds what rank i of the first and rank j of the
+        second both hold.
 
         >>> rows, columns = Layout.even(2, 2).blocks(1, 3), Layout.even(3, 2).blocks(2, 1)
-        >>> print(Layout.crossed(rows, columns, [(0, 0), (0, 1), (1, 0), (1, 1)]))
+        >>> print(Layout.crossed([rows, columns], product((0, 1), (0, 1))))
         6=0:2|2:3|3:5|5:6
         """
-        return cls.of(
-            a.n,
-            ([intersection(x, y) for x in a.ranks[i] for y in b.ranks[j]] for i, j in ranks),
-        )
+        held = ([a.ranks[i] for a, i in zip(axes, place, strict=True)] for place in ranks)
+        return cls(axes[0].n, tuple(reduce(common, each) for each in held))
 
     @property
     def is_ascending(self) -> bool:

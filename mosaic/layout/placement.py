@@ -43,9 +43,11 @@ class Place:
         return replace(self, layout=self.layout.scale(self.inner), inner=1)
 
     def coarsened(self) -> Place:
-        """Undo ``refined``: the longest rows that no rank's interval tears."""
-        k = gcd(self.layout.n, *(bound for r in self.layout.ranks for i in r for bound in i))
-        coarse = self.layout.coarsen(k) if k > 1 else None
+        """Undo ``refined``: the longest rows that no rank's interval tears. Not a single one for
+        all: that could be read into any dim."""
+        n = self.layout.n
+        k = gcd(n, *(bound for r in self.layout.ranks for i in r for bound in i))
+        coarse = self.layout.coarsen(k) if 1 < k < n else None
         return replace(self, layout=coarse, inner=self.inner * k) if coarse else self
 
     def __str__(self) -> str:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
-from mosaic.api.errors import UnsupportedError
-from mosaic.api.methods import AllGather, Local, Method, Ring, Ulysses
-from mosaic.attention.blocks import FULL, Band, share_seen
-from mosaic.attention.cost import Shape
-from mosaic.graph.source import where
+from mosaic.api.methods import Local, Method
+from mosaic.attention.blocks import FULL
+from mosaic.attention.problem import AttentionProblem
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
+from mosaic.partition.emitter import DECIDED
 from mosaic.partition.interpreter import ShardingInterpreter
-from mosaic.partition.values import Axis, Call, Value, map_values
+from mosaic.partition.values import Call, Value, map_values
 from mosaic.partition.views import viewed
-from mosaic.runtime.world import World
 
 aten = torch.ops.aten
 QKV = ("query", "key", "value")
@@ -30,57 +28,12 @@ MAKINGS = ("query_documents", "key_documents", "leaves")
 PIECES = 8
 
 
-@dataclass(frozen=True)
-class Attention:
-    """What was decided about one attention: global facts only, on every rank the same."""
-
-    axes: tuple[str, ...]  # the sharded axes that it attends over; () when over another dim
-    mesh: str  # the mesh axis over which they are cut
-    method: Method
-    query: Layout
-    key: Layout
-    band: Band
-    documents: bool
-    mask: str  # in words, for the plan
-    scale: float
-    dropout: float
-    site: int
-    batch: Place | None  # where the sharded axis sits in the folded batch dim, or in the heads
-    heads: Place | None
-    shape: Shape
-    has_rows: bool  # a mask with a row for each query
-    tile: str  # the program that makes a mask tile by tile
-
-    @property
-    def flops(self) -> float:
-        return self.shape.flops
-
-    @property
-    def axis(self) -> str:
-        """``rows``, or ``rows x columns`` for both, flattened."""
-        return " x ".join(self.axes)
-
-    @property
-    def is_distributed(self) -> bool:
-        return bool(self.axes)
-
-    @property
-    def causal(self) -> bool:
-        return self.band[1] == 0
-
-    @property
-    def is_window(self) -> bool:
-        """Whether what a query sees is no longer than a shard: even shards then work alike."""
-        length = self.band.length
-        return length is not None and length < self.key.n / self.key.p
-
-
 def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
     """Batches and heads are free; along the attended axis by a method."""
     c = unbroadcast(s, c)
     if all(v.place is None for v in c.tensors()):
         return whole(s, c)
-    if is_taken(c) and any(c[n].place and c[n].place.dim == c[n].ndim - 2 for n in QKV):
+    if is_taken(s, c) and any(c[n].place and c[n].place.dim == c[n].ndim - 2 for n in QKV):
         return gathered(s, c, "attends over two axes, and was planned for one of them")
     q = c["query"]
     if q.place is None:
@@ -100,7 +53,7 @@ def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
         per_row = mask.ndim >= 2 and mask.shape[-2] == q.shape[-2] != 1
         mask = s.at(mask, place.at(mask.ndim - 2)) if per_row else s.gather(mask, "a mask of keys")
     q = s.at(q, place)
-    found = attention(s, c, method, rows, keys, None)
+    found = problem(s, c, method, rows, keys, None)
     return marked(s, c, found, place, (q, k, v, mask), whole_makings(s, c))
 
 
@@ -155,7 +108,7 @@ def whole(s: ShardingInterpreter, c: Call) -> Value:
         return s.emit(c, None, enter=False)
     c = unbroadcast(s, c)
     query, key = (Layout.whole(c[n].shape[-2], s.axis.p) for n in ("query", "key"))
-    found = replace(attention(s, c, Local(mesh=s.axis.mesh_axis), query, key, None), axes=())
+    found = replace(problem(s, c, Local(mesh=s.axis.mesh_axis), query, key, None), axes=())
     operands = tuple(c[n] for n in (*QKV, "attn_mask"))
     return marked(s, c, found, None, operands, makings(c), enter=False)
 
@@ -199,7 +152,7 @@ def with_whole_queries(s: ShardingInterpreter, c: Call) -> Value:
     if mask is not None:
         mask = entered(s, s.gather_aloud(mask, "is a mask of whole queries"))
     query = Layout.whole(q.shape[-2], s.axis.p)
-    found = attention(s, c, s.axis.method, query, keys, None)
+    found = problem(s, c, s.axis.method, query, keys, None)
     parts = map_values(lambda x: entered(s, x), whole_makings(s, c))
     return marked(s, c, found, None, (q, k, v, mask), parts, enter=False)
 
@@ -226,7 +179,7 @@ def over_other_dim(s: ShardingInterpreter, c: Call, place: Place) -> Value:
         )
     parts = cut_makings(s, c, place)
     whole = [Layout.whole(x.shape[-2], s.axis.p) for x in (q, k)]
-    found = attention(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
+    found = problem(s, c, Local(mesh=s.axis.mesh_axis), whole[0], whole[1], place)
     # A plain attention of an empty shard loses its gradients, and with them their collectives.
     if is_left_to_aten(c) and all(place.layout.lengths):
         s.attentions.append((found, c))
@@ -257,40 +210,35 @@ def cut_makings(s: ShardingInterpreter, c: Call, place: Place) -> dict[str, Any]
     return found
 
 
-def attention(
+def problem(
     s: ShardingInterpreter, c: Call, method: Method, query: Layout, key: Layout, cut: Place | None
-) -> Attention:
+) -> AttentionProblem:
+    """What this axis makes of the attention; ``cut``: where it is in q, if not in the rows."""
     q, v, mask = c["query"], c["value"], c["attn_mask"]
     band, documents = band_of(c), bool(documents_of(c))
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
-    return Attention(
-        axes=() if cut else (s.axis.name,),
-        mesh=s.axis.mesh_axis,
-        method=method,
+    return AttentionProblem(
         query=query,
         key=key,
+        batch=prod(q.shape[:-3] if q.ndim > 3 else q.shape[:-2]),
+        heads=q.shape[-3] if q.ndim > 3 else 1,
+        kv_heads=v.shape[-3] if q.ndim > 3 else 1,
+        dim=q.shape[-1],
+        v_dim=v.shape[-1],
+        itemsize=v.val.element_size(),
         band=band,
         documents=documents,
+        has_rows=mask is not None and mask.shape[-2] > 1,
+        tile=tile_of(c),
         mask=mask_words(band, documents, None if mask is None else mask.val, tile_of(c)),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
-        batch=folded(cut, q.shape) if cut and not heads else None,
-        heads=heads,
-        shape=Shape(
-            batch=prod(q.shape[:-3] if q.ndim > 3 else q.shape[:-2]),
-            heads=q.shape[-3] if q.ndim > 3 else 1,
-            kv_heads=v.shape[-3] if q.ndim > 3 else 1,
-            queries=query.n,
-            keys=key.n,
-            dim=q.shape[-1],
-            v_dim=v.shape[-1],
-            itemsize=v.val.element_size(),
-            area=share_seen(band, query.n, key.n),
-            window=band.length,
-        ),
-        has_rows=mask is not None and mask.shape[-2] > 1,
-        tile=tile_of(c),
+        axes=() if cut else (s.axis.name,),
+        mesh=s.axis.mesh_axis,
+        method=method,
+        batch_cut=folded(cut, q.shape) if cut and not heads else None,
+        heads_cut=heads,
     )
 
 
@@ -306,13 +254,13 @@ def folded(place: Place, shape: torch.Size) -> Place:
 def marked(
     s: ShardingInterpreter,
     c: Call,
-    found: Attention,
+    found: AttentionProblem,
     place: Place | None,
     operands: tuple,
     parts: dict[str, Any],
     enter: bool = True,
 ) -> Value:
-    """The node stays an SDPA, with its decision on it: ``rewrite_attention`` makes the op.
+    """The node stays an SDPA, with what its axes make of it: ``rewrite_attention`` makes the op.
 
     ``operands``: q, k, v and mask; ``parts``: the mask's ``makings``. ``enter``: every rank has a
     part of the work, and the gradients of whole operands are summed.
@@ -322,92 +270,29 @@ def marked(
         return Value(c.val, place)
     args, kwargs = map_values(lambda x: s.operand(x, enter), (operands, parts))
     shape = place.local_shape(c.val.shape, s.emitter.rank) if place else c.val.shape
-    decided = c.like.meta
-    if "attention" in decided:  # for another axis
-        found = with_axis(decided["attention"], found, decided["both"])
-    kept = {key: decided.get(key) for key in ("way", "both")}
-    meta = {"attention": found, "seed": seed_of(s, c, found), **kept}
+    if attended_along(c) and found.axes:  # the nodes have an earlier axis's sizes, the plan has not
+        found = c.like.meta["planned"][s.axis.name]
+    axes = (*c.like.meta.get("attention", ()), found)  # of which the first knows the user's call
+    decided = {name: c.like.meta[name] for name in DECIDED if name in c.like.meta}
+    meta = {**decided, "attention": axes, "seed": seed_of(s, c, axes[0].dropout)}
     target = STRUCTURED if parts else PLAIN
     node = s.emitter.marked(c.like, target, args, kwargs, c.val.new_empty(shape), meta)
     return Value(c.val, place, node)
 
 
-def seed_of(s: ShardingInterpreter, c: Call, found: Attention) -> fx.Node | None:
-    if not found.dropout:
+def seed_of(s: ShardingInterpreter, c: Call, dropout: float) -> fx.Node | None:
+    if not dropout:
         return None
     before = c.like.meta.get("seed")
     return s.dropout_seed(c) if before is None else s.node(s.env[before])
 
 
-# --- two axes -----------------------------------------------------------------------------------
+def attended_along(c: Call) -> tuple[str, ...]:
+    """The axes written before this one that the attention runs over."""
+    return tuple(name for part in c.like.meta.get("attention", ()) for name in part.axes)
 
 
-def is_taken(c: Call) -> bool:
-    """Whether an axis that was written before is attended over alone, by its method."""
-    before = c.like.meta.get("attention")
-    return before is not None and bool(before.axes) and c.like.meta["both"] is None
-
-
-def with_axis(before: Attention, found: Attention, both: Attention | None) -> Attention:
-    """What was decided for one axis, and for a second one. ``both``: for the two flattened.
-
-    What is not about an axis (scale, mask, dropout) stands in ``before`` alone.
-    """
-    if before.axes and found.axes:
-        assert both is not None
-        return both
-    if found.axes:
-        names = ("axes", "mesh", "method", "query", "key")
-        along = {name: getattr(found, name) for name in names}
-        return replace(before, **along, shape=share(before.shape, before))
-    if before.dropout and before.batch and found.batch:
-        raise UnsupportedError(
-            "two axes cut the batches of an attention with dropout",
-            batches=f"{before.batch}; {found.batch}",
-            fix="give one of the axes the method 'local'",
-        )
-    return replace(
-        before,
-        batch=before.batch or found.batch,
-        heads=before.heads or found.heads,
-        shape=share(before.shape, found),
-    )
-
-
-def share(shape: Shape, cut: Attention) -> Shape:
-    """The part of an attention that is left where an axis cuts its batches or heads."""
-    if cut.heads:
-        heads, kv_heads = (-(-n // cut.heads.layout.p) for n in (shape.heads, shape.kv_heads))
-        return replace(shape, heads=heads, kv_heads=kv_heads)
-    return replace(shape, batch=-(-shape.batch // cut.batch.layout.p)) if cut.batch else shape
-
-
-def flattened(
-    a: Attention, b: Attention, axes: tuple[Axis, Axis], world: World, node: fx.Node
-) -> Attention:
-    """An attention over two axes that share its dim: one layout over all ranks of both.
-
-    Its method is that of the first axis where it has no numbers of its own, else a ring. Raises
-    UnsupportedError where keys are cut along one axis only, or shards are not in order.
-    """
-    names = f"an attention over {axes[0].name!r} and {axes[1].name!r}, flattened,"
-    facts = {
-        "where": where(node),
-        "sizes": f"{a.query.n} queries, {a.key.n} keys",
-        "fix": "give one of the axes the method 'local'",
-    }
-    are_local = {isinstance(x.method, Local) for x in (a, b)}
-    if len(are_local) > 1:
-        raise UnsupportedError(f"{names} has keys that only one of them cuts", **facts)
-    if not all(layout.is_ascending for layout in (a.query, b.query, a.key, b.key)):
-        raise UnsupportedError(f"{names} has shards that are not in the order of the axis", **facts)
-    pairs = world.pairs(*(axis.mesh_axis for axis in axes))
-    method = a.method if isinstance(a.method, (Local, Ring, AllGather, Ulysses)) else Ring()
-    return replace(
-        a,
-        axes=(*a.axes, *b.axes),
-        mesh=world.mesh_axis,
-        method=replace(method, mesh=world.mesh_axis),
-        query=Layout.crossed(a.query, b.query, pairs),
-        key=Layout.crossed(a.key, b.key, pairs),
-    )
+def is_taken(s: ShardingInterpreter, c: Call) -> bool:
+    """Whether earlier axes are attended over, and the plan does not have this one beside them."""
+    planned = c.like.meta.get("planned", {}).get(s.axis.name)
+    return bool(attended_along(c)) and not (planned and planned.axes)

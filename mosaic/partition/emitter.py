@@ -16,6 +16,8 @@ from mosaic.masks.op import ATTENTIONS
 from mosaic.runtime import rng
 
 aten = torch.ops.aten
+#: What the plan decided about an attention: each axis's part, and all of them together.
+DECIDED = ("planned", "problem")
 
 
 @dataclass
@@ -30,8 +32,8 @@ class Emitter:
     def op(self, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
         self.switch(like.meta.get("modes"))
         node = insert(self.graph, like, target, args, kwargs, name=like.name)
-        if target in ATTENTIONS and "way" in like.meta:  # which another axis may cut
-            node.meta["way"] = like.meta["way"]
+        if target in ATTENTIONS:  # which another axis may cut
+            node.meta.update({key: like.meta[key] for key in DECIDED if key in like.meta})
         return node
 
     def function(self, like: fx.Node, target: Any, args: Any, name: str | None = None) -> fx.Node:

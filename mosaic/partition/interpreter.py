@@ -77,7 +77,7 @@ class ShardingInterpreter:
     collectives: list[Collective] = field(default_factory=list)
     attentions: list[Any] = field(default_factory=list)
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
-    is_second: bool = False  # of two axes: the nodes are the first one's local program
+    is_over_shards: bool = False  # the nodes are the local program of another axis
     decided: list[str] = field(default_factory=list)  # about the first axis's collectives
     recorded: list[fx.Node | None] = field(default_factory=list)  # where each collective stands
     routed: dict[fx.Node, Any] = field(default_factory=dict)  # sorted by expert: routing.py
@@ -301,7 +301,10 @@ class ShardingInterpreter:
 
     def say_gathered(self, name: str, why: str, like: fx.Node, operands: list[Value]) -> None:
         """Every gather of an activation is said here, or refused; but for what a rule asks for as
-        a part of an exact and cheap form (``gather``), and for whole outputs."""
+        a part of an exact and cheap form (``gather``), and for whole outputs. A rank that is alone
+        along the axis has all of it."""
+        if self.axis.p == 1:
+            return
         self.gathered.append((f"{name} {why}", like))
         if self.on_gather == "error":
             raise UnsupportedError(

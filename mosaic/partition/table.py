@@ -28,6 +28,7 @@ from mosaic.partition import (
     indexing,
     losses,
     normalization,
+    other_axes,
     randomness,
     reductions,
     routing,
@@ -35,7 +36,6 @@ from mosaic.partition import (
     views,
     windows,
     writes,
-    written,
 )
 from mosaic.partition.decomposed import decomposed
 from mosaic.partition.interpreter import Rules, ShardingInterpreter
@@ -402,4 +402,6 @@ def pull_slice(node: fx.Node, place: Place) -> dict[fx.Node, Place] | None:
 
 
 #: What interpreters are given.
-RULES = Rules(rule_for, pull, written_whole, routing.follow, written.HELPERS, written.COLLECTIVES)
+RULES = Rules(
+    rule_for, pull, written_whole, routing.follow, other_axes.HELPERS, other_axes.COLLECTIVES
+)

@@ -79,7 +79,7 @@ def view(s: ShardingInterpreter, c: Call) -> Value:
     """Free if the axis survives as one run of elements, or splits where no interval is torn; where
     one is, the axis is first cut elsewhere."""
     x, size = c["self"], c.val.shape
-    if not x.val.numel() and not (s.is_second and x.place.layout.n):
+    if not x.val.numel() and not (s.is_over_shards and x.place.layout.n):
         # Without elements there is no telling which dim became which.
         return s.call(c, aten.reshape.default, s.gather(x, "is empty"), list(size))
     place = (

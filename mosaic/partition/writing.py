@@ -70,7 +70,7 @@ class ProgramWriter(ShardingInterpreter):
         leaf = value.origin
         while leaf is not None and leaf.target is collectives.enter:
             leaf = leaf.args[0]
-        return not self.is_second or (leaf is not None and leaf.op == "placeholder")
+        return not self.is_over_shards or (leaf is not None and leaf.op == "placeholder")
 
     # --- what is written -------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from mosaic.attention.cost import cost_of, size
+from mosaic.attention.problem import AttentionProblem
 from mosaic.graph.context import Context
 from mosaic.graph.pipeline import PassReport
 from mosaic.graph.source import code, line
-from mosaic.partition.attention import Attention
 from mosaic.partition.values import Collective
 from mosaic.report.show import diff
 
@@ -116,14 +116,14 @@ def plan_of(context: Context, passes: list[PassReport]) -> Plan:
     )
 
 
-def report(found: Attention, node: fx.Node) -> AttentionReport:
+def report(found: AttentionProblem, node: fx.Node) -> AttentionReport:
     return AttentionReport(
         source=line(node),
         code=code(node),
         axis=found.axis,
         queries=found.query.n,
         keys=found.key.n,
-        method=str(node.meta["way"]),
+        method=str(found.strategy),
         mask=found.mask,
-        bytes=int(cost_of(node.meta["way"], found.shape, max(found.key.p, 1)).forward),
+        bytes=int(cost_of(found.strategy, found).forward),
     )

@@ -110,7 +110,7 @@ class Listing:
     """What each node of a graph is called, and which nodes have no line of their own."""
 
     def __init__(self, graph: fx.Graph, context: Context | None, fold_waits: bool, brief: bool):
-        worlds = (context.world, *context.worlds.values()) if context else ()
+        worlds = (context.world, *context.worlds) if context else ()
         self.mesh_axes = {world.group: world.mesh_axis for world in worlds}
         self.brief = brief
         self.hidden: set[fx.Node] = set()
@@ -299,7 +299,7 @@ def indexed(
 
 def places(node: fx.Node) -> list[Any]:
     """Where the sharded axes are in a node of the global graph."""
-    return [node.meta[key] for key in ("place", "second place") if node.meta.get(key)]
+    return [place for place in node.meta.get("places", ()) if place]
 
 
 def typed(val: Any, *places: Any) -> str:
@@ -339,16 +339,16 @@ def short(dtype: torch.dtype) -> str:
 
 def decisions(node: fx.Node) -> str:
     """What passes decided about an attention."""
-    found = [str(node.meta[key]) for key in ("way", "mask") if node.meta.get(key)]
-    if "attention" in node.meta:
-        decided = node.meta["attention"]
-        found.append(f"{decided.query.n} x {decided.key.n}")
+    problem, parts = node.meta.get("problem"), node.meta.get("attention")
+    found = [str(problem.strategy)] if problem else []
+    found += [node.meta["mask"]] if node.meta.get("mask") else []
+    found += [f"{parts[0].query.n} x {parts[0].key.n}"] if parts else []
     return f"  # {', '.join(found)}" if found else ""
 
 
 def decoded(text: str) -> str:
     """The strings in which passes write down layouts and attentions, in short; others in quotes."""
-    if text.startswith('{"way"'):
+    if text.startswith('{"strategy"'):
         return attention_plan(AttentionPlan.decode(text))
     if text.startswith('{"slot"'):
         exchange = HeadExchange.decode(text)
@@ -362,7 +362,7 @@ def attention_plan(plan: AttentionPlan) -> str:
     """``plan(ring(stages=2) causal q,k=37=0:10|10:20|20:30|30:37 scale=0.5)``."""
     same = plan.query == plan.key
     layouts = [f"q,k={plan.query}"] if same else [f"q={plan.query}", f"k={plan.key}"]
-    words = [str(plan.way), *([str(plan.band)] if str(plan.band) else []), *layouts]
+    words = [str(plan.strategy), *([str(plan.band)] if str(plan.band) else []), *layouts]
     words.append(f"scale={plan.scale:.4g}")
     words += [f"dropout={plan.dropout:.4g}"] if plan.dropout else []
     words += [f"tile=({plan.tile})"] if plan.tile else []

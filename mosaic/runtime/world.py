@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -23,19 +23,19 @@ class World:
     mesh_axis: str = "sp"
     sizes: Mapping[str, int] = field(default_factory=dict)  # of all mesh axes, in their order
 
-    def pairs(self, a: str, b: str) -> list[tuple[int, int]]:
-        """For each rank its ranks along two (joint) mesh axes that make up this one."""
+    def along(self, mesh_axes: Sequence[str]) -> list[tuple[int, ...]]:
+        """For each rank its ranks along several (joint) mesh axes that make up this one."""
         mine = own_axes(self.mesh_axis)
         sizes = {name: n for name, n in self.sizes.items() if name in mine}
 
-        def along(mesh_axis: str, place: tuple[int, ...]) -> int:
+        def rank_along(mesh_axis: str, place: tuple[int, ...]) -> int:
             rank = 0
             for index, (name, size) in zip(place, sizes.items(), strict=True):
                 rank = rank * size + index if name in own_axes(mesh_axis) else rank
             return rank
 
         places = product(*map(range, sizes.values()))
-        return [(along(a, place), along(b, place)) for place in places]
+        return [tuple(rank_along(axis, place) for axis in mesh_axes) for place in places]
 
     @property
     def node_size(self) -> int:

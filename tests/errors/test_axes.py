@@ -90,7 +90,7 @@ def test_keys_along_one_of_two_flattened_axes() -> None:
     assert_expected_inline(
         refusal(Crossed().double(), **BOTH),
         """\
-an attention over 'rows' and 'columns', flattened, has keys that only one of them cuts
+an attention over 'rows' and 'columns', flattened, has keys that only some of them cut
   tests/errors/test_axes.py:LINE in cells
     return F.scaled_dot_product_attention(q, k, k)
   sizes  35 queries, 7 keys
@@ -112,12 +112,14 @@ def test_dropout_where_both_axes_are_in_the_batch() -> None:
         refusal(Folded().double(), **BOTH),
         """\
 two axes cut the batches of an attention with dropout
-  batches  7=0:4|4:7 dim=0 outer=2 inner=5; 5=0:2|2:4|4:5 dim=0 outer=14 inner=1
-  fix      give one of the axes the method 'local'""",
+  tests/errors/test_axes.py:LINE in cells
+    y = F.scaled_dot_product_attention(cells, cells, cells, dropout_p=0.5)
+  cuts  7=0:4|4:7 dim=0 outer=2 inner=5; 5=0:2|2:4|4:5 dim=0 outer=14 inner=1
+  fix   give one of the axes the method 'local'""",
     )
 
 
-def test_three_axes_at_once() -> None:
+def test_an_axis_of_three_that_nothing_attends_over() -> None:
     model, (x,), _ = axes_cases.CASES["InTurn"]()
     names = ("batch", "rows", "columns")
     axes = {name: Ring(mesh=mesh) for name, mesh in zip(names, "xyz", strict=True)}
@@ -127,7 +129,7 @@ def test_three_axes_at_once() -> None:
     assert_expected_inline(
         str(caught.value.inner_exception),
         """\
-at most two axes of a model can be cut at once
-  axes  'batch', 'rows', 'columns'
-  fix   give the shortest the method 'local'""",
+nothing attends over axis 'batch', so there is no reason to cut it
+  sizes  batch = 2; lengths attended over: 5, 7
+  fix    name the axis that attention runs over, or leave the spec out to have it found""",
     )

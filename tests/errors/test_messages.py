@@ -146,18 +146,6 @@ nothing attends over axis 'tokens', so there is no reason to cut it
     )
 
 
-def test_two_axes_of_shards() -> None:
-    axes = {"rows": mosaic.Ring(mesh="r"), "columns": mosaic.Ring(mesh="c")}
-    text = message_of(ShardingSpec, inputs={"x": "batch rows columns"}, axes=axes, outputs="shards")
-    assert_expected_inline(
-        text,
-        """\
-inputs and outputs that stay cut are cut along one axis
-  axes  'rows', 'columns'
-  fix   leave inputs_are and outputs whole, or give the other axes the method 'local'""",
-    )
-
-
 def test_a_mesh_axis_that_is_not_there() -> None:
     method = mosaic.Composed(heads=mosaic.Ulysses(mesh="h"), sequence=mosaic.Ring(mesh="s"))
     spec = ShardingSpec(inputs={"x": "batch tokens features"}, axes={"tokens": method})

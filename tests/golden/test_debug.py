@@ -47,7 +47,7 @@ def test_what_a_failing_pass_was_given_is_there(planned, folder, monkeypatch):
     with pytest.raises(Exception, match="division by zero"):
         planned(attend, X)
     names = sorted(path.name for path in (folder / "rank1" / "compile1").glob("*.txt"))
-    assert names[-1] == "07 global assign_layouts.txt"
+    assert names[-1] == "07 global choose_method.txt"
 
 
 def test_a_pass_that_is_needed_stays(planned, monkeypatch):

@@ -12,25 +12,27 @@ from pathlib import Path
 from traffic import calls
 
 from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
-from mosaic.attention.cost import Shape
-from mosaic.attention.resolve import Facts, way_of
+from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.resolve import Machine, strategy_of
 from mosaic.attention.strategy import SPLIT_KV, Strategy
 from mosaic.attention.table import methods_table
+from mosaic.layout import Layout
 from mosaic.report.show import listing
 from mosaic.torch_private import FakeTensorMode
 
 GIVEN = "placeholder"
-SHAPE = Shape(batch=1, heads=4, kv_heads=4, queries=12, keys=12, dim=2, v_dim=2, itemsize=8)
+CUT = Layout.even(12, 4)
+PROBLEM = AttentionProblem(CUT, CUT, batch=1, heads=4, kv_heads=4, dim=2, v_dim=2, itemsize=8)
 
 
-def way(method: Method) -> Strategy:
-    return way_of(method, Facts(4, SHAPE, sizes=(("h", 2), ("s", 2))))[0]
+def chosen(method: Method) -> Strategy:
+    return strategy_of(method, PROBLEM, Machine(sizes=(("h", 2), ("s", 2))))[0]
 
 
-def listings(way: Strategy) -> tuple[str, str]:
+def listings(strategy: Strategy) -> tuple[str, str]:
     """Forward and backward, without the types of what a rank is given."""
     with FakeTensorMode():
-        graphs = [call.graph() for call in calls(way, SHAPE, 4, device="cpu")]
+        graphs = [call.graph() for call in calls(strategy, PROBLEM, device="cpu")]
     forward, backward = (
         listing(graph, fold_waits=True, brief=True).split("\n", len(graph.find_nodes(op=GIVEN)))[-1]
         for graph in graphs
@@ -39,7 +41,7 @@ def listings(way: Strategy) -> tuple[str, str]:
 
 
 def test_ring(check):
-    forward, backward = listings(way(Ring(stages=3)))
+    forward, backward = listings(chosen(Ring(stages=3)))
     check(
         forward,
         """\
@@ -89,7 +91,7 @@ return [add_2, add_5, add_6]
 
 
 def test_all_gather(check):
-    forward, backward = listings(way(AllGather()))
+    forward, backward = listings(chosen(AllGather()))
     check(
         forward,
         """\
@@ -124,7 +126,7 @@ return [add, add_3, add_4]
 
 
 def test_mesh2d(check):
-    forward, backward = listings(way(Mesh2D(2, 2)))
+    forward, backward = listings(chosen(Mesh2D(2, 2)))
     check(
         forward,
         """\
@@ -171,7 +173,7 @@ return [add_3, add_1, add_2]
 
 
 def test_ulysses(check):
-    forward, backward = listings(way(Ulysses()))
+    forward, backward = listings(chosen(Ulysses()))
     check(
         forward,
         """\
@@ -220,7 +222,7 @@ return [cat_3, cat_4, cat_5]
 
 
 def test_hierarchical(check):
-    forward, backward = listings(way(Hierarchical(2)))
+    forward, backward = listings(chosen(Hierarchical(2)))
     check(
         forward,
         """\
@@ -275,7 +277,7 @@ return [add_3, add_6, add_7]
 
 
 def test_composed(check):
-    forward, backward = listings(way(Composed(Ulysses(mesh="h"), AllGather(mesh="s"))))
+    forward, backward = listings(chosen(Composed(Ulysses(mesh="h"), AllGather(mesh="s"))))
     check(
         forward,
         """\

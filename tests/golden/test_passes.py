@@ -256,7 +256,7 @@ def test_choose_method(planned, check):
 def test_assign_layouts(planned, axes, check):
     planned(averaged, *of_averaged())
     check(
-        f"{axes['choose_method'].layout}\n{axes['assign_layouts'].layout}",
+        f"{axes['propagate'].layout}\n{axes['assign_layouts'].layout}",
         """\
 11=0:3|3:6|6:9|9:11
 11=0:2|2:4|4:6,10:11|6:10
@@ -273,13 +273,14 @@ def test_partition(planned, check):
 +slice_to: f64[2, 2, 8] = slice_to(x, shard(11=0:2|2:4|4:6,10:11|6:10 dim=1))
 +slice_to_1: f64[2, 8] = slice_to(positions, shard(11=0:2|2:4|4:6,10:11|6:10 dim=0))
  # y = F.linear(x + positions, weight)
--add: f64[2, 11/sp, 8] = add(x, positions)
--linear: f64[2, 11/sp, 5] = linear(add, weight)
+-add: f64[2, 11/sp, 8] | 11=0:2|2:4|4:6,10:11|6:10 = add(x, positions)
+-linear: f64[2, 11/sp, 5] | 11=0:2|2:4|4:6,10:11|6:10 = linear(add, weight)
 +add: f64[2, 2, 8] = add(slice_to, slice_to_1)
 +weight_entered: f64[5, 8] = enter(weight, sp)
 +linear: f64[2, 2, 5] = linear(add, weight_entered)
  # y = sdpa(y, y, y, is_causal=True)
--sdpa: f64[2, 11/sp, 5] = sdpa(linear, linear, linear, is_causal=True)  # all_gather, causal
+-sdpa: f64[2, 11/sp, 5] | 11=0:2|2:4|4:6,10:11|6:10 = sdpa(linear, linear, linear, is_causal=True)
+-    # all_gather, causal
 +sdpa: f64[2, 2, 5] = sdpa(linear, linear, linear)  # all_gather, 11 x 11
  # return y.mean(dim=1)
 -mean: f64[2, 5] = mean(sdpa, [1])

@@ -108,7 +108,7 @@ BUILT = [
 def test_no_tensor_is_quadratic(planned, monkeypatch, build: Callable[[], cases.Built]):
     """Nor has one a row of all keys for each of this rank's queries, as a dense mask has. (With a
     ring of p stages: gathered keys are as long as the axis, and so is a row of their scores.)"""
-    monkeypatch.setitem(resolve.RESOLVE, Auto, lambda _, facts: (resolve.ring(facts, facts.p), ""))
+    monkeypatch.setitem(resolve.RESOLVE, Auto, lambda _, x, at: (resolve.ring(x, at, x.p), ""))
     model, args, kwargs = build()
     plan = planned(model, *args, **kwargs)
     along = [a for a in plan.attentions if a.axis]

@@ -10,7 +10,7 @@ import pytest
 from compare import assert_close, compare_gradients
 from sampling import FULL
 
-from mosaic import AllGather, Method, Ring, ShardingSpec
+from mosaic import AllGather, Method, Ring, ShardingSpec, Ulysses
 
 
 def spec_of(**axes: Method | str) -> ShardingSpec:
@@ -57,6 +57,29 @@ def test_two_axes_flattened(ranks, name: str) -> None:
 
 def test_the_mesh_in_the_other_order(ranks) -> None:
     check(ranks, "FlattenedMasked", BOTH, c=2, r=2)
+
+
+@pytest.mark.parametrize("name", ["Video", "Volume"])
+def test_three_axes(ranks, name: str) -> None:
+    """3 times, 4 rows, 5 columns, each over 2 ranks; rows and columns flattened, or all three."""
+    axes = {"times": Ring(mesh="t"), "rows": AllGather(mesh="r"), "columns": Ulysses(mesh="c")}
+    spec = ShardingSpec(inputs={"x": "batch times rows columns"}, axes=axes, on_gather="error")
+    check(ranks, name, spec, t=2, r=2, c=2)
+    check(ranks, name, spec, c=1, t=3, r=1)
+
+
+def test_both_axes_arrive_and_stay_cut(ranks) -> None:
+    for rank, got in enumerate(ranks(4).run(jobs.from_shards_to_shards, 7, 6)):
+        rows, columns = (4, 3)[rank // 2], 3
+        assert got["sizes"] == ([2, rows, columns], [2, rows, columns, 8])
+        assert got["layouts"] == ["7=0:4|4:7", "6=0:3|3:6"]
+        assert got["like"] == [2, rows, columns, 1]
+        assert got["error"] < 1e-10
+        assert got["refused"] == (
+            "the tensor is cut in several dims\n"
+            "  cut  dim 1 over mesh axis 'r', dim 2 over mesh axis 'c'\n"
+            "  fix  say of which dim: mosaic.layout_of(x, dim)"
+        )
 
 
 @pytest.mark.full

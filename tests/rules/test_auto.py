@@ -7,25 +7,28 @@ from dataclasses import replace
 import pytest
 
 from mosaic.api.methods import AllGather, Auto, Hierarchical, Mesh2D, Method, Ring, Ulysses
-from mosaic.attention.cost import Cost, Shape, cost_of
-from mosaic.attention.resolve import Facts, way_between, way_of
+from mosaic.attention.blocks import Band
+from mosaic.attention.cost import Cost, cost_of
+from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.resolve import ONE_NODE, Machine, resolve, strategy_of
 from mosaic.attention.strategy import LOCAL, SPLIT_KV, Strategy
 from mosaic.attention.timing import pipelined, seconds_of
-from mosaic.layout import Layout
+from mosaic.layout import Layout, Place
 
 
-def shape(heads: int, kv_heads: int, n: int = 1 << 17) -> Shape:
-    return Shape(1, heads, kv_heads, n, n, 128, 128, itemsize=2)
+def problem(p: int, heads: int, kv_heads: int, n: int = 1 << 17) -> AttentionProblem:
+    cut = Layout.even(n, p)
+    return AttentionProblem(cut, cut, 1, heads, kv_heads, 128, 128, itemsize=2)
 
 
-def auto(given: Shape, p: int, **facts) -> tuple[Strategy, str]:
-    return way_of(Auto(), Facts(p, given, **facts))
+def auto(given: AttentionProblem, **machine) -> tuple[Strategy, str]:
+    return strategy_of(Auto(), given, Machine(**machine))
 
 
-def volumes(method: Method, given: Shape, p: int) -> tuple[float, float]:
+def volumes(method: Method, given: AttentionProblem) -> tuple[float, float]:
     """Bytes sent, forward and backward, by those of a rank's queries."""
-    cost = cost_of(way_of(method, Facts(p, given))[0], given, p)
-    q = given.queries / p * given.heads * given.dim * given.itemsize
+    cost = cost_of(strategy_of(method, given)[0], given)
+    q = given.query.n / given.p * given.heads * given.dim * given.itemsize
     return cost.forward / q, cost.backward / q
 
 
@@ -46,25 +49,26 @@ def volumes(method: Method, given: Shape, p: int) -> tuple[float, float]:
     ],
 )
 def test_volumes_of_the_literature(p, heads, kv_heads, method, forward, backward):
-    assert volumes(method, shape(heads, kv_heads), p) == pytest.approx((forward, backward), 0.01)
+    found = volumes(method, problem(p, heads, kv_heads))
+    assert found == pytest.approx((forward, backward), 0.01)
 
 
 @pytest.mark.parametrize("kv_heads", [64, 32, 16, 8])
 def test_gathered_keys_beat_ulysses_below_group_plus_one_ranks(kv_heads: int):
     for p in (2, 4, 8):
-        given = shape(64, kv_heads)
-        gather, ulysses = (volumes(m, given, p)[0] for m in (AllGather(), Ulysses()))
+        given = problem(p, 64, kv_heads)
+        gather, ulysses = (volumes(m, given)[0] for m in (AllGather(), Ulysses()))
         group = 64 // kv_heads
         assert (gather < ulysses) == (p < group + 1) or p == group + 1
 
 
 def test_nodes_send_few_keys_to_each_other():
-    given = shape(32, 8)
+    given = problem(32, 32, 8)
     for intra in ("local", "ring"):
-        way, _ = way_of(Hierarchical(8, intra), Facts(32, given))
-        assert cost_of(way, given, 32, node_size=8).between == 3 * given.kv_bytes / 32
-    ring, _ = way_of(Ring(), Facts(32, given))
-    assert cost_of(ring, given, 32, node_size=8).between == 24 * given.kv_bytes / 32
+        strategy, _ = strategy_of(Hierarchical(8, intra), given)
+        assert cost_of(strategy, given, node_size=8).between == 3 * given.kv_bytes / 32
+    ring, _ = strategy_of(Ring(), given)
+    assert cost_of(ring, given, node_size=8).between == 24 * given.kv_bytes / 32
 
 
 def test_what_is_at_work_hides_what_travels():
@@ -84,45 +88,48 @@ def test_what_is_at_work_hides_what_travels():
     ],
 )
 def test_choice(heads, kv_heads, n, p, node_size, name):
-    given = replace(shape(heads, kv_heads, n), area=0.5)
-    way, note = auto(given, p, node_size=node_size)
-    assert way.name == name
+    causal = replace(problem(p, heads, kv_heads, n), band=Band(None, 0))
+    strategy, note = auto(causal, node_size=node_size)
+    assert strategy.name == name
     assert note.startswith(f"auto: {name}: ") and "; next best " in note
 
 
 def test_choice_keeps_masks_with_their_rows_and_heads_whole():
-    given = shape(16, 16, 1 << 14)
-    for facts in ({"has_rows": True}, {"heads_are_cut": True}):
-        way, _ = auto(given, 16, **facts, node_size=8)
-        assert way.heads == 1
-        assert not facts.get("has_rows") or way.inter.cols == way.intra.cols == 1
+    given = problem(16, 16, 16, 1 << 14)
+    masked = replace(given, has_rows=True)
+    for other in (masked, replace(given, heads_cut=Place(Layout.even(16, 2), 1))):
+        strategy, _ = auto(other, node_size=8)
+        assert strategy.heads == 1
+        assert other is not masked or strategy.inter.cols == strategy.intra.cols == 1
 
 
 def test_choice_fits_into_memory():
-    given = shape(16, 16, 1 << 11)
-    assert auto(given, 8)[0].name == "all_gather"
-    way, _ = auto(given, 8, memory=2 * given.kv_bytes)
-    assert cost_of(way, given, 8).memory <= given.kv_bytes / 2
-    way, _ = auto(given, 8, memory=1)  # nothing fits: the least
-    assert cost_of(way, given, 8).memory == min(
-        cost_of(way_of(m, Facts(8, given))[0], given, 8).memory
+    given = problem(8, 16, 16, 1 << 11)
+    assert auto(given)[0].name == "all_gather"
+    strategy, _ = auto(given, memory=2 * given.kv_bytes)
+    assert cost_of(strategy, given).memory <= given.kv_bytes / 2
+    strategy, _ = auto(given, memory=1)  # nothing fits: the least
+    assert cost_of(strategy, given).memory == min(
+        cost_of(strategy_of(m, given)[0], given).memory
         for m in (Ring(stages=8), AllGather(), Mesh2D(2, 4), Mesh2D(4, 2), Mesh2D(1, 8), Ulysses())
     )
 
 
 def test_alone_nothing_is_sent():
-    given = shape(4, 4)
-    way, _ = auto(given, 1)
-    assert cost_of(way, given, 1) == Cost()
-    assert seconds_of(way, given, 1).forward > 0
+    given = problem(1, 4, 4)
+    strategy, _ = auto(given)
+    assert cost_of(strategy, given) == Cost()
+    assert seconds_of(strategy, given).forward > 0
 
 
 def test_whole_keys_need_no_method_and_whole_queries_one_merge():
-    given, cut, whole = shape(4, 4, 16), Layout.even(16, 4), Layout.whole(16, 4)
-    ring, facts = Ring(), Facts(4, given)
-    assert way_between(ring, facts, cut, cut) == way_of(ring, facts)
-    assert way_between(ring, facts, cut, whole) == way_between(ring, facts, whole, whole)
-    assert way_between(ring, facts, whole, whole) == (LOCAL, "")
-    assert way_between(ring, facts, whole, cut) == (SPLIT_KV, "")
-    alone = Layout.whole(16, 1)
-    assert way_between(Mesh2D(2, 2), Facts(1, given), alone, alone) == (LOCAL, "")
+    cut, whole, alone = Layout.even(16, 4), Layout.whole(16, 4), Layout.whole(16, 1)
+
+    def found(query: Layout, key: Layout, method: Method) -> tuple[Strategy, str]:
+        given = replace(problem(4, 4, 4, 16), query=query, key=key)
+        return resolve(method, given, ONE_NODE)
+
+    assert found(cut, cut, Ring()) == strategy_of(Ring(), problem(4, 4, 4, 16))
+    assert found(cut, whole, Ring()) == found(whole, whole, Ring()) == (LOCAL, "")
+    assert found(whole, cut, Ring()) == (SPLIT_KV, "")
+    assert found(alone, alone, Mesh2D(2, 2)) == (LOCAL, "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +10,17 @@ from traffic import calls, held
 
 from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.blocks import Band
-from mosaic.attention.cost import Shape, cost_of
-from mosaic.attention.resolve import Facts, way_of
+from mosaic.attention.cost import cost_of
+from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.resolve import Machine, strategy_of
 from mosaic.attention.strategy import SPLIT_KV, Strategy
 from mosaic.layout import Layout
 from mosaic.torch_private import FakeTensorMode
 
-GROUPED = Shape(batch=2, heads=24, kv_heads=4, queries=48, keys=48, dim=5, v_dim=3, itemsize=8)
-MULTI_QUERY = replace(GROUPED, heads=8, kv_heads=1)
-HALF = replace(GROUPED, itemsize=2)
+
+def grouped(p: int, queries: int = 48, keys: int = 48, **others) -> AttentionProblem:
+    sizes = {"batch": 2, "heads": 24, "kv_heads": 4, "dim": 5, "v_dim": 3, "itemsize": 8}
+    return AttentionProblem(Layout.even(queries, p), Layout.even(keys, p), **{**sizes, **others})
 
 
 def methods(p: int) -> Iterator[Method]:
@@ -36,79 +37,83 @@ def methods(p: int) -> Iterator[Method]:
             yield Composed(Ulysses(mesh="h"), sequence)
 
 
-def way(method: Method, shape: Shape, p: int) -> Strategy:
+def chosen(method: Method, given: AttentionProblem) -> Strategy:
     s = int(method.sequence.mesh[1:]) if isinstance(method, Composed) else 1
-    return way_of(method, Facts(p, shape, sizes=(("h", p // s), (f"s{s}", s))))[0]
+    return strategy_of(method, given, Machine(sizes=(("h", given.p // s), (f"s{s}", s))))[0]
 
 
-def ways(shape: Shape, p: int) -> list[Strategy]:
-    return list(dict.fromkeys([*(way(method, shape, p) for method in methods(p)), SPLIT_KV]))
+def strategies(given: AttentionProblem) -> list[Strategy]:
+    return list(dict.fromkeys([*(chosen(m, given) for m in methods(given.p)), SPLIT_KV]))
 
 
-CASES = [(GROUPED, p) for p in (2, 3, 4, 6, 8)] + [(MULTI_QUERY, 4)]
+CASES = [*(grouped(p) for p in (2, 3, 4, 6, 8)), grouped(4, heads=8, kv_heads=1)]
 
 
-@pytest.mark.parametrize(("shape", "p"), CASES)
-def test_bytes(shape: Shape, p: int):
-    for way in ways(shape, p):
-        cost = cost_of(way, shape, p)
-        there, back = (call.sent(p) for call in calls(way, shape, p))
+@pytest.mark.parametrize("given", CASES)
+def test_bytes(given: AttentionProblem):
+    for strategy in strategies(given):
+        cost = cost_of(strategy, given)
+        there, back = (call.sent(given.p) for call in calls(strategy, given))
         found = sum(there), sum(back), len(there)
-        assert found == pytest.approx((cost.forward, cost.backward, cost.sends)), way
+        assert found == pytest.approx((cost.forward, cost.backward, cost.sends)), strategy
 
 
 def test_bytes_of_half_precision():
     """The log-sum-exp is float32 beside queries in bfloat16."""
+    half = grouped(4, itemsize=2)
     for method in (Mesh2D(2, 2), Ulysses(), Ring(stages=4, grad_dtype=torch.float32)):
-        chosen = way(method, HALF, 4)
-        cost = cost_of(chosen, HALF, 4)
-        there, back = (call.sent(4) for call in calls(chosen, HALF, 4, torch.bfloat16))
-        assert (sum(there), sum(back)) == pytest.approx((cost.forward, cost.backward)), chosen
+        strategy = chosen(method, half)
+        cost = cost_of(strategy, half)
+        there, back = (call.sent(4) for call in calls(strategy, half, torch.bfloat16))
+        assert (sum(there), sum(back)) == pytest.approx((cost.forward, cost.backward)), strategy
 
 
 @pytest.mark.parametrize("p", [3, 4])
 def test_bytes_of_uneven_shards(p: int):
     """No rank sends more than for one row (of each kind, to each rank) above the formula."""
-    shape = replace(GROUPED, queries=47, keys=46)
-    rounded = replace(shape, queries=-(-47 // p) * p, keys=-(-46 // p) * p)
-    for way in ways(shape, p):
-        most = cost_of(way, rounded, p)
+    given, rounded = grouped(p, 47, 46), grouped(p, -(-47 // p) * p, -(-46 // p) * p)
+    for strategy in strategies(given):
+        most = cost_of(strategy, rounded)
         for rank in (0, p - 1):
-            there, back = (call.sent(p, rank) for call in calls(way, shape, p, rank=rank))
-            assert sum(there) <= most.forward * (1 + 1e-9), (way, rank)
-            assert sum(back) <= most.backward * (1 + 1e-9), (way, rank)
+            there, back = (call.sent(p, rank) for call in calls(strategy, given, rank=rank))
+            assert sum(there) <= most.forward * (1 + 1e-9), (strategy, rank)
+            assert sum(back) <= most.backward * (1 + 1e-9), (strategy, rank)
 
 
 @pytest.mark.parametrize("window", [5, 12])
 @pytest.mark.parametrize("stages", [1, 8])
 def test_a_window_moves_a_halo(window: int, stages: int):
     """On a rank that is not near an end: a query sees ``window`` keys, its own among them."""
-    p, shape = 8, replace(GROUPED, window=window - 1)
-    chosen = way(Ring(stages=stages), shape, p)
-    cost, band = cost_of(chosen, shape, p), Band(window - 1, 0)
-    there, back = (call.sent(p, 4) for call in calls(chosen, shape, p, rank=4, band=band))
+    given = grouped(8, band=Band(window - 1, 0))
+    strategy = chosen(Ring(stages=stages), given)
+    cost = cost_of(strategy, given)
+    there, back = (call.sent(8, 4) for call in calls(strategy, given, rank=4))
     assert (sum(there), sum(back)) == pytest.approx((cost.forward, cost.backward))
+
+
+def long_keys(p: int, itemsize: int, cut: Callable[[int, int], Layout]) -> AttentionProblem:
+    """Long keys and few queries, so that what is held is keys."""
+    return AttentionProblem(cut(16, p), cut(256, p), 1, 8, 8, 8, 8, itemsize)
 
 
 @pytest.mark.parametrize("cut", [Layout.even, Layout.zigzag])
 def test_memory(cut: Callable[[int, int], Layout]):
-    """Long keys and few queries, so that what is held is keys. In float32: for float64 some
-    versions of torch hold the scores."""
-    p, shape = 4, Shape(1, 8, 8, queries=16, keys=256, dim=8, v_dim=8, itemsize=4)
-    small = 6 * shape.kv_bytes / p * shape.queries / shape.keys  # partial outputs and merges
-    for way in ways(shape, p):
+    """In float32: for float64 some versions of torch hold the scores."""
+    given = long_keys(4, 4, cut)
+    small = 6 * given.kv_bytes / 4 * 16 / 256  # partial outputs and merges
+    for strategy in strategies(given):
         with FakeTensorMode():
-            forward, _ = calls(way, shape, p, torch.float32, cut=cut, device="cpu")
-            cost, found = cost_of(way, shape, p), held(forward.graph())
-        assert found <= cost.memory + small, way
-        assert found >= 0.45 * cost.memory, way
+            forward, _ = calls(strategy, given, torch.float32, device="cpu")
+            cost, found = cost_of(strategy, given), held(forward.graph())
+        assert found <= cost.memory + small, strategy
+        assert found >= 0.45 * cost.memory, strategy
 
 
 def test_a_ring_holds_little():
-    shape = Shape(1, 8, 8, queries=16, keys=256, dim=8, v_dim=8, itemsize=8)
+    given = long_keys(8, 8, Layout.even)
     with FakeTensorMode():
         ring, gather = (
-            [held(call.graph()) for call in calls(way(method, shape, 8), shape, 8, device="cpu")]
+            [held(call.graph()) for call in calls(chosen(method, given), given, device="cpu")]
             for method in (Ring(stages=8), AllGather())
         )
     for few, many in zip(ring, gather, strict=True):  # forward, backward

@@ -1,7 +1,8 @@
 """Rules for what writing one axis leaves in the graph: collectives and helpers of ours.
 
-Of two axes the second is written over the first one's local program. There the first axis is a dim
-like any other, of this rank's length, and all ranks along the second axis have the same program.
+Of several axes each is written over the local program of those before it. There an earlier axis is
+a dim like any other, of this rank's length, and all ranks along the later one have that program.
+"First" and "second" are here any two of them.
 """
 
 from __future__ import annotations
