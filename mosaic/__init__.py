@@ -1,8 +1,6 @@
 """Mosaic: a model written for one device, run on p with its attended axis cut into p parts."""
 
-from mosaic.api.decorator import shard
 from mosaic.api.errors import MosaicError, ShardingError, UnsupportedError
-from mosaic.api.mesh import MosaicContext, get_context, init
 from mosaic.api.methods import (
     AllGather,
     Auto,
@@ -25,9 +23,11 @@ from mosaic.eager.modules import (
 )
 from mosaic.eager.projections import sum_gradients
 from mosaic.eager.tensors import as_shard, gather, layout_of, shard_like, shard_tensor
+from mosaic.frontend.decorator import shard
+from mosaic.frontend.explain import explain
 from mosaic.layout import Layout
-from mosaic.report.explain import explain
 from mosaic.report.plan import Plan, plans
+from mosaic.runtime.mesh import MosaicContext, get_context, init
 
 __all__ = [
     "AllGather",

@@ -73,7 +73,6 @@ from torch.utils.checkpoint import SAC_IGNORED_OPS as POLICIES_IGNORE
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mosaic.api.errors import UnsupportedError
-from mosaic.graph.real_strides import heeding_strides
 
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
 
@@ -554,14 +553,18 @@ def compile_by_inductor(
 
 
 def compile_by_eager(
-    module: fx.GraphModule, inputs: Sequence[Any], lower: Lower
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    lower: Lower,
+    guard: Callable[[fx.Graph], fx.Graph],
 ) -> Callable[..., Any]:
-    """AOTAutograd and our lowering of both graphs, run node by node: for tests and for reading."""
+    """AOTAutograd and our lowering of both graphs, run node by node: for tests and for reading.
+    ``guard`` makes a graph right for other strides than were traced."""
 
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
             lower(graph.graph, kind)
-            return make_boxed_func(fx.GraphModule(graph, heeding_strides(graph.graph)).forward)
+            return make_boxed_func(fx.GraphModule(graph, guard(graph.graph)).forward)
 
         return compile_graph
 

@@ -21,7 +21,6 @@ import torch
 from torch import fx
 
 from mosaic.attention.blocks import FULL
-from mosaic.graph.context import Context
 from mosaic.graph.emit import drop_dead, insert
 from mosaic.masks.additive import INF, additive
 from mosaic.masks.conditions import Allowed
@@ -31,6 +30,7 @@ from mosaic.masks.read import Mask, Reader, every_row_sees, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
 from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
+from mosaic.partition.context import Context
 from mosaic.partition.values import Call
 
 aten = torch.ops.aten
@@ -170,4 +170,4 @@ def words(node: fx.Node) -> str:
     call = Call(node.target, node.args, node.kwargs, None, node)
     mask = call["attn_mask"]
     val = None if mask is None else mask.meta["val"]
-    return mask_words(band_of(call), bool(documents_of(call)), val, tile_of(call))
+    return mask_words(band_of(call.bound), bool(documents_of(call.bound)), val, tile_of(call.bound))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
-from mosaic.graph.context import Context
+from mosaic.partition.context import Context
 from mosaic.torch_private import POLICIES_IGNORE, is_in_backward
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from mosaic.graph.context import Context
 from mosaic.layout import Layout
+from mosaic.partition.context import Context
 from mosaic.partition.values import Axis
 from mosaic.passes.propagate import follow, note_places
 

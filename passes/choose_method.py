@@ -17,8 +17,8 @@ from mosaic.api.errors import ShardingError
 from mosaic.attention.cost import ITEMSIZE
 from mosaic.attention.problem import AttentionProblem
 from mosaic.attention.resolve import machine_of, resolve
-from mosaic.graph.context import Context
 from mosaic.graph.source import where
+from mosaic.partition.context import Context
 
 
 def choose_method(graph: fx.Graph, context: Context) -> int:

@@ -20,15 +20,15 @@ from torch import fx
 from mosaic.api.errors import ShardingError
 from mosaic.api.methods import Auto, Ring
 from mosaic.api.spec import binds
-from mosaic.frontend.user_warnings import UNKNOWN
-from mosaic.graph.context import Context
+from mosaic.graph.ops import key
 from mosaic.graph.source import line
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import ATTENTIONS
-from mosaic.masks.softmax import unread_softmax
+from mosaic.masks.softmax import UNKNOWN, unread_softmax
+from mosaic.partition.context import Context
 from mosaic.partition.probing import probe
 from mosaic.partition.table import RULES
-from mosaic.partition.values import Axis, candidates, key
+from mosaic.partition.values import Axis, candidates
 from mosaic.runtime.world import own_axes
 
 aten = torch.ops.aten

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from mosaic.graph.context import Context, Output
 from mosaic.graph.emit import drop_dead, insert
+from mosaic.graph.ops import differentiable
 from mosaic.graph.strides import from_outermost, pin_strides, shares_elements
 from mosaic.masks.op import PLAIN
-from mosaic.partition.values import differentiable
+from mosaic.partition.context import Context, Output
 
 aten = torch.ops.aten
 DROPPED = {aten._assert_tensor_metadata.default}

@@ -23,12 +23,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.api.methods import Local
-from mosaic.graph.context import Context, Output
 from mosaic.graph.emit import insert, rename_all
 from mosaic.graph.modes import Modes
 from mosaic.graph.source import where
 from mosaic.graph.strides import shares_elements
 from mosaic.layout import Layout
+from mosaic.partition.context import Context, Output
 from mosaic.partition.emitter import Emitter
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, Collective, Value, places_of

@@ -12,11 +12,10 @@ from torch import fx
 
 from mosaic.api.errors import ShardingError
 from mosaic.attention.problem import AttentionProblem, combined
-from mosaic.frontend.user_warnings import UNKNOWN
-from mosaic.graph.context import Context
 from mosaic.graph.source import line, where
 from mosaic.masks.op import ATTENTIONS
-from mosaic.masks.softmax import unread_softmax
+from mosaic.masks.softmax import UNKNOWN, unread_softmax
+from mosaic.partition.context import Context
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, places_of

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mosaic.graph.context import Context
 from mosaic.graph.emit import insert
 from mosaic.masks.additive import INF
 from mosaic.masks.biases import hides_fully, is_mild
@@ -34,6 +33,7 @@ from mosaic.masks.products import Operand, Weighted, permuted, weighted
 from mosaic.masks.read import Reader, every_row_sees, joined
 from mosaic.masks.softmax import Masked, ScoresReader, Step, Weights, weights
 from mosaic.masks.terms import broadcast, made
+from mosaic.partition.context import Context
 from mosaic.passes.normalize import merge_common, undo_repeat_kv
 
 aten = torch.ops.aten

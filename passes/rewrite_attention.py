@@ -23,10 +23,10 @@ from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.problem import AttentionProblem, combined
 from mosaic.attention.visit import Inputs
-from mosaic.graph.context import Context
 from mosaic.graph.emit import insert, splice
 from mosaic.graph.source import where
 from mosaic.layout import Place, Shard
+from mosaic.partition.context import Context
 from mosaic.passes.choose_method import resolved
 
 aten = torch.ops.aten

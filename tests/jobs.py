@@ -7,7 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from mosaic.api import mesh
+from mosaic.runtime import mesh
 
 
 def sum_of_ranks(dtype: torch.dtype) -> torch.Tensor:

@@ -168,8 +168,8 @@ def _leave_parent() -> None:
 
 
 def _clean_up() -> None:
-    if "mosaic.api.mesh" in sys.modules:
-        context = sys.modules["mosaic.api.mesh"].current_context()
+    if "mosaic.runtime.mesh" in sys.modules:
+        context = sys.modules["mosaic.runtime.mesh"].current_context()
         if context is not None:
             context.shutdown()
     if "torch._dynamo" in sys.modules:

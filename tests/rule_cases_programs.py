@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from rule_case import Cases, f, i
 from torch import Tensor
 
-from mosaic.frontend.capture import AUTOGRAD_FUNCTIONS
+from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
 
 CASES = Cases()
 add = CASES.add

@@ -20,15 +20,16 @@ import mosaic
 import mosaic.attention.op
 import mosaic.runtime.collectives
 from mosaic.api.errors import UnsupportedError
-from mosaic.api.mesh import current_context
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.capture import Captured, capture
-from mosaic.graph.context import Context, Output
 from mosaic.graph.modes import Modes
+from mosaic.graph.ops import key
+from mosaic.graph.real_strides import heeding_strides
 from mosaic.layout import Layout
+from mosaic.partition.context import Context, Output
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.table import RULES
-from mosaic.partition.values import Axis, Call, key
+from mosaic.partition.values import Axis, Call
 from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
@@ -37,6 +38,7 @@ from mosaic.passes.partition import partition
 from mosaic.passes.pin_collectives import pin_collectives
 from mosaic.passes.raise_attention import raise_attention
 from mosaic.passes.rewrite_attention import rewrite_attention
+from mosaic.runtime.mesh import current_context
 from mosaic.runtime.world import World
 from mosaic.torch_private import compile_by_eager, pytree
 
@@ -108,7 +110,7 @@ def compiled(local: fx.GraphModule, case: Case) -> Any:
         lower_collectives(graph, None)
         lower_attention(graph, None)
 
-    return compile_by_eager(local, case.tensors(), lower)
+    return compile_by_eager(local, case.tensors(), lower, heeding_strides)
 
 
 def costs(case: Case) -> str:

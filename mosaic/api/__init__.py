@@ -1,1 +1,1 @@
-"""What users write: specs, methods, ranks, the decorator; and the errors that they get."""
+"""What users write: specs and methods; and the errors that they get."""

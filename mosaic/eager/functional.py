@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mosaic.api.errors import ShardingError
-from mosaic.api.mesh import context_or_world_of_one
 from mosaic.api.methods import Local, Method, method_of
 from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.op import calls_of, sharded_attention
@@ -32,9 +31,10 @@ from mosaic.eager.operands import (
     four_dims,
 )
 from mosaic.eager.tensors import layout_text
-from mosaic.frontend.agreement import check_calls_alike, check_shards_alike
 from mosaic.layout import Layout
+from mosaic.runtime.agreement import check_calls_alike, check_shards_alike
 from mosaic.runtime.collectives import enter, enter_together
+from mosaic.runtime.mesh import context_or_world_of_one
 from mosaic.runtime.rng import draw_seed
 from mosaic.runtime.world import World, world_of
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mosaic.api.errors import ShardingError
-from mosaic.api.mesh import get_context
 from mosaic.api.methods import Composed, Folded, Hierarchical, Mesh2D, Method, Ulysses, method_of
 from mosaic.attention.blocks import CAUSAL, FULL
 from mosaic.attention.visit import Inputs
@@ -40,8 +39,9 @@ from mosaic.eager.projections import (
     grid_shape,
 )
 from mosaic.eager.tensors import gather, layout_text, shard_tensor, written
-from mosaic.frontend.agreement import check_shards_alike
 from mosaic.layout import Layout
+from mosaic.runtime.agreement import check_shards_alike
+from mosaic.runtime.mesh import get_context
 
 
 class MultiAxisAttention(Projected):

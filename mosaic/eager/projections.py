@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosaic.api.errors import ShardingError
-from mosaic.api.mesh import get_context
 from mosaic.api.methods import Local, Mesh2D, Method, method_of
 from mosaic.eager.functional import attention_node, key_of, parameters_node
 from mosaic.eager.operands import check_is_tensor, check_probability
 from mosaic.runtime.comm import all_reduce
+from mosaic.runtime.mesh import get_context
 
 
 class Projected(nn.Module):

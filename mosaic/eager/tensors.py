@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mosaic.api.errors import ShardingError
-from mosaic.api.mesh import get_context
-from mosaic.frontend.agreement import check_shards_alike
 from mosaic.layout import Layout, Place, Shard
+from mosaic.runtime.agreement import check_shards_alike
 from mosaic.runtime.collectives import slice_to
+from mosaic.runtime.mesh import get_context
 from mosaic.runtime.world import own_axes
 from mosaic.torch_private import may_vary
 

@@ -1,1 +1,1 @@
-"""Dynamo's graph in, a callable out: capture, the checks before a run, what users are told."""
+"""Dynamo's graph in, a callable out: capture, the checks before a run, explain, the decorator."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, combinations
 from typing import Any
 
@@ -14,23 +15,26 @@ import torch.distributed as dist
 from torch import fx
 
 from mosaic.api.errors import MosaicError, ShardingError
-from mosaic.api.mesh import MosaicContext, context_or_world_of_one
 from mosaic.api.spec import ShardingSpec
 from mosaic.eager.tensors import mark
-from mosaic.frontend import agreement, calls, shard_programs
-from mosaic.frontend.capture import AUTOGRAD_FUNCTIONS, capture, read_inputs
+from mosaic.frontend import calls, shard_programs
+from mosaic.frontend.capture import capture, read_inputs
 from mosaic.frontend.data_check import DataCheck
 from mosaic.frontend.refused import refuse_unknown
 from mosaic.frontend.sharded_inputs import arriving_shards, global_sizes
-from mosaic.frontend.unexpected import ours
 from mosaic.frontend.user_warnings import announce, ended_at, resumed_at
-from mosaic.graph.context import Context
 from mosaic.graph.modes import Modes
 from mosaic.graph.pipeline import run_passes, without_those_off
+from mosaic.graph.real_strides import heeding_strides
 from mosaic.graph.sequence import sequence
+from mosaic.graph.unexpected import ours
+from mosaic.partition.context import Context
 from mosaic.passes import JOINT, LOWERING, OPTIONAL, PIPELINE
 from mosaic.report.debug import debugging
 from mosaic.report.plan import LISTENERS, Plan, plan_of
+from mosaic.runtime import agreement
+from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
+from mosaic.runtime.mesh import MosaicContext, context_or_world_of_one
 from mosaic.runtime.rendezvous import report_failure
 from mosaic.runtime.world import world_of
 from mosaic.torch_private import (
@@ -42,7 +46,10 @@ from mosaic.torch_private import (
 )
 
 WHOLE = ShardingSpec()
-INNER = {"inductor": compile_by_inductor, "eager": compile_by_eager}
+INNER: dict[str, Callable[..., Callable[..., Any]]] = {
+    "inductor": compile_by_inductor,
+    "eager": partial(compile_by_eager, guard=heeding_strides),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def mosaic(
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph for the ranks of ``mosaic.init``.
 
-    Raises MosaicError and its subclasses, and nothing else (``unexpected.py``); Dynamo wraps them
+    Raises MosaicError and its subclasses, and nothing else (``graph/unexpected.py``); Dynamo wraps them
     in BackendCompilerFailed, whose text ends with ours. Some of torch's own errors it would take
     for a graph break, and run eagerly.
     """

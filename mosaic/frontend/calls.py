@@ -25,10 +25,10 @@ import torch.distributed as dist
 from torch import fx
 
 from mosaic.api.errors import ShardingError, UnsupportedError
-from mosaic.api.mesh import current_context
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
+from mosaic.runtime.mesh import current_context
 from mosaic.torch_private import (
     averages,
     break_after,

@@ -13,10 +13,8 @@ So Dynamo's graph is run by an interpreter that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 from typing import Any
 
 import torch
@@ -24,11 +22,13 @@ from torch import fx
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.frontend.fused import UNFUSED
-from mosaic.frontend.unexpected import blamed_on
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
+from mosaic.graph.inputs import Input, Policy
 from mosaic.graph.modes import Modes
 from mosaic.graph.source import where
 from mosaic.graph.strides import reach
+from mosaic.graph.unexpected import blamed_on
+from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
 from mosaic.torch_private import (
     INLINED,
     FakeTensorMode,
@@ -51,25 +51,6 @@ from mosaic.torch_private import (
     without_effects,
 )
 
-#: ``policy(about, op, *args, **kwargs)`` says whether backward keeps an op's result.
-Policy = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of the compiled graph: a tensor argument, a parameter, a buffer, or a size."""
-
-    index: int
-    source: str  # as Dynamo writes it: L['x'], L['self']._parameters['weight']
-    is_state: bool  # a parameter or a buffer
-
-    @property
-    def name(self) -> str:
-        """What the user calls it: ``x``, or ``layers.0.weight`` for state."""
-        if self.is_state:
-            return ".".join(re.findall(r"\['(\w+)'\]", self.source.removeprefix("L['self']")))
-        return self.source.removeprefix("L['").replace("']", "", 1)
-
 
 @dataclass(frozen=True)
 class Captured:
@@ -80,39 +61,6 @@ class Captured:
     inputs: tuple[Input, ...]
     mutated: tuple[int, ...]  # the first outputs are the new values of these inputs
     policies: Mapping[int, Policy] = field(default_factory=dict)  # of checkpoints, by ac_graph_id
-
-
-@dataclass
-class AutogradFunctions:
-    """The bodies of the user's autograd.Functions, by the number that stands in the opaque node.
-    They are needed while a graph is compiled (``kept``): AOTAutograd traces them into it."""
-
-    calls: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    numbers: count[int] = field(default_factory=count)
-
-    def add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        number = next(self.numbers)
-        self.calls[number] = (target, args, kwargs)
-        return number
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Forget afterwards what is added meanwhile."""
-        before = set(self.calls)
-        try:
-            yield
-        finally:
-            for number in self.calls.keys() - before:
-                del self.calls[number]
-
-    def run(self, number: int, tensors: Sequence[torch.Tensor]) -> Any:
-        target, args, kwargs = self.calls[number]
-        left = iter(tensors)
-        full = [next(left) if isinstance(a, torch.Tensor) else a for a in args]
-        return target(*full, **kwargs)
-
-
-AUTOGRAD_FUNCTIONS = AutogradFunctions()
 
 
 @torch.library.custom_op("mosaic::autograd_function", mutates_args=())

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mosaic.api.errors import MosaicError, ShardingError
-from mosaic.api.mesh import MosaicContext, current_context
-from mosaic.frontend.capture import Input
+from mosaic.graph.inputs import Input
 from mosaic.runtime.fingerprint import fingerprint
+from mosaic.runtime.mesh import MosaicContext, current_context
 from mosaic.runtime.rendezvous import SAME, note_run
 
 log = logging.getLogger("mosaic")

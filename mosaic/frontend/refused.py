@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from mosaic.api.errors import UnsupportedError
-from mosaic.frontend.capture import Input
+from mosaic.graph.inputs import Input
 from mosaic.graph.source import frames, where
 from mosaic.torch_private import (
     INLINED,

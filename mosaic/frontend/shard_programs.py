@@ -15,11 +15,11 @@ from mosaic.eager.functional import attention_node, parameters_node
 from mosaic.eager.modules import grid_node
 from mosaic.eager.tensors import gather_node
 from mosaic.frontend.capture import capture
-from mosaic.graph.context import Context
 from mosaic.graph.emit import is_call
 from mosaic.graph.modes import Modes
 from mosaic.graph.source import line, where
 from mosaic.masks.op import PLAIN
+from mosaic.partition.context import Context
 from mosaic.passes.normalize import normalize
 from mosaic.passes.raise_attention import raise_attention
 from mosaic.report.plan import Plan, plan_of

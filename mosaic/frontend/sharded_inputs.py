@@ -17,7 +17,7 @@ from torch import fx
 
 from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec, binds
-from mosaic.frontend.capture import Input
+from mosaic.graph.inputs import Input
 from mosaic.layout import Layout, Place, Shard
 from mosaic.runtime.world import World, own_axes
 from mosaic.torch_private import broken_guard, guarded_attribute, placeholder_source, size_symbols

@@ -8,12 +8,12 @@ from torch import fx
 
 from mosaic.attention.cost import size
 from mosaic.graph.source import frames, shown
+from mosaic.masks.softmax import UNKNOWN
 from mosaic.report.plan import Plan
 from mosaic.torch_private import RESUMED, break_after, compiles_left
 
 log = logging.getLogger("mosaic")
 LARGE = 1 << 30  # bytes of an output made whole that are worth a word
-UNKNOWN = "a softmax between products is not recognised as an attention"
 _said: set[str] = set()
 
 

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from mosaic.graph.modes import modes_of
-from mosaic.partition.values import is_effect
+from mosaic.graph.ops import is_effect
 from mosaic.torch_private import (
     decompositions_for_inductor,
     fake_mode_of,

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from mosaic.api.errors import MosaicError, ShardingError
+from mosaic.graph.ops import is_effect
 from mosaic.graph.sequence import is_start
-from mosaic.partition.values import is_effect
 from mosaic.torch_private import HigherOrderOperator
 
 Pass = Callable[[fx.Graph, Any], int]

@@ -199,6 +199,10 @@ class ScoresReader:
         return None
 
 
+#: What is said of such a softmax.
+UNKNOWN = "a softmax between products is not recognised as an attention"
+
+
 def unread_softmax(graph: fx.Graph) -> fx.Node | None:
     """One that looks like an attention's: a product reads it, or what is made of it."""
     for node in graph.nodes:

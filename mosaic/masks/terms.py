@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from mosaic.graph.emit import insert
+from mosaic.graph.ops import differentiable
 from mosaic.masks.constants import Constants
-from mosaic.partition.values import differentiable
 
 aten = torch.ops.aten
 #: Coordinates. Scores of three dims have no heads; those of five or more have several batch dims,

@@ -14,10 +14,9 @@ import torch
 from torch import fx
 
 from mosaic.attention.tiles import Ref, Step, TileProgram
+from mosaic.graph.ops import differentiable, is_pointwise
 from mosaic.masks.constants import Constants, filling, is_filled
 from mosaic.masks.terms import BATCH, HEAD, KEY, QUERY, Term, arranged, made, operand, peeled
-from mosaic.partition.pointwise import is_pointwise
-from mosaic.partition.values import differentiable
 
 aten = torch.ops.aten
 ORDER = (BATCH, HEAD, QUERY, KEY)

@@ -1,33 +1,34 @@
-"""What a call of ``sdpa`` (ATen's or ours) says about its mask, and how plans print it."""
+"""What a call of ``sdpa`` (ATen's or ours) says about its mask, by the names of its arguments; and
+how plans print it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mosaic.attention.blocks import Band
-from mosaic.partition.values import Call
 
 
-def band_of(call: Call) -> Band:
+def band_of(bound: Mapping[str, Any]) -> Band:
     """Which keys a query sees; ATen's op has only ``is_causal``."""
-    left, right = call.bound.get("left"), call.bound.get("right")
-    if call["is_causal"]:
+    left, right = bound.get("left"), bound.get("right")
+    if bound["is_causal"]:
         right = 0 if right is None else min(right, 0)
     return Band(left, right)
 
 
-def documents_of(call: Call) -> tuple[Any, ...]:
+def documents_of(bound: Mapping[str, Any]) -> tuple[Any, ...]:
     """The ids of queries and of keys, if a query sees only keys with its own id; else ()."""
-    queries = call.bound.get("query_documents")
-    return () if queries is None else (queries, call["key_documents"])
+    queries = bound.get("query_documents")
+    return () if queries is None else (queries, bound["key_documents"])
 
 
-def tile_of(call: Call) -> str:
+def tile_of(bound: Mapping[str, Any]) -> str:
     """The ``TileProgram`` of a mask; "" where there is none."""
-    return call.bound.get("tile") or ""
+    return bound.get("tile") or ""
 
 
 def mask_words(band: Band, documents: bool, mask: Tensor | None, tile: str = "") -> str:

@@ -44,7 +44,7 @@ def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
     if place.dim == q.ndim - 1:
         return gathered(s, c, "cuts the head dim")
     rows = place.layout.blocks(place.outer, place.inner)
-    if band_of(c) != FULL and max(map(len, rows.ranks)) > PIECES:
+    if band_of(c.bound) != FULL and max(map(len, rows.ranks)) > PIECES:
         return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
     k, v, keys = with_keys(s, c, place)
     method = s.axis.method if k.place else Local(mesh=s.axis.mesh_axis)
@@ -215,7 +215,7 @@ def problem(
 ) -> AttentionProblem:
     """What this axis makes of the attention; ``cut``: where it is in q, if not in the rows."""
     q, v, mask = c["query"], c["value"], c["attn_mask"]
-    band, documents = band_of(c), bool(documents_of(c))
+    band, documents = band_of(c.bound), bool(documents_of(c.bound))
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
     return AttentionProblem(
         query=query,
@@ -229,8 +229,8 @@ def problem(
         band=band,
         documents=documents,
         has_rows=mask is not None and mask.shape[-2] > 1,
-        tile=tile_of(c),
-        mask=mask_words(band, documents, None if mask is None else mask.val, tile_of(c)),
+        tile=tile_of(c.bound),
+        mask=mask_words(band, documents, None if mask is None else mask.val, tile_of(c.bound)),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mosaic.frontend.capture import AUTOGRAD_FUNCTIONS
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.values import Call, Value
+from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
 
 
 def call_autograd_function(number: int, *tensors: Any) -> Any:

@@ -24,9 +24,10 @@ import torch
 from torch import fx
 
 from mosaic.api.errors import UnsupportedError
-from mosaic.frontend.unexpected import blamed_on
 from mosaic.graph.modes import modes_of
+from mosaic.graph.ops import differentiable
 from mosaic.graph.source import innermost, line, where
+from mosaic.graph.unexpected import blamed_on
 from mosaic.layout import Place
 from mosaic.partition.emitter import Emitter
 from mosaic.partition.values import (
@@ -35,7 +36,6 @@ from mosaic.partition.values import (
     Collective,
     Many,
     Value,
-    differentiable,
     is_whole,
     map_values,
     needs_gradient,

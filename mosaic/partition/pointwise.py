@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from mosaic.layout import Place
 from mosaic.partition.interpreter import ShardingInterpreter
-from mosaic.partition.values import Call, Value, key, map_values
-
-#: Pointwise ops that torch does not tag so.
-POINTWISE = frozenset(
-    "__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor "
-    "_conj _to_copy alias clone complex detach detach_copy empty_like fill.Scalar fill.Tensor "
-    "full_like masked_fill.Scalar masked_fill.Tensor ones_like polar type_as "
-    "where.self where.ScalarOther where.ScalarSelf where.Scalar zero zeros_like".split()
-)
+from mosaic.partition.values import Call, Value, map_values
 
 
 def pointwise(s: ShardingInterpreter, c: Call) -> Any:
@@ -51,7 +41,3 @@ def aligned(s: ShardingInterpreter, v: Value, place: Place, ndim: int) -> Value:
     if dim < 0 or v.shape[dim] != place.size:
         return s.gather_aloud(v, "is broadcast along the axis")
     return s.at(v, place.at(dim))
-
-
-def is_pointwise(target: Any) -> bool:
-    return key(target) in POINTWISE or torch.Tag.pointwise in target.tags

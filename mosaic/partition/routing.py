@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from mosaic.graph.ops import is_pointwise, key
 from mosaic.layout import Place
 from mosaic.partition.interpreter import ShardingInterpreter
-from mosaic.partition.pointwise import is_pointwise
 from mosaic.partition.probing import Prober
-from mosaic.partition.values import Call, Value, key
+from mosaic.partition.values import Call, Value
 
 aten = torch.ops.aten
 GROUPED = {"_grouped_mm", "transformers::grouped_mm_fallback"}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mosaic.graph.ops import is_pointwise, key
 from mosaic.layout import Place
 from mosaic.partition import (
     attention,
@@ -39,9 +40,9 @@ from mosaic.partition import (
 )
 from mosaic.partition.decomposed import decomposed
 from mosaic.partition.interpreter import Rules, ShardingInterpreter
-from mosaic.partition.pointwise import is_pointwise, pointwise
+from mosaic.partition.pointwise import pointwise
 from mosaic.partition.probing import probe
-from mosaic.partition.values import Call, Value, candidates, key
+from mosaic.partition.values import Call, Value, candidates
 from mosaic.torch_private import has_decomposition
 
 LocalForm = Callable[[ShardingInterpreter, Call], Any]

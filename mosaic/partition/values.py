@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from mosaic.api.methods import Method
+from mosaic.graph.ops import differentiable
 from mosaic.layout import Layout, Place
 from mosaic.torch_private import pytree
 
@@ -115,22 +116,6 @@ class Collective:
     source: str
 
 
-def key(target: Any) -> str:
-    """``aten.mean.dim`` -> ``mean.dim``, ``aten.view.default`` -> ``view``.
-
-    Ops of other libraries keep their namespace: ``mine::linear`` need not be a linear.
-    """
-    schema = target._schema
-    name = schema.name.removeprefix("aten::")
-    return f"{name}.{schema.overload_name}" if schema.overload_name else name
-
-
-def is_effect(node: fx.Node) -> bool:
-    """Whether a call has no result and is there for what it does: a check."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and not schema.returns
-
-
 def recipe(node: fx.Node) -> Any:
     val = node.meta.get("val")
     if isinstance(val, (tuple, list)):
@@ -176,11 +161,6 @@ def candidates(shape: Iterable[int], place: Place) -> list[Place]:
                 if rest % outer == 0
             ]
     return found
-
-
-def differentiable(x: torch.Tensor) -> bool:
-    """Whether x may have a gradient: complex numbers may, too."""
-    return x.is_floating_point() or x.is_complex()
 
 
 def needs_gradient(value: Value) -> bool:

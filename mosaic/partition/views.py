@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from mosaic.graph.ops import differentiable
 from mosaic.layout import Layout, Place
 from mosaic.partition.interpreter import ShardingInterpreter
-from mosaic.partition.values import Call, Value, differentiable
+from mosaic.partition.values import Call, Value
 
 aten = torch.ops.aten
 

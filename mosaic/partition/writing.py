@@ -8,18 +8,12 @@ from typing import Any
 
 from torch import fx
 
+from mosaic.graph.ops import is_effect
 from mosaic.layout import Place
 from mosaic.partition.emitter import Emitter
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.slice_pushdown import hoist, whole
-from mosaic.partition.values import (
-    Call,
-    Value,
-    is_effect,
-    map_values,
-    needs_gradient,
-    result_device,
-)
+from mosaic.partition.values import Call, Value, map_values, needs_gradient, result_device
 from mosaic.runtime import collectives
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import fx
 
 from mosaic.graph import pipeline
-from mosaic.graph.context import Context
+from mosaic.partition.context import Context
 from mosaic.report.plan import plans
 from mosaic.report.show import diff, listing
 

@@ -11,9 +11,9 @@ from torch import fx
 
 from mosaic.attention.cost import cost_of, size
 from mosaic.attention.problem import AttentionProblem
-from mosaic.graph.context import Context
 from mosaic.graph.pipeline import PassReport
 from mosaic.graph.source import code, line
+from mosaic.partition.context import Context
 from mosaic.partition.values import Collective
 from mosaic.report.show import diff
 

@@ -24,11 +24,11 @@ from torch import fx
 from mosaic.api.spec import path_parts
 from mosaic.attention.heads import HeadExchange
 from mosaic.attention.plan import AttentionPlan
-from mosaic.frontend.capture import Input
-from mosaic.graph.context import Context
+from mosaic.graph.inputs import Input
 from mosaic.graph.modes import set_modes
 from mosaic.graph.source import code
 from mosaic.layout import Layout, Place, Shard
+from mosaic.partition.context import Context
 
 NAMESPACES = ("aten", "_c10d_functional", "prims")  # not worth writing
 LONG = {

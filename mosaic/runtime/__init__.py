@@ -1,1 +1,1 @@
-"""What runs on ranks: collectives, random numbers, and what ranks tell each other."""
+"""The ranks, and what runs on them: collectives, random numbers, what they tell each other."""

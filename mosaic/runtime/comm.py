@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mosaic.api.errors import ShardingError
-from mosaic.api.mesh import current_context
 from mosaic.layout import (
     Comb,
     Interval,
@@ -25,6 +24,7 @@ from mosaic.layout import (
     joined_runs,
 )
 from mosaic.layout.windows import returned
+from mosaic.runtime.mesh import current_context
 
 #: What carries a dtype that NCCL or gloo cannot move or reduce; every value fits.
 CARRIERS = {torch.bool: torch.uint8, torch.int16: torch.int32}

@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from mosaic.api.mesh import MosaicContext
+from mosaic.runtime.mesh import MosaicContext
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from costs.decoder import Decoder, explained
 
 import mosaic
-from mosaic.report.explain import Ranks, ranks
+from mosaic.frontend.explain import Ranks, ranks
 
 
 def timed(layers: int, p: int, method: str = "auto", *, named: bool = True) -> None:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 import mosaic
 from mosaic import Layout, Ring, ShardingSpec, explain
 from mosaic.attention import kernels
-from mosaic.frontend.capture import AUTOGRAD_FUNCTIONS
+from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
 
 X = torch.randn(2, 13, cc.E)
 

@@ -1,4 +1,4 @@
-"""Whole texts of what mosaic.api.mesh refuses."""
+"""Whole texts of what mosaic.runtime.mesh refuses."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mosaic.api import mesh
 from mosaic.api.errors import ShardingError
+from mosaic.runtime import mesh
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 from expecttest import assert_expected_inline
 from torch import fx
 
+from mosaic.frontend.explain import explain
 from mosaic.graph import pipeline
-from mosaic.graph.context import Context
+from mosaic.partition.context import Context
 from mosaic.partition.interpreter import Axis
-from mosaic.report.explain import explain
 from mosaic.report.plan import Plan
 
 

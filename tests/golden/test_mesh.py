@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mosaic.api import mesh
+from mosaic.runtime import mesh
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_shutdown_leaves_the_callers_group_open(world_of_4):
 
 def test_import_opens_nothing():
     code = """
-import torch, mosaic, mosaic.api.mesh
+import torch, mosaic, mosaic.runtime.mesh
 assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
 """
     subprocess.run([sys.executable, "-c", code], check=True)

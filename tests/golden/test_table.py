@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from mosaic.api.methods import Auto
 from mosaic.attention import resolve
-from mosaic.graph.context import Context
 from mosaic.layout import Layout
+from mosaic.partition.context import Context
 from mosaic.report.plan import Plan
 from mosaic.report.show import listing
 

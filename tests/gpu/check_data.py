@@ -20,8 +20,8 @@ from torch import Tensor
 
 import mosaic
 from mosaic.api.errors import ShardingError
-from mosaic.frontend.capture import Input
 from mosaic.frontend.data_check import DataCheck
+from mosaic.graph.inputs import Input
 
 CUDA = torch.cuda.is_available()
 ARGUMENTS = {

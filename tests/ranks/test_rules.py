@@ -13,9 +13,8 @@ from rule_cases import CASES
 from rule_costs import COSTS
 from rule_jobs import captured, check, costs, costs_of_my_share, drawn
 
-from mosaic.partition.pointwise import POINTWISE
+from mosaic.graph.ops import POINTWISE, key
 from mosaic.partition.table import CREATED, TABLE, Rule, named_dims, rule
-from mosaic.partition.values import key
 
 NAMES = list(CASES)
 CHUNK = 40

@@ -1,4 +1,4 @@
-"""Modules of the package import each other in one direction: no circle, in functions neither."""
+"""Modules and folders of the package import each other in one direction, and not in functions."""
 
 from __future__ import annotations
 
@@ -39,16 +39,47 @@ def imported(node: ast.AST) -> Iterator[str]:
         yield from imported(child)
 
 
-def test_imports_have_no_circle() -> None:
+def needs() -> dict[str, set[str]]:
+    """For each module those that it imports."""
     paths = modules()
-    needs = {
+    found = {
         name: {m for m in imported(ast.parse(path.read_text())) if m in paths} - {name, "mosaic"}
         for name, path in paths.items()
     }
-    for name, others in needs.items():  # a module, and not the package that it is in
+    for name, others in found.items():  # a module, and not the package that it is in
         others -= {other for other in others if any(m.startswith(f"{other}.") for m in others)}
         others -= {other for other in others if name.startswith(f"{other}.")}
-    assert len(list(TopologicalSorter(needs).static_order())) == len(paths)
+    return found
+
+
+def test_imports_have_no_circle() -> None:
+    found = needs()
+    assert len(list(TopologicalSorter(found).static_order())) == len(found)
+
+
+#: Each folder imports those before it only. (``docs/architecture.md`` says so, too.)
+FLOORS = (
+    ("api",),
+    ("torch_private", "layout"),
+    ("runtime",),
+    ("graph", "attention"),
+    ("masks", "eager"),
+    ("partition",),
+    ("report", "passes"),
+    ("frontend",),
+)
+
+
+def test_folders_import_those_below_them() -> None:
+    floor = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
+    wrong = []
+    for name, others in needs().items():
+        _, folder, *_ = (*name.split("."), "")
+        for other in others if folder in floor else ():
+            below = other.split(".")[1]
+            if below != folder and floor[below] >= floor[folder]:
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
 
 
 def test_no_import_stands_in_a_function() -> None:

@@ -14,7 +14,7 @@ from itertools import zip_longest
 import torch.distributed as dist
 
 from mosaic.api.errors import MosaicError, ShardingError
-from mosaic.api.mesh import MosaicContext
+from mosaic.runtime.mesh import MosaicContext
 from mosaic.runtime.rendezvous import exchange
 
 FINISH = "finish compiling this graph"

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from mosaic.api import mesh
 from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import backend, calls
 from mosaic.graph import pipeline
-from mosaic.graph.context import Context
+from mosaic.partition.context import Context
 from mosaic.report.plan import LISTENERS, Plan
 from mosaic.report.show import listing
+from mosaic.runtime import mesh
 from mosaic.torch_private import FakeStore, code_at_hand, pytree, without_traces
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from mosaic.api.spec import ShardingSpec
 from mosaic.attention.problem import AttentionProblem
-from mosaic.frontend.capture import Input, Policy
+from mosaic.graph.inputs import Input, Policy
 from mosaic.graph.modes import Modes
 from mosaic.layout import Place
 from mosaic.partition.interpreter import ShardingInterpreter
