@@ -76,9 +76,9 @@ def mosaic(
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph for the ranks of ``mosaic.init``.
 
-    Raises MosaicError and its subclasses, and nothing else (``graph/unexpected.py``); Dynamo wraps them
-    in BackendCompilerFailed, whose text ends with ours. Some of torch's own errors it would take
-    for a graph break, and run eagerly.
+    Raises MosaicError and its subclasses, and nothing else (``graph/unexpected.py``); Dynamo wraps
+    them in BackendCompilerFailed, whose text ends with ours. Some of torch's own errors it would
+    take for a graph break, and run eagerly.
     """
     bake_floats(module)
     try:

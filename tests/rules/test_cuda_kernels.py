@@ -21,7 +21,7 @@ from mosaic.attention.kernels import aten, efficient, flash_attn
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, FORWARD, HALF, SINGLE
 
-NAMES = ("flash_attn 4", "flash_attn 3", "flash_attn 2", "cudnn", "flash", "efficient")
+NAMES = ("flash_attn 4", "flash_attn 3", "cudnn", "flash", "efficient")
 
 
 def options(q, k, left=None, right=None, bias=None, scale=1.0) -> dict:

@@ -29,7 +29,7 @@ from mosaic.attention.blocks import Piece, row_blocks, simple
 from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
-from mosaic.attention.kernels.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
+from mosaic.attention.kernels.flash_attn import FLASH_ATTN_3, FLASH_ATTN_4
 from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, FORWARD, quickest
@@ -45,7 +45,6 @@ KERNELS: tuple[Kernel, ...] = (
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
     FLASH_ATTN_3,  # cuda  16 bits       ... 256    none           any       Hopper
     CUDNN,  #        cuda  16 bits       ... 128    none           square    Hopper and later
-    FLASH_ATTN_2,  # cuda  16 bits       ... 256    none           any       Ampere and later
     FLASH,  #        cuda  16 bits       ... 256    none           any       Ampere and later
     EFFICIENT,  #    cuda  16, 32 bits   any        bool, float    any, as a bias
     CPU_FLASH,  #    cpu   any           equal      none           square

@@ -1,7 +1,7 @@
-"""The flash_attn packages 2, 3 and 4, where they are installed, as ops that trace.
+"""The flash_attn packages 3 and 4, where they are installed, as ops that trace.
 
-2 is ``flash-attn``, 3 is ``flash_attn_interface`` (flash-attention's folder hopper), 4 is
-``flash-attn-4``. The ops take and give (batch, heads, seq, dim), which in memory is what the
+3 is ``flash_attn_interface`` (flash-attention's folder hopper), 4 is ``flash-attn-4``. (2 is not
+used: ATen's flash kernel is its code.) The ops take and give (batch, heads, seq, dim), which in memory is what the
 packages want: (batch, seq, heads, dim). ``left`` and ``right`` are a window that is aligned with
 the last row and the last key; None is unbounded.
 """
@@ -12,7 +12,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -33,7 +33,6 @@ from mosaic.attention.kernels.kernel import (
 from mosaic.attention.merge import Partial
 
 _MODULES = {
-    2: "flash_attn.flash_attn_interface",
     3: "flash_attn_interface",
     4: "flash_attn.cute.interface",
 }
@@ -72,10 +71,6 @@ def _options(version: int, scale: float, left: int | None, right: int | None) ->
     return {**options, "causal": causal}
 
 
-#: What only version 2 wants to be told.
-_FLASH_2 = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None}
-
-
 @torch.library.custom_op(
     "mosaic::flash_attn",
     mutates_args=(),
@@ -89,10 +84,7 @@ def flash_attn(q, k, v, scale, left, right, version):
     tensors = [seq_first(x) for x in (q, k, v)]
     if version == 4:
         out, lse, *_ = module._flash_attn_fwd(*tensors, **options, return_lse=True)
-    elif version == 3:
-        out, lse, *_ = module._flash_attn_forward(*tensors, **options)
     else:
-        options.update(_FLASH_2, return_softmax=False)
         out, lse, *_ = module._flash_attn_forward(*tensors, **options)
     return seq_first(out.contiguous()), lse.contiguous()
 
@@ -119,11 +111,8 @@ def flash_attn_backward(dout, q, k, v, out, lse, scale, left, right, version):
     options.update(zip(("dq", "dk", "dv"), grads, strict=True))
     if version == 4:
         module._flash_attn_bwd(q, k, v, out, dout, lse, **options)
-    elif version == 3:
-        options["is_causal"] = options.pop("causal")
-        module._flash_attn_backward(dout, q, k, v, out, lse, **options)
     else:
-        options.update(_FLASH_2, deterministic=False)
+        options["is_causal"] = options.pop("causal")
         module._flash_attn_backward(dout, q, k, v, out, lse, **options)
     dq, dk, dv = (seq_first(grad) for grad in grads)
     return dq, dk, dv
@@ -163,10 +152,8 @@ def _kernel(version: int, capabilities: range) -> Kernel:
         able = case.plain and case.half_on_cuda and case.capability in capabilities
         return able and max(case.head_dim, case.v_dim) <= widest and _installed(version)
 
-    bands: Literal["short", "native"] = "short" if version == 2 else "native"
-    return Kernel(f"flash_attn {version}", fits, bands, forward, backward, MOST_BATCHES)
+    return Kernel(f"flash_attn {version}", fits, "native", forward, backward, MOST_BATCHES)
 
 
-FLASH_ATTN_2 = _kernel(2, range(8, 13))
 FLASH_ATTN_3 = _kernel(3, range(9, 10))
 FLASH_ATTN_4 = _kernel(4, range(9, 12))
