@@ -28,7 +28,7 @@ from mosaic.runtime.fingerprint import fingerprint
 from mosaic.runtime.mesh import MosaicContext, current_context
 from mosaic.runtime.rendezvous import SAME, note_run
 
-log = logging.getLogger("mosaic")
+log = logging.getLogger(__name__)
 
 #: A message: the graph's number, the sizes of arguments as far as there is room, fingerprints. It
 #: is as long for every graph: ranks that run different ones must be able to exchange it.

@@ -12,7 +12,7 @@ from mosaic.masks.softmax import UNKNOWN
 from mosaic.report.plan import Plan
 from mosaic.torch_private import RESUMED, break_after, compiles_left
 
-log = logging.getLogger("mosaic")
+log = logging.getLogger(__name__)
 LARGE = 1 << 30  # bytes of an output made whole that are worth a word
 _said: set[str] = set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import time
@@ -17,6 +18,7 @@ from mosaic.graph.ops import is_effect
 from mosaic.graph.sequence import is_start
 from mosaic.torch_private import HigherOrderOperator
 
+log = logging.getLogger(__name__)
 Pass = Callable[[fx.Graph, Any], int]
 Observer = Callable[[str, str, fx.Graph, Any], None]
 
@@ -57,6 +59,7 @@ def run_passes(
             )
             raise
         reports.append(PassReport(step.__name__, kind, rewrites, time.perf_counter() - start))
+        log.debug("%s", reports[-1])
         observe(step.__name__, kind, graph, context)
     return reports
 

@@ -33,14 +33,14 @@ def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
     c = unbroadcast(s, c)
     if all(v.place is None for v in c.tensors()):
         return whole(s, c)
-    if is_taken(s, c) and any(c[n].place and c[n].place.dim == c[n].ndim - 2 for n in QKV):
+    if is_taken(s, c) and any(c[n].place and c[n].cut.dim == c[n].ndim - 2 for n in QKV):
         return gathered(s, c, "attends over two axes, and was planned for one of them")
     q = c["query"]
     if q.place is None:
         return with_whole_queries(s, c)
-    if q.place.dim < q.ndim - 2:
+    if q.cut.dim < q.ndim - 2:
         return over_other_dim(s, c, q.place)
-    place = q.place.refined()
+    place = q.cut.refined()
     if place.dim == q.ndim - 1:
         return gathered(s, c, "cuts the head dim")
     rows = place.layout.blocks(place.outer, place.inner)
@@ -129,7 +129,7 @@ def is_left_to_aten(c: Call) -> bool:
 def with_keys(s: ShardingInterpreter, c: Call, place: Place) -> tuple[Value, Value, Layout]:
     """Keys and values sharded alike along their own axis, or whole."""
     k, v = c["key"], c["value"]
-    have = next((x.place.refined() for x in (k, v) if x.place), None)
+    have = next((x.cut.refined() for x in (k, v) if x.place), None)
     if have and have.dim == k.ndim - 2:
         return s.at(k, have), s.at(v, have), have.layout.blocks(have.outer, have.inner)
     why = "is needed whole, since keys and values are not cut alike"

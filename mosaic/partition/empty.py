@@ -39,7 +39,7 @@ def rows_of(s: ShardingInterpreter, c: Call, value: Value, place: Place) -> Valu
 def emit(s: ShardingInterpreter, c: Call, place: Place, name: str = "self", **changed: Any) -> Any:
     """``s.emit`` of an op that refuses an empty operand ``name``."""
     x = c[name]
-    if not s.emitter or x.place.local_size(s.emitter.rank):
+    if not s.emitter or x.cut.local_size(s.emitter.rank):
         return s.emit(c, place, **changed)
     out = s.emit(c, place, **{**changed, name: not_empty(s, c, x, x.place)})
     if isinstance(out, tuple):

@@ -19,7 +19,7 @@ ELSEWHERE = "is looked up by positions of other ranks"
 def index(s: ShardingInterpreter, c: Call) -> Value:
     """``x[i, j]``: an axis of the indices is free, and so is a dim of x that is not indexed. What
     is looked up along the axis itself is asked of all ranks if it is little, else cut anew."""
-    x, indices = c["self"], list(c["indices"])
+    x, indices = c.x, list(c["indices"])
     at = [d for d, i in enumerate(indices) if i is not None]
     lookups = [indices[d] for d in at]
     if any(v.val.dtype == torch.bool for v in lookups):
@@ -27,19 +27,19 @@ def index(s: ShardingInterpreter, c: Call) -> Value:
     rank, first = index_dims(indices)
     sharded = next((v for v in lookups if v.place), None)
     if sharded is not None:
-        place = sharded.place.at(sharded.place.dim + rank - sharded.ndim)
+        place = sharded.cut.at(sharded.cut.dim + rank - sharded.ndim)
         if c.val.shape[first + place.dim] != place.size:
             return s.gather_for(c, "broadcasts the axis of an index")
         return indexed_at(s, c, place, first, rank)
-    if x.place.dim not in at:
-        return s.emit(c, x.place.at(after_index(x.place.dim, indices)))
+    if x.cut.dim not in at:
+        return s.emit(c, x.cut.at(after_index(x.cut.dim, indices)))
     shape = c.val.shape[first : first + rank]
     if s.has_recipes(c) or not shape.numel():
         return s.gather_for(c, "looks up positions of other ranks")
-    if is_little(x.place, shape.numel()):
+    if is_little(x.cut, shape.numel()):
         return index_asked(s, c, c.val.ndim - first - rank)
     dim = max(range(rank), key=lambda d: shape[d])
-    return indexed_at(s, c, cut_anew(s, x.place, shape[dim], dim), first, rank)
+    return indexed_at(s, c, cut_anew(s, x.cut, shape[dim], dim), first, rank)
 
 
 def index_dims(indices: list[Value | None]) -> tuple[int, int]:
@@ -59,7 +59,7 @@ def after_index(dim: int, indices: list[Value | None]) -> int:
 def indexed_at(s: ShardingInterpreter, c: Call, place: Place, first: int, rank: int) -> Value:
     """The result's part at ``place`` (a dim of the indices), of the whole of what is indexed."""
     new = [i and along(s, i, place, rank) for i in c["indices"]]
-    whole = s.gather_aloud(c["self"], ELSEWHERE, c.like)
+    whole = s.gather_aloud(c.x, ELSEWHERE, c.like)
     return s.emit(c, place.at(first + place.dim), self=whole, indices=new)
 
 
@@ -86,13 +86,13 @@ def cut_anew(s: ShardingInterpreter, place: Place, n: int, dim: int) -> Place:
 
 def index_asked(s: ShardingInterpreter, c: Call, behind: int) -> Value:
     """Each rank looks up the rows that it holds, zeros elsewhere; the sum is what was asked for."""
-    place = c["self"].place
+    place = c.x.cut
     rows = c["indices"][place.dim]
     new = list(c["indices"])
     new[place.dim] = rows_here(s, c, rows, place, spare=0)
     held = held_here(s, c, rows, place)
     held = s.call(c, aten.reshape.default, held, [*rows.shape, *[1] * behind])
-    return asked(s, c, held, self=not_empty(s, c, c["self"], place), indices=new)
+    return asked(s, c, held, self=not_empty(s, c, c.x, place), indices=new)
 
 
 def asked(s: ShardingInterpreter, c: Call, held: Value, **changed: Any) -> Value:
@@ -146,10 +146,10 @@ def held_of(rows: Tensor, start: int, stop: int) -> Tensor:
 
 def index_select(s: ShardingInterpreter, c: Call) -> Value:
     """The axis of the index is free, and so are dims that are not selected from."""
-    x, dim, rows = c["self"], c["dim"] % c["self"].ndim, c["index"]
+    x, dim, rows = c.x, c["dim"] % c.x.ndim, c["index"]
     if rows.place is not None:
-        return s.emit(c, rows.place.at(dim), self=s.gather_aloud(x, ELSEWHERE, c.like))
-    if x.place.dim != dim:
+        return s.emit(c, rows.cut.at(dim), self=s.gather_aloud(x, ELSEWHERE, c.like))
+    if x.cut.dim != dim:
         return s.emit(c, x.place)
     lookup = [rows if d == dim else None for d in range(x.ndim)]
     return s.call(c, aten.index.Tensor, x, lookup)
@@ -157,8 +157,8 @@ def index_select(s: ShardingInterpreter, c: Call) -> Value:
 
 def gather(s: ShardingInterpreter, c: Call) -> Value:
     """Every dim but the one that is looked up along is free; along it as ``index``."""
-    x, where, dim = c["self"], c["index"], c["dim"] % c["self"].ndim
-    place = where.place or x.place
+    x, where, dim = c.x, c["index"], c["dim"] % c.x.ndim
+    place: Place = where.place or x.cut
     if place.dim != dim:
         if x.shape[place.dim] != where.shape[place.dim]:
             return s.gather_for(c, "reads only a part of the axis")
@@ -174,20 +174,20 @@ def gather(s: ShardingInterpreter, c: Call) -> Value:
 
 def gather_asked(s: ShardingInterpreter, c: Call) -> Value:
     """``gather`` along the axis by indices that are whole: asked of the rows' owners."""
-    place, where = c["self"].place, c["index"]
+    place, where = c.x.cut, c["index"]
     rows = rows_here(s, c, where, place, spare=0)
     held = held_here(s, c, where, place)
-    return asked(s, c, held, self=not_empty(s, c, c["self"], place), index=rows)
+    return asked(s, c, held, self=not_empty(s, c, c.x, place), index=rows)
 
 
 def triangle(s: ShardingInterpreter, c: Call) -> Value:
     """tril and triu by global positions: a shard's own diagonal lies elsewhere."""
-    x = c["self"]
+    x = c.x
     rows, cols = x.ndim - 2, x.ndim - 1
-    if x.place.dim < rows:
+    if x.cut.dim < rows:
         return s.emit(c, x.place)
-    other = cols if x.place.dim == rows else rows
-    mine = s.positions(c, x.place)
+    other = cols if x.cut.dim == rows else rows
+    mine = s.positions(c, x.cut)
     rest = s.call(c, aten.arange.default, x.shape[other], device=x.val.device)
     i, j = (mine, rest) if other == cols else (rest, mine)
     j, i = s.call(c, aten.unsqueeze.default, j, 0), s.call(c, aten.unsqueeze.default, i, 1)

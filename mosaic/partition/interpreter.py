@@ -256,7 +256,7 @@ class ShardingInterpreter:
         """The value at a place: as it is, hoisted, resharded, or (last) gathered and sliced."""
         if value.place is None:
             return self.pushed_down(value, place)
-        have, want = value.place.refined(), place.refined()
+        have, want = value.cut.refined(), place.refined()
         if have == want:
             return Value(value.val, place, value.node)
         if value.origin is not None:
@@ -293,7 +293,7 @@ class ShardingInterpreter:
         """The whole value on every rank, for an op that is otherwise local: said, or refused, but
         for a length of 1."""
         like = like or self.current or value.node
-        is_long = value.place is not None and value.place.size > 1
+        is_long = value.place is not None and value.cut.size > 1
         if is_long and value.origin is None and like is not None:
             name = str(like.target).removesuffix(".default")
             self.say_gathered(name, f"has an operand that {why}", like, [value])

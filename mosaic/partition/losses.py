@@ -13,7 +13,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 def cross_entropy(s: ShardingInterpreter, c: Call) -> Value:
     """``(tokens, classes)`` or ``(batch, classes, ...)`` against class numbers or probabilities."""
-    x, target = c["self"], c["target"]
+    x, target = c.x, c["target"]
     if c["weight"] is not None:
         c = c.replaced(
             {"weight": s.gather_aloud(c["weight"], "is the weights of all classes", c.like)}
@@ -23,7 +23,7 @@ def cross_entropy(s: ShardingInterpreter, c: Call) -> Value:
     classes = 0 if x.ndim == 1 else 1
     probabilities = target.val.is_floating_point()
     shift = 0 if probabilities else 1
-    place = x.place or target.place.at(target.place.dim + shift * (target.place.dim >= classes))
+    place = x.place or target.cut.at(target.cut.dim + shift * (target.cut.dim >= classes))
     if place.dim == classes:
         return s.gather_for(c, "needs its classes whole")
     there = place if probabilities else place.at(place.dim - (place.dim > classes))

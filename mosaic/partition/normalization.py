@@ -19,7 +19,7 @@ def layer_norm(s: ShardingInterpreter, c: Call) -> Value:
     x = c["input"]
     if x.place is None:
         return s.gather_for(c, "normalises over the axis")
-    if x.place.dim < x.ndim - len(c["normalized_shape"]):
+    if x.cut.dim < x.ndim - len(c["normalized_shape"]):
         return s.emit(c, x.place, **others_whole(s, c))
     return normalised(s, c, x, list(range(x.ndim - len(c["normalized_shape"]), x.ndim)))
 
@@ -57,8 +57,8 @@ def others(c: Call) -> dict[str, Value]:
 
 def softmax(s: ShardingInterpreter, c: Call) -> Value:
     """Over the axis: the maximum and the sum meet across ranks."""
-    x, dim = c["self"], c["dim"] % c["self"].ndim
-    if dim != x.place.dim:
+    x, dim = c.x, c["dim"] % c.x.ndim
+    if dim != x.cut.dim:
         return s.emit(c, x.place)
     e = s.call(c, aten.exp.default, shifted(s, c, x, dim))
     total = summed(s, c, e, [dim], True)
@@ -67,8 +67,8 @@ def softmax(s: ShardingInterpreter, c: Call) -> Value:
 
 def log_softmax(s: ShardingInterpreter, c: Call) -> Value:
     """Over the axis: the maximum and the sum meet across ranks."""
-    x, dim = c["self"], c["dim"] % c["self"].ndim
-    if dim != x.place.dim:
+    x, dim = c.x, c["dim"] % c.x.ndim
+    if dim != x.cut.dim:
         return s.emit(c, x.place)
     apart = shifted(s, c, x, dim)
     total = summed(s, c, s.call(c, aten.exp.default, apart), [dim], True)
@@ -84,11 +84,11 @@ def shifted(s: ShardingInterpreter, c: Call, x: Value, dim: int) -> Value:
 def batch_norm(s: ShardingInterpreter, c: Call) -> Any:
     """Channels are free. Batch statistics over the axis are global; running buffers stay whole."""
     x = c["input"]
-    if x.place is None or (x.place.dim == 1 and 0 in x.place.layout.lengths):
+    if x.place is None or (x.cut.dim == 1 and 0 in x.cut.layout.lengths):
         return s.gather_for(c, "has no channels on some rank")
-    if x.place.dim == 1:
-        there: dict[str, Any] = {n: s.at(v, x.place.at(0)) for n, v in others(c).items()}
-        return s.emit(c, tuple(x.place.at(0) if v.ndim == 1 else x.place for v in c.val), **there)
+    if x.cut.dim == 1:
+        there: dict[str, Any] = {n: s.at(v, x.cut.at(0)) for n, v in others(c).items()}
+        return s.emit(c, tuple(x.cut.at(0) if v.ndim == 1 else x.place for v in c.val), **there)
     if c.bound.get("training", "running_mean" not in c.bound):
         return trained(s, c, x)
     # Written out: on the CPU the op's own backward kills the process on an empty shard.
@@ -124,9 +124,9 @@ def affine(s: ShardingInterpreter, c: Call, x: Value) -> Value:
 def group_norm(s: ShardingInterpreter, c: Call) -> Value:
     """Batches are free; over the axis itself each group's moments meet across ranks."""
     x = c["input"]
-    if x.place is None or x.place.dim == 1:
+    if x.place is None or x.cut.dim == 1:
         return s.gather_for(c, "cuts its groups")
-    if x.place.dim == 0:
+    if x.cut.dim == 0:
         return s.emit(c, x.place, **others_whole(s, c))
     flat = s.call(c, aten.reshape.default, x, [x.shape[0], c["num_groups"], -1])
     var, mean = s.call(c, aten.var_mean.correction, flat, [2], correction=0, keepdim=True)

@@ -55,7 +55,7 @@ def moved(s: ShardingInterpreter, node: fx.Node) -> Value:
 def extreme(s: ShardingInterpreter, node: fx.Node) -> Value:
     """The first axis's part of a maximum; over the second axis the parts meet too."""
     x, (dims, largest) = s.env[node.args[0]], node.args[1:]
-    if x.place.dim not in dims:
+    if x.cut.dim not in dims:
         return again(s, node, (x, dims, largest), x.place)
     part = again(s, node, (x, dims, largest), None)
     return s.joined(part, node, "largest or smallest over the axis", "max" if largest else "min")
@@ -78,11 +78,11 @@ def kept(s: ShardingInterpreter, node: fx.Node) -> Value:
     """A dropout mask knows the global indices of both axes."""
     seed, x, site, shards, p = node.args
     value, parts = s.env[x], shards.split(";")
-    dim = value.place.dim
+    dim = value.cut.dim
     if Shard.decode(parts[dim]).place.layout.p > 1:
         value = s.gather_aloud(value, "is dropped from in a dim that both axes cut", node)
     elif s.emitter:
-        parts[dim] = s.emitter.shard(value.place.at(0))
+        parts[dim] = s.emitter.shard(value.cut.at(0))
     return again(s, node, (s.env[seed], value, site, ";".join(parts), p), value.place)
 
 

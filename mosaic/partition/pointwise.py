@@ -27,9 +27,7 @@ def result(c: Call) -> Any:
 def meeting(s: ShardingInterpreter, c: Call, ndim: int) -> Place | None:
     """The place of the largest sharded operand that is not broadcast, the base layout first."""
     shape = result(c).shape
-    places = [
-        (v.place.at(v.place.dim + ndim - v.ndim), v.val.numel()) for v in c.tensors() if v.place
-    ]
+    places = [(v.cut.at(v.cut.dim + ndim - v.ndim), v.val.numel()) for v in c.tensors() if v.place]
     fitting = [(pl, n) for pl, n in places if pl.size == shape[pl.dim]]
     if not fitting:
         return None

@@ -32,8 +32,8 @@ def indices(s: ShardingInterpreter, x: Value) -> str:
     """How every dim of x is cut, as strings that a graph can hold."""
     rank, group = (s.emitter.rank, s.emitter.group) if s.emitter else (0, "")
     shards = [
-        Shard(x.place.at(0), rank, group)
-        if x.place and x.place.dim == dim
+        Shard(x.cut.at(0), rank, group)
+        if x.place and x.cut.dim == dim
         else Shard(Place(Layout.whole(size, 1), 0), 0, "")
         for dim, size in enumerate(x.shape)
     ]
@@ -65,7 +65,7 @@ def drawn_once(s: ShardingInterpreter, c: Call) -> Any:
     if not is_draw(c):
         return computed_with_draws(s, c)
     if name_of(c) in FORMS:
-        x = c["self"].val
+        x = c.x.val
         form = {"dtype": x.dtype, "device": x.device}
         blank = s.call(c, aten.empty_strided.default, list(x.shape), list(x.stride()), **form)
         drawn = s.emit(c, None, enter=False, self=blank)

@@ -17,7 +17,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def reduced_dims(c: Call, name: str = "dim") -> list[int]:
-    dims, ndim = c.bound.get(name), c["self"].ndim
+    dims, ndim = c.bound.get(name), c.x.ndim
     if dims is None or dims == []:
         return list(range(ndim))
     return [d % ndim for d in ([dims] if isinstance(dims, int) else dims)]
@@ -29,17 +29,17 @@ def kept(place: Place, dims: list[int], keepdim: bool) -> Place:
 
 
 def free(s: ShardingInterpreter, c: Call, dims: list[int]) -> Any:
-    return s.emit(c, kept(c["self"].place, dims, bool(c.bound.get("keepdim"))))
+    return s.emit(c, kept(c.x.cut, dims, bool(c.bound.get("keepdim"))))
 
 
 def along(s: ShardingInterpreter, c: Call, name: str) -> Any:
     """Works along one dim: every other dim is free."""
-    x = c["self"]
+    x = c.x
     dim = c.bound.get(name)
-    if dim is None or dim % x.ndim == x.place.dim:
+    if dim is None or dim % x.ndim == x.cut.dim:
         return s.gather_for(c, "works along the axis")
     gone = first(c.val).ndim < x.ndim
-    return s.emit(c, kept(x.place, [dim % x.ndim], not gone))
+    return s.emit(c, kept(x.cut, [dim % x.ndim], not gone))
 
 
 def first(val: Any) -> torch.Tensor:
@@ -48,16 +48,16 @@ def first(val: Any) -> torch.Tensor:
 
 def transform(s: ShardingInterpreter, c: Call) -> Any:
     """Works along some dims (fft): every other dim is free, and stays where it is."""
-    x = c["self"]
-    if x.place.dim in reduced_dims(c):
+    x = c.x
+    if x.cut.dim in reduced_dims(c):
         return s.gather_for(c, "works along the axis")
-    return empty.emit(s, c, x.place)
+    return empty.emit(s, c, x.cut)
 
 
 def quantile(s: ShardingInterpreter, c: Call) -> Value:
     """Every other dim is free; several quantiles are a new first dim."""
-    x, q = c["self"], c["q"]
-    if c["dim"] is None or x.place is None or x.place.dim == c["dim"] % x.ndim:
+    x, q = c.x, c["q"]
+    if c["dim"] is None or x.place is None or x.cut.dim == c["dim"] % x.ndim:
         return s.gather_for(c, "works along the axis")
     several = int(isinstance(q, Value) and q.ndim == 1)
     new: dict[str, Any] = {}
@@ -69,8 +69,8 @@ def quantile(s: ShardingInterpreter, c: Call) -> Value:
 
 def norm(s: ShardingInterpreter, c: Call) -> Value:
     """Over the axis: the norm of all ranks' norms."""
-    x, dims = c["self"], reduced_dims(c)
-    if x.place.dim not in dims:
+    x, dims = c.x, reduced_dims(c)
+    if x.cut.dim not in dims:
         return free(s, c, dims)
     order = c.bound.get("ord", c.bound.get("p"))
     order = 2 if order is None else order
@@ -89,7 +89,7 @@ def extreme_size(s: ShardingInterpreter, c: Call, dims: list[int], largest: bool
     """The largest or smallest absolute value. A nan is the result, as of any maximum, and takes all
     of the gradient; that of a maximum would be nan everywhere."""
     keepdim = bool(c["keepdim"])
-    size = s.call(c, aten.abs.default, c["self"])
+    size = s.call(c, aten.abs.default, c.x)
     missing = s.call(c, aten.isnan.default, size)
     never = 0.0 if largest else float("inf")
     known = s.call(c, aten.where.ScalarSelf, missing, never, size)
@@ -110,8 +110,8 @@ def each_rank(s: ShardingInterpreter, part: Call, why: str) -> Value:
 
 def product(s: ShardingInterpreter, c: Call) -> Value:
     """The product of all ranks' products."""
-    x, dim = c["self"], c.bound.get("dim")
-    if dim is not None and x.place.dim != dim % x.ndim:
+    x, dim = c.x, c.bound.get("dim")
+    if dim is not None and x.cut.dim != dim % x.ndim:
         return along(s, c, "dim")
     every = each_rank(s, c.replaced({}), "the products of all parts")
     return s.call(c, aten.prod.dim_int, every, 0, False, dtype=c["dtype"])
@@ -127,15 +127,15 @@ def nansum(s: ShardingInterpreter, c: Call) -> Value:
 def nanmean(s: ShardingInterpreter, c: Call) -> Value:
     """The sum by the number of what is no nan."""
     dims, keepdim = reduced_dims(c), c["keepdim"]
-    there = s.call(c, aten.logical_not.default, s.call(c, aten.isnan.default, c["self"]))
+    there = s.call(c, aten.logical_not.default, s.call(c, aten.isnan.default, c.x))
     number = s.call(c, aten.sum.dim_IntList, there, dims, keepdim)
     out = summed(s, c, without_nan(s, c), dims, keepdim, c["dtype"])
     return cast(s, c, s.call(c, aten.div.Tensor, out, number))
 
 
 def without_nan(s: ShardingInterpreter, c: Call) -> Value:
-    missing = s.call(c, aten.isnan.default, c["self"])
-    return s.call(c, aten.where.ScalarSelf, missing, 0, c["self"])
+    missing = s.call(c, aten.isnan.default, c.x)
+    return s.call(c, aten.where.ScalarSelf, missing, 0, c.x)
 
 
 def cosine_similarity(s: ShardingInterpreter, c: Call) -> Value:
@@ -155,7 +155,7 @@ def cosine_similarity(s: ShardingInterpreter, c: Call) -> Value:
 def total(s: ShardingInterpreter, c: Call) -> Value:
     """Partial sums meet in one all-reduce."""
     dims = reduced_dims(c)
-    if c["self"].place.dim not in dims:
+    if c.x.cut.dim not in dims:
         return free(s, c, dims)
     return s.sum_across(s.emit(c, None), c, "sum over the axis")
 
@@ -170,8 +170,8 @@ def summed(
 
 def mean(s: ShardingInterpreter, c: Call) -> Value:
     """The sum over the axis, by the global count."""
-    x, dims = c["self"], reduced_dims(c)
-    if x.place.dim not in dims:
+    x, dims = c.x, reduced_dims(c)
+    if x.cut.dim not in dims:
         return free(s, c, dims)
     keepdim = bool(c.bound.get("keepdim"))
     out = summed(s, c, x, dims, keepdim, c["dtype"])
@@ -192,7 +192,7 @@ def variance(s: ShardingInterpreter, c: Call) -> tuple[Value, Value]:
     """The variance and the mean in two passes (the mean, then squares about it): sums of squares
     would cancel. All is told from the largest, so that equal numbers have a variance of zero, as on
     one device."""
-    x, dims, keepdim = c["self"], reduced_dims(c), bool(c.bound.get("keepdim"))
+    x, dims, keepdim = c.x, reduced_dims(c), bool(c.bound.get("keepdim"))
     if x.val.dtype in HALVES:
         x = s.call(c, aten._to_copy.default, x, dtype=torch.float32)
     largest = None
@@ -222,13 +222,13 @@ def correction(c: Call) -> float:
 def var(s: ShardingInterpreter, c: Call) -> Value:
     """Two passes over the axis: the mean, then squares about it."""
     dims = reduced_dims(c)
-    return cast(s, c, variance(s, c)[0]) if c["self"].place.dim in dims else free(s, c, dims)
+    return cast(s, c, variance(s, c)[0]) if c.x.cut.dim in dims else free(s, c, dims)
 
 
 def var_mean(s: ShardingInterpreter, c: Call) -> tuple[Value, Value]:
     """The variance (or its root) and the mean."""
     dims = reduced_dims(c)
-    if c["self"].place.dim not in dims:
+    if c.x.cut.dim not in dims:
         return free(s, c, dims)
     spread, mean = variance(s, c)
     spread = root(s, c, spread) if "std" in c.name else spread
@@ -238,7 +238,7 @@ def var_mean(s: ShardingInterpreter, c: Call) -> tuple[Value, Value]:
 def std(s: ShardingInterpreter, c: Call) -> Value:
     """The root of the variance."""
     dims = reduced_dims(c)
-    if c["self"].place.dim not in dims:
+    if c.x.cut.dim not in dims:
         return free(s, c, dims)
     return cast(s, c, root(s, c, variance(s, c)[0]))
 
@@ -252,8 +252,8 @@ def root(s: ShardingInterpreter, c: Call, spread: Value) -> Value:
 
 def extreme(s: ShardingInterpreter, c: Call) -> Value:
     """amax and amin: gradients go to the winners in equal parts, as on one device."""
-    x, dims = c["self"], reduced_dims(c)
-    if x.place.dim not in dims:
+    x, dims = c.x, reduced_dims(c)
+    if x.cut.dim not in dims:
         return free(s, c, dims)
     largest = "max" in c.name
     best = extreme_value(s, c, x, dims, largest)
@@ -325,9 +325,9 @@ def all_(s: ShardingInterpreter, c: Call) -> Value:
 def by_count(s: ShardingInterpreter, c: Call, counted: Any, decided: Any) -> Value:
     """How many elements compare with 0 as ``counted`` says; ``decided`` of that number and 0."""
     dims = reduced_dims(c)
-    if c["self"].place.dim not in dims:
+    if c.x.cut.dim not in dims:
         return free(s, c, dims)
-    found = s.call(c, counted, c["self"], 0)
+    found = s.call(c, counted, c.x, 0)
     number = s.call(c, aten.sum.dim_IntList, found, dims, bool(c.bound.get("keepdim")))
     return cast(s, c, s.call(c, decided, number, 0))
 
@@ -335,14 +335,14 @@ def by_count(s: ShardingInterpreter, c: Call, counted: Any, decided: Any) -> Val
 def logsumexp(s: ShardingInterpreter, c: Call) -> Value:
     """The maximum and the sum of exponentials meet across ranks."""
     dims = reduced_dims(c)
-    if c["self"].place.dim not in dims:
+    if c.x.cut.dim not in dims:
         return free(s, c, dims)
-    if c["self"].val.is_complex():
+    if c.x.val.is_complex():
         return s.gather_for(c, "has complex numbers")
-    top = extreme_value(s, c, c["self"], dims, largest=True)
+    top = extreme_value(s, c, c.x, dims, largest=True)
     finite = s.call(c, aten.lt.Scalar, s.call(c, aten.abs.default, top), float("inf"))
     top = s.call(c, aten.where.ScalarOther, finite, top, 0.0)  # -inf - -inf would be nan
-    return reshaped(s, c, s.call(c, aten.add.Tensor, log_total(s, c, c["self"], top, dims), top))
+    return reshaped(s, c, s.call(c, aten.add.Tensor, log_total(s, c, c.x, top, dims), top))
 
 
 def log_total(s: ShardingInterpreter, c: Call, x: Value, top: Value, dims: list[int]) -> Value:

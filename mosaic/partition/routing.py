@@ -206,11 +206,11 @@ CHECKS: dict[str, Callable[[Region, fx.Node], str | None]] = {
 
 def sort(s: ShardingInterpreter, c: Call, along: Callable[[ShardingInterpreter, Call], Any]) -> Any:
     """A sort of ids along the axis whose order nobody sees; ``along``: any other."""
-    x = c["self"]
+    x = c.x
     if x.place is None or x.ndim != 1 or isinstance(s, Prober) or c.like.target is not c.target:
         return along(s, c)
     region = region_of(c.like)
-    if region is None or x.place.inner % region.choices:
+    if region is None or x.cut.inner % region.choices:
         return along(s, c)
     s.routed.update({n: (region, x.place) for n in region.kinds if n is not c.like})
     return s.emit(c, x.place)
@@ -224,10 +224,10 @@ def follow(s: ShardingInterpreter, node: fx.Node) -> Any:
         return s.emit(c, None, enter=False)
     if "index_add" in c.name:
         tokens = replace(place, inner=place.inner // region.choices)
-        return s.emit(c, tokens, self=s.at(c["self"], tokens))
+        return s.emit(c, tokens, self=s.at(c.x, tokens))
     if kind == INVERSE and "index_put" in c.name:
         rows = s.local([region.size], place)[0]
-        counting = s.call(c, aten.arange.default, rows, device=c["self"].val.device)
+        counting = s.call(c, aten.arange.default, rows, device=c.x.val.device)
         return s.emit(c, place, values=counting)
     if "index" in c.name and region.kind(node.args[0]) == "":
         return s.emit(c, place, self=looked_up(s, c, region, place, node.args[1][0]))
@@ -236,7 +236,7 @@ def follow(s: ShardingInterpreter, node: fx.Node) -> Any:
 
 def looked_up(s: ShardingInterpreter, c: Call, region: Region, place: Place, by: fx.Node) -> Value:
     """What is indexed: rows, or tokens, as they are cut; the experts' own are whole."""
-    x = c["self"]
+    x = c.x
     if region.kind(by) == ROWS:
         return s.gather(x, "of all experts", c.like)
     k = region.choices if region.kind(by) == TOKENS else 1

@@ -23,10 +23,10 @@ JOINED = {
 
 def scan(s: ShardingInterpreter, c: Call) -> Value:
     """Along the axis: a scan of every interval, joined with the scan of all intervals before it."""
-    x, dim = c["self"], c["dim"] % c["self"].ndim
-    if dim != x.place.dim:
+    x, dim = c.x, c["dim"] % c.x.ndim
+    if dim != x.cut.dim:
         return s.emit(c, x.place)
-    place = x.place.refined()
+    place = x.cut.refined()
     if s.has_recipes(c) or (place.outer, place.inner) != (1, 1):
         return s.gather_for(c, "works along the axis")
     if x.val.dtype != wide(c.val.dtype):
@@ -103,8 +103,8 @@ def joined(s: ShardingInterpreter, c: Call, parts: list[fx.Node], dim: int) -> f
 
 def arg_extreme(s: ShardingInterpreter, c: Call) -> Value:
     """argmax and argmin along the axis: the first of the largest of all ranks."""
-    x, dim = c["self"], c["dim"]
-    if dim is not None and dim % x.ndim != x.place.dim:
+    x, dim = c.x, c["dim"]
+    if dim is not None and dim % x.ndim != x.cut.dim:
         return along(s, c, "dim")
     if s.has_recipes(c):
         return s.gather_for(c, "works along the axis")
@@ -116,7 +116,7 @@ def arg_extreme(s: ShardingInterpreter, c: Call) -> Value:
 def first_place(s: ShardingInterpreter, c: Call, dims: list[int]) -> Value:
     """The least position of the largest (or smallest) value over some dims, or of the first nan;
     dims are kept."""
-    x, largest = c["self"], "max" in c.name
+    x, largest = c.x, "max" in c.name
     position, count = positions_over(s, c, x, dims)
     best = extreme_value(s, c, x, dims, largest)
     beaten = s.call(c, aten.lt.Tensor if largest else aten.gt.Tensor, x, best)
@@ -135,7 +135,7 @@ def positions_over(s: ShardingInterpreter, c: Call, x: Value, dims: list[int]) -
     position, count = None, 1
     assert x.place is not None
     for dim in reversed(dims):
-        if dim == x.place.dim:
+        if dim == x.cut.dim:
             mine = s.positions(c, x.place)
         else:
             mine = s.call(c, aten.arange.default, x.shape[dim], device=x.val.device)
@@ -149,9 +149,9 @@ def positions_over(s: ShardingInterpreter, c: Call, x: Value, dims: list[int]) -
 
 def extreme_along(s: ShardingInterpreter, c: Call) -> Any:
     """max and min along a dim: the value at the first of the largest of all ranks."""
-    x, dim = c["self"], c["dim"] % c["self"].ndim
-    if dim != x.place.dim:
-        return s.emit(c, kept(x.place, [dim], c["keepdim"]))
+    x, dim = c.x, c["dim"] % c.x.ndim
+    if dim != x.cut.dim:
+        return s.emit(c, kept(x.cut, [dim], c["keepdim"]))
     if s.has_recipes(c):
         return s.gather_for(c, "works along the axis")
     where = first_place(s, c, [dim])

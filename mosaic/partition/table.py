@@ -144,8 +144,8 @@ def embedding(s: ShardingInterpreter, c: Call) -> Any:
     if c["scale_grad_by_freq"] or c["sparse"]:
         return s.gather_for(c, "counts how often an entry is used, or has a sparse gradient")
     table = c["weight"]
-    if table.place and table.place.dim == 1:  # CUDA's gradient of a width of 0 reads out of bounds
-        return empty.emit(s, c, table.place.at(c.val.ndim - 1), "weight")
+    if table.place and table.cut.dim == 1:  # CUDA's gradient of a width of 0 reads out of bounds
+        return empty.emit(s, c, table.cut.at(c.val.ndim - 1), "weight")
     return EMBEDDING(s, c)
 
 

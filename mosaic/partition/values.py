@@ -30,6 +30,12 @@ class Value:
     origin: fx.Node | None = None
 
     @property
+    def cut(self) -> Place:
+        """The place of a value that is not whole."""
+        assert self.place is not None, "a whole value has no place"
+        return self.place
+
+    @property
     def shape(self) -> torch.Size:
         return self.val.shape
 
@@ -53,6 +59,12 @@ class Call:
 
     def __getitem__(self, name: str) -> Any:
         return self.bound[name]
+
+    @property
+    def x(self) -> Value:
+        """The tensor that most ops call ``self``."""
+        found: Value = self.bound["self"]
+        return found
 
     @property
     def name(self) -> str:

@@ -79,17 +79,17 @@ def aligned_split(place: Place, before: torch.Size, after: torch.Size) -> Place 
 def view(s: ShardingInterpreter, c: Call) -> Value:
     """Free if the axis survives as one run of elements, or splits where no interval is torn; where
     one is, the axis is first cut elsewhere."""
-    x, size = c["self"], c.val.shape
-    if not x.val.numel() and not (s.is_over_shards and x.place.layout.n):
+    x, size = c.x, c.val.shape
+    if not x.val.numel() and not (s.is_over_shards and x.cut.layout.n):
         # Without elements there is no telling which dim became which.
         return s.call(c, aten.reshape.default, s.gather(x, "is empty"), list(size))
     place = (
-        viewed(x.place, x.shape, size)
-        or viewed(x.place.coarsened(), x.shape, size)
-        or split_axis(x.place, x.shape, size)
+        viewed(x.cut, x.shape, size)
+        or viewed(x.cut.coarsened(), x.shape, size)
+        or split_axis(x.cut, x.shape, size)
     )
     if place is None:
-        whole_rows = aligned_split(x.place, x.shape, size)
+        whole_rows = aligned_split(x.cut, x.shape, size)
         if whole_rows is None or s.has_recipes(c):
             return s.gather_for(c, f"tears the axis apart: {list(x.shape)} -> {list(size)}")
         return s.call(c, aten.view.default, s.at(x, whole_rows), list(size))
@@ -99,59 +99,59 @@ def view(s: ShardingInterpreter, c: Call) -> Value:
 
 def expand(s: ShardingInterpreter, c: Call) -> Value:
     """New and widened dims are free."""
-    x = c["self"]
-    place = x.place.at(x.place.dim + c.val.ndim - x.ndim)
-    if c.val.shape[place.dim] != x.shape[x.place.dim]:
+    x = c.x
+    place = x.cut.at(x.cut.dim + c.val.ndim - x.ndim)
+    if c.val.shape[place.dim] != x.shape[x.cut.dim]:
         return s.call(c, aten.expand.default, s.gather(x, "a length of 1 is expanded"), c["size"])
     return s.emit(c, place, size=s.local(c.val.shape, place))
 
 
 def repeat(s: ShardingInterpreter, c: Call) -> Value:
     """The axis repeats as a longer outer dim."""
-    x, times = c["self"], c["repeats"]
-    dim = x.place.dim + c.val.ndim - x.ndim
-    return s.emit(c, replace(x.place, dim=dim, outer=x.place.outer * times[dim]))
+    x, times = c.x, c["repeats"]
+    dim = x.cut.dim + c.val.ndim - x.ndim
+    return s.emit(c, replace(x.cut, dim=dim, outer=x.cut.outer * times[dim]))
 
 
 def repeat_interleave(s: ShardingInterpreter, c: Call) -> Value:
     """The axis gets an inner dim."""
-    x = c["self"]
+    x = c.x
     if c["dim"] is None:
         return s.gather_for(c, "flattens the axis")
-    here = c["dim"] % x.ndim == x.place.dim
-    place = replace(x.place, inner=x.place.inner * c["repeats"]) if here else x.place
+    here = c["dim"] % x.ndim == x.cut.dim
+    place = replace(x.cut, inner=x.cut.inner * c["repeats"]) if here else x.cut
     return s.emit(c, place, output_size=None)  # which is that of the whole
 
 
 def permute(s: ShardingInterpreter, c: Call) -> Value:
     """The place moves with its dim."""
-    x = c["self"]
+    x = c.x
     dims = [d % x.ndim for d in c["dims"]]
-    return s.emit(c, x.place.at(dims.index(x.place.dim)))
+    return s.emit(c, x.cut.at(dims.index(x.cut.dim)))
 
 
 def transpose(s: ShardingInterpreter, c: Call) -> Value:
     """The place moves with its dim."""
-    x = c["self"]
+    x = c.x
     a, b = (c.bound.get("dim0", 0) % x.ndim, c.bound.get("dim1", 1) % x.ndim)
-    return s.emit(c, x.place.at({a: b, b: a}.get(x.place.dim, x.place.dim)))
+    return s.emit(c, x.cut.at({a: b, b: a}.get(x.cut.dim, x.cut.dim)))
 
 
 def unsqueeze(s: ShardingInterpreter, c: Call) -> Value:
     """The place moves with its dim."""
-    x = c["self"]
-    return s.emit(c, x.place.at(x.place.dim + (c["dim"] % c.val.ndim <= x.place.dim)))
+    x = c.x
+    return s.emit(c, x.cut.at(x.cut.dim + (c["dim"] % c.val.ndim <= x.cut.dim)))
 
 
 def squeeze(s: ShardingInterpreter, c: Call) -> Value:
     """The place moves with its dim."""
-    x = c["self"]
+    x = c.x
     named = c.bound.get("dim", list(range(x.ndim)))
     dims = {d % x.ndim for d in ([named] if isinstance(named, int) else named)}
     gone = [d for d in dims if x.shape[d] == 1]
-    if x.place.dim in gone:
+    if x.cut.dim in gone:
         return s.call(c, c.target, s.gather(x, "a length of 1 is dropped"), *_rest(c))
-    place = x.place.at(x.place.dim - sum(d < x.place.dim for d in gone))
+    place = x.cut.at(x.cut.dim - sum(d < x.cut.dim for d in gone))
     # A local shard may have length 1 where the global tensor has not: name the dims.
     return s.emit(Call(aten.squeeze.dims, (x, gone), {}, c.val, c.like), place)
 
@@ -162,10 +162,10 @@ def _rest(c: Call) -> list[Any]:
 
 def slice_(s: ShardingInterpreter, c: Call) -> Value:
     """Along the axis: intersect and shift the intervals; nothing is sent."""
-    x = c["self"]
+    x = c.x
     dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
     start, stop, step = slice(c["start"], c["end"], c["step"]).indices(n)
-    if dim != x.place.dim:
+    if dim != x.cut.dim:
         return s.emit(c, x.place)
     return cut(s, c, x, start, stop, step)
 
@@ -173,7 +173,7 @@ def slice_(s: ShardingInterpreter, c: Call) -> Value:
 def cut(s: ShardingInterpreter, c: Call, x: Value, start: int, stop: int, step: int = 1) -> Value:
     """``x[start:stop:step]`` along the sharded dim: intersect and shift, nothing is sent."""
     assert x.place is not None
-    place = x.place.refined()
+    place = x.cut.refined()
     if (place.outer, place.inner) != (1, 1):
         return s.gather_for(c, "cuts a dim in which the sharded axis is only a factor")
     stop = max(start, stop)
@@ -186,8 +186,8 @@ def cut(s: ShardingInterpreter, c: Call, x: Value, start: int, stop: int, step: 
 
 def split(s: ShardingInterpreter, c: Call) -> tuple[Value, ...]:
     """Slices."""
-    x, dim = c["self"], c["dim"] % c["self"].ndim
-    if dim != x.place.dim:
+    x, dim = c.x, c["dim"] % c.x.ndim
+    if dim != x.cut.dim:
         return s.emit(c, x.place)
     sizes = [v.shape[dim] for v in c.val]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -199,18 +199,18 @@ def split(s: ShardingInterpreter, c: Call) -> tuple[Value, ...]:
 
 def unbind(s: ShardingInterpreter, c: Call) -> tuple[Value, ...]:
     """Selections, or the place moves with its dim."""
-    x, dim = c["self"], c["dim"] % c["self"].ndim
-    if dim != x.place.dim:
-        return s.emit(c, x.place.at(x.place.dim - (dim < x.place.dim)))
+    x, dim = c.x, c["dim"] % c.x.ndim
+    if dim != x.cut.dim:
+        return s.emit(c, x.cut.at(x.cut.dim - (dim < x.cut.dim)))
     return tuple(s.call(c, aten.select.int, x, dim, i) for i in range(x.shape[dim]))
 
 
 def select(s: ShardingInterpreter, c: Call) -> Value:
     """The owner broadcasts its row."""
-    x = c["self"]
+    x = c.x
     dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
-    if dim != x.place.dim:
-        return s.emit(c, x.place.at(x.place.dim - (dim < x.place.dim)))
+    if dim != x.cut.dim:
+        return s.emit(c, x.cut.at(x.cut.dim - (dim < x.cut.dim)))
     # The owner has one row and the others none: a sum over the rows is the row on its owner, zero
     # elsewhere, and the all-reduce is a broadcast whose backward reaches the owner alone.
     index = c["index"] % n
@@ -230,7 +230,7 @@ def cat(s: ShardingInterpreter, c: Call) -> Value:
     if place.dim != dim:
         return s.emit(c, place, tensors=[s.at(t, place) for t in tensors])
     pieces = [piece(s, t, dim, place) for t in tensors]
-    layouts = [p.place.layout for p in pieces if p and p.place]
+    layouts = [p.cut.layout for p in pieces if p and p.place]
     if len(layouts) < len(pieces):
         return s.gather_for(c, "joins along a dim in which the sharded axis is only a factor")
     return s.emit(c, Place(Layout.concat(layouts), dim, mesh_axis=place.mesh_axis), tensors=pieces)
@@ -241,9 +241,9 @@ def piece(s: ShardingInterpreter, t: Value, dim: int, like: Place) -> Value | No
     if t.place is None:
         even = Layout.even(t.shape[dim], like.layout.p)
         return s.at(t, Place(even, dim, mesh_axis=like.mesh_axis))
-    if t.place.dim != dim:
+    if t.cut.dim != dim:
         return piece(s, s.gather_aloud(t, "is joined along another dim"), dim, like)
-    place = t.place.refined()
+    place = t.cut.refined()
     return Value(t.val, place, t.node) if (place.outer, place.inner) == (1, 1) else None
 
 
@@ -255,13 +255,13 @@ def stack(s: ShardingInterpreter, c: Call) -> Value:
 
 def pad(s: ShardingInterpreter, c: Call) -> Value:
     """A cat of constants, or of slices of x, before and behind it."""
-    x, value = c["self"], c["value"] or 0
+    x, value = c.x, c["value"] or 0
     if c.bound.get("mode", "constant") != "constant":
         return padded_by_itself(s, c)
-    before, after = pads(c["pad"], x.ndim)[x.place.dim]
+    before, after = pads(c["pad"], x.ndim)[x.cut.dim]
     if (before, after) == (0, 0):
         return s.emit(c, x.place)
-    dim = x.place.dim
+    dim = x.cut.dim
     inside = list(c["pad"])
     inside[2 * (x.ndim - 1 - dim) : 2 * (x.ndim - dim)] = [0, 0]
     if any(inside):
@@ -277,7 +277,7 @@ def pad(s: ShardingInterpreter, c: Call) -> Value:
 
 def padded_by_itself(s: ShardingInterpreter, c: Call) -> Value:
     """reflect, replicate and circular."""
-    x = c["self"]
+    x = c.x
     sizes = pads(c["pad"], x.ndim)
     if min(min(pair) for pair in sizes) < 0:
         return s.gather_for(c, "takes away and pads by itself")
@@ -308,7 +308,7 @@ def pads(flat: list[int], ndim: int) -> list[tuple[int, int]]:
 
 def roll(s: ShardingInterpreter, c: Call) -> Value:
     """A cat of two slices."""
-    x = c["self"]
+    x = c.x
     if not c["dims"]:
         return s.gather_for(c, "rolls the flattened tensor")
     for shift, d in zip(c["shifts"], c["dims"], strict=True):
@@ -321,7 +321,7 @@ def roll(s: ShardingInterpreter, c: Call) -> Value:
 
 def flip(s: ShardingInterpreter, c: Call) -> Value:
     """Every rank flips what it holds: the same intervals, counted from the other end."""
-    place = c["self"].place
+    place = c.x.cut
     if place.dim not in {d % c.val.ndim for d in c["dims"]}:
         return s.emit(c, place)
     return s.emit(c, place.with_layout(place.layout.reversed))
@@ -329,22 +329,22 @@ def flip(s: ShardingInterpreter, c: Call) -> Value:
 
 def as_complex(s: ShardingInterpreter, c: Call) -> Value:
     """The place stays; the last dim holds the two parts of a number."""
-    x = c["self"]
+    x = c.x
     return (
         s.gather_for(c, "joins the axis to numbers")
-        if x.place.dim == c.val.ndim
+        if x.cut.dim == c.val.ndim
         else s.emit(c, x.place)
     )
 
 
 def same_place(s: ShardingInterpreter, c: Call) -> Value:
     """The place stays."""
-    return s.emit(c, c["self"].place)
+    return s.emit(c, c.x.place)
 
 
 def slice_scatter(s: ShardingInterpreter, c: Call) -> Value:
     """A cat of the parts before, the source and the parts behind."""
-    x, src = c["self"], c["src"]
+    x, src = c.x, c["src"]
     dim, n = c["dim"] % x.ndim, x.shape[c["dim"]]
     start, stop, step = slice(c["start"], c["end"], c["step"]).indices(n)
     stop = max(start, stop)  # 16:2 is empty, and stands at 16
@@ -363,11 +363,11 @@ def slice_scatter(s: ShardingInterpreter, c: Call) -> Value:
 
 def select_scatter(s: ShardingInterpreter, c: Call) -> Value:
     """Where the global position is the index."""
-    x, src = c["self"], c["src"]
+    x, src = c.x, c["src"]
     dim = c["dim"] % x.ndim
     row = s.call(c, aten.unsqueeze.default, src, dim)
     start = c["index"] % x.shape[dim]
-    if x.place is not None and x.place.dim == dim:
+    if x.place is not None and x.cut.dim == dim:
         here = s.positions(c, x.place)
         here = s.call(c, aten.view.default, here, [-1 if d == dim else 1 for d in range(x.ndim)])
         mine = s.call(c, aten.eq.Scalar, here, start)

@@ -31,7 +31,7 @@ def slide(
 ) -> Value:
     """``local(window, number of outputs)`` for every interval of this rank's outputs."""
     assert x.place is not None
-    place = x.place.refined()
+    place = x.cut.refined()
     if (place.outer, place.inner) != (1, 1) or not place.layout.n:
         return s.gather_for(c, AS_FACTOR)
     if isinstance(s, Prober):  # an axis begins behind the patches that it is made of
@@ -75,8 +75,8 @@ def convolution(s: ShardingInterpreter, c: Call) -> Value:
     """Batches are free, and so is every dim where the kernel has length 1; along another one ranks
     exchange the ends of their windows."""
     x, spatial = c["input"], c["weight"].ndim - 2
-    dim = x.place.dim - (x.ndim - spatial) if x.place else -1
-    if x.place is None or (dim < 0 and (x.place.dim or x.ndim == spatial + 1)):
+    dim = x.cut.dim - (x.ndim - spatial) if x.place else -1
+    if x.place is None or (dim < 0 and (x.cut.dim or x.ndim == spatial + 1)):
         return s.gather_for(c, "sums over its channels")
     whole = others_whole(s, c)
     if dim < 0:
@@ -97,7 +97,7 @@ def convolution(s: ShardingInterpreter, c: Call) -> Value:
         return s.emit(Call(target, args, {}, c.val, c.like), x.place)
 
     size = dilation[dim] * (kernel - 1) + 1
-    windows = Windows(x.place.size, c.val.shape[x.place.dim], size, stride[dim], paddings[dim])
+    windows = Windows(x.cut.size, c.val.shape[x.cut.dim], size, stride[dim], paddings[dim])
     return slide(s, c, x, windows, local)
 
 
@@ -123,10 +123,10 @@ def spread(sizes: Any, spatial: int) -> list[int]:
 
 def pool(s: ShardingInterpreter, c: Call) -> Any:
     """avg_pool and max_pool: batches and channels are free; along another dim as a convolution."""
-    x, spatial = c["self"], len_of(c)
-    dim = x.place.dim - (x.ndim - spatial)
+    x, spatial = c.x, len_of(c)
+    dim = x.cut.dim - (x.ndim - spatial)
     if dim < 0:
-        return empty.emit(s, c, x.place)
+        return empty.emit(s, c, x.cut)
     kernel = spread(c["kernel_size"], spatial)
     stride = spread(c["stride"] or kernel, spatial)
     padding, dilation = spread(c["padding"], spatial), spread(c.bound.get("dilation", 1), spatial)
@@ -139,7 +139,7 @@ def pool(s: ShardingInterpreter, c: Call) -> Any:
         return s.emit(c, x.place, self=window, **new)
 
     size = dilation[dim] * (kernel[dim] - 1) + 1
-    windows = Windows(x.place.size, c.val.shape[x.place.dim], size, stride[dim], padding[dim])
+    windows = Windows(x.cut.size, c.val.shape[x.cut.dim], size, stride[dim], padding[dim])
     return slide(s, c, x, windows, local, -float("inf") if "max" in c.name else 0)
 
 
@@ -149,12 +149,12 @@ def len_of(c: Call) -> int:
 
 def adaptive_pool(s: ShardingInterpreter, c: Call) -> Any:
     """Batches and channels are free; along another dim windows of one length, where they are."""
-    x, spatial = c["self"], len_of(c)
-    dim = x.place.dim - (x.ndim - spatial)
+    x, spatial = c.x, len_of(c)
+    dim = x.cut.dim - (x.ndim - spatial)
     if dim < 0:
-        return empty.emit(s, c, x.place)
+        return empty.emit(s, c, x.cut)
     sizes = spread(c["output_size"], spatial)
-    n, m = x.place.size, sizes[dim]
+    n, m = x.cut.size, sizes[dim]
     if isinstance(c.val, (tuple, list)) or m == 1 or not m or n % m:
         return decomposed(s, c)
 
@@ -167,12 +167,12 @@ def adaptive_pool(s: ShardingInterpreter, c: Call) -> Any:
 
 def unfold(s: ShardingInterpreter, c: Call) -> Value:
     """The windows are a dim where the axis was, their elements a last one."""
-    x, dim = c["self"], c["dimension"] % c["self"].ndim
-    if dim != x.place.dim:
+    x, dim = c.x, c["dimension"] % c.x.ndim
+    if dim != x.cut.dim:
         return s.emit(c, x.place)
 
     def local(window: Value, outputs: int) -> Value:
         return s.emit(c, x.place, self=window)
 
-    windows = Windows(x.place.size, c.val.shape[dim], c["size"], c["step"], 0)
+    windows = Windows(x.cut.size, c.val.shape[dim], c["size"], c["step"], 0)
     return slide(s, c, x, windows, local)

@@ -29,7 +29,7 @@ def index_put(s: ShardingInterpreter, c: Call) -> Value:
         return s.gather_for(c, "writes by a mask, whose count depends on the data")
     if any(i.place for i in lookups):
         return put_cut(s, c)
-    x = c["self"]
+    x = c.x
     place = x.place or values_place(x, values, indices)
     if place is None:
         return s.gather_for(c, OF_OTHERS)
@@ -46,7 +46,7 @@ def index_put(s: ShardingInterpreter, c: Call) -> Value:
 
 def masked(s: ShardingInterpreter, c: Call, indices: list[Value | None]) -> Value:
     """One value wherever a mask is true."""
-    x, value = c["self"], s.call(c, aten.reshape.default, s.gather(c["values"], ""), [])
+    x, value = c.x, s.call(c, aten.reshape.default, s.gather(c["values"], ""), [])
     before = next(d for d, i in enumerate(indices) if i is not None)
     mask = indices[before]
     assert mask is not None
@@ -59,13 +59,13 @@ def masked(s: ShardingInterpreter, c: Call, indices: list[Value | None]) -> Valu
 
 def put_cut(s: ShardingInterpreter, c: Call) -> Value:
     """Cut indices: what they add to a whole x meets in a sum."""
-    if not c["accumulate"] or c["self"].place is not None:
+    if not c["accumulate"] or c.x.place is not None:
         return s.gather_for(c, OF_OTHERS)
     indices = list(c["indices"])
     rank, first = index_dims(indices)
     cut = next(i for i in indices if i is not None and i.place)
-    place = cut.place.at(cut.place.dim + rank - cut.ndim)
-    written = c["self"].ndim - sum(i is not None for i in indices) + rank
+    place = cut.cut.at(cut.cut.dim + rank - cut.ndim)
+    written = c.x.ndim - sum(i is not None for i in indices) + rank
     new = [i and aligned(s, i, place, rank) for i in indices]
     values = aligned(s, c["values"], place.at(first + place.dim), written)
     return added(s, c, indices=new, values=values)
@@ -75,11 +75,11 @@ def values_place(x: Value, values: Value, indices: list[Value | None]) -> Place 
     """Where x is cut if its new values are; None where they are cut along what is indexed."""
     written = x.ndim - sum(i is not None for i in indices) + index_dims(indices)[0]
     assert values.place is not None
-    there = values.place.dim + written - values.ndim
+    there = values.cut.dim + written - values.ndim
     for dim in range(x.ndim):
         free = dim >= len(indices) or indices[dim] is None
-        if free and after_index(dim, indices) == there and x.shape[dim] == values.place.size:
-            return values.place.at(dim)
+        if free and after_index(dim, indices) == there and x.shape[dim] == values.cut.size:
+            return values.cut.at(dim)
     return None
 
 
@@ -93,15 +93,15 @@ def spared(s: ShardingInterpreter, c: Call, x: Value, place: Place, **changed: A
 
 def added(s: ShardingInterpreter, c: Call, **changed: Any) -> Value:
     """A whole self with the sum of what every rank adds to it."""
-    zeros = s.call(c, aten.zeros_like.default, c["self"])
+    zeros = s.call(c, aten.zeros_like.default, c.x)
     part = s.emit(c, None, self=zeros, **changed)
     total = s.sum_across(part, c, "what every rank adds to a whole")
-    return s.call(c, aten.add.Tensor, c["self"], total)
+    return s.call(c, aten.add.Tensor, c.x, total)
 
 
 def index_write(s: ShardingInterpreter, c: Call) -> Value:
     """index_add, index_copy and index_fill: rows of one dim."""
-    x, source, dim = c["self"], c.bound.get("source"), c["dim"] % c["self"].ndim
+    x, source, dim = c.x, c.bound.get("source"), c["dim"] % c.x.ndim
     place = x.place or (source.place if source else None)
     if c["index"].place is not None or (x.place is None and place is not None and place.dim == dim):
         return index_added(s, c, x, source, dim)
@@ -116,7 +116,7 @@ def index_write(s: ShardingInterpreter, c: Call) -> Value:
 
 def index_added(s: ShardingInterpreter, c: Call, x: Value, source: Value | None, dim: int) -> Value:
     """Cut rows that are added to a whole."""
-    place = (source.place if source else None) or c["index"].place.at(dim)
+    place = (source.place if source else None) or c["index"].cut.at(dim)
     if x.place is not None or source is None or place.dim != dim or name_of(c) not in SUMS:
         return s.gather_for(c, OF_OTHERS)
     return added(s, c, index=s.at(c["index"], place.at(0)), source=s.at(source, place))
@@ -124,7 +124,7 @@ def index_added(s: ShardingInterpreter, c: Call, x: Value, source: Value | None,
 
 def scatter(s: ShardingInterpreter, c: Call) -> Value:
     """scatter, scatter_add and scatter_reduce."""
-    x, dim = c["self"], c["dim"] % c["self"].ndim
+    x, dim = c.x, c["dim"] % c.x.ndim
     given: dict[str, Any] = {n: c[n] for n in ("index", "src") if isinstance(c.bound.get(n), Value)}
     place = x.place or next(v.place for v in given.values() if v.place)
     if place.dim != dim:

@@ -28,7 +28,7 @@ from mosaic.api.errors import ShardingError
 from mosaic.runtime.rendezvous import introduce
 from mosaic.torch_private import flattened, reset_dynamo
 
-log = logging.getLogger("mosaic")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from mosaic.api.errors import MosaicError, ShardingError
 from mosaic.torch_private import default_store
 
-log = logging.getLogger("mosaic")
+log = logging.getLogger(__name__)
 
 COMPILE, RUN = "compile this graph", "run a compiled graph"
 FAILED = "failed: "

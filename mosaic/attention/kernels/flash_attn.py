@@ -1,9 +1,9 @@
 """The flash_attn packages 3 and 4, where they are installed, as ops that trace.
 
 3 is ``flash_attn_interface`` (flash-attention's folder hopper), 4 is ``flash-attn-4``. (2 is not
-used: ATen's flash kernel is its code.) The ops take and give (batch, heads, seq, dim), which in memory is what the
-packages want: (batch, seq, heads, dim). ``left`` and ``right`` are a window that is aligned with
-the last row and the last key; None is unbounded.
+used: ATen's flash kernel is its code.) The ops take and give (batch, heads, seq, dim), which in
+memory is what the packages want: (batch, seq, heads, dim). ``left`` and ``right`` are a window that
+is aligned with the last row and the last key; None is unbounded.
 """
 
 from __future__ import annotations
