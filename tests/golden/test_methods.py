@@ -1,6 +1,6 @@
-"""What each method does on rank 1 of 4: 12 positions, 3 on each rank, 4 heads of 2 numbers.
+"""What each method does on 4 ranks: who hears from whom; then the programs of rank 1.
 
-q_1, k_1 and v_1 are this rank's, and in backward dout_1, out_1 and lse_1. A buffer has a row for
+12 positions, 3 on each rank, 4 heads of 2 numbers. q_1, k_1 and v_1 are this rank's, and in backward dout_1, out_1 and lse_1. A buffer has a row for
 each position; ``receive`` and ``send`` count rows for each rank. ``shift`` is an all-to-all in
 which nobody has two peers. What travels is waited for where it is used first.
 """
@@ -14,6 +14,7 @@ from traffic import calls
 from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.problem import AttentionProblem
 from mosaic.attention.resolve import Machine, strategy_of
+from mosaic.attention.schedule import Hop, head_group, same_heads, schedule
 from mosaic.attention.strategy import SPLIT_KV, Strategy
 from mosaic.attention.table import methods_table
 from mosaic.layout import Layout
@@ -29,6 +30,34 @@ def chosen(method: Method) -> Strategy:
     return strategy_of(method, PROBLEM, Machine(sizes=(("h", 2), ("s", 2))))[0]
 
 
+def told(strategy: Strategy) -> str:
+    """Who hears from whom, in the order in which it comes: a column for each rank. ``0+1`` are the
+    positions of ranks 0 and 1, whose heads were exchanged."""
+    ranks = range(CUT.p)
+    hops = schedule(strategy, CUT.p // strategy.heads)
+    rows = {}
+    if strategy.heads > 1:
+        rows["heads"] = [held(strategy, rank) for rank in ranks]
+    if not strategy.everywhere and strategy.inter.cols * strategy.intra.cols > 1:
+        rows["queries"] = [heard(strategy, rank, hops.queries) for rank in ranks]
+    stops = [(window.hop, step) for window in hops.windows for step in window.steps]
+    for number, (hop, step) in enumerate(stops, 1):
+        passed = tuple(tuple(c for r in from_ranks for c in hop[r]) for from_ranks in step)
+        rows[f"keys {number}"] = [heard(strategy, rank, passed) for rank in ranks]
+    lines = (f"{name:<8} {' | '.join(f'{x:<8}' for x in row)}" for name, row in rows.items())
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def held(strategy: Strategy, rank: int) -> str:
+    return "+".join(map(str, head_group(strategy, rank, CUT.p)))
+
+
+def heard(strategy: Strategy, rank: int, hop: Hop) -> str:
+    """Whose chunks a rank gets."""
+    members = same_heads(strategy, rank, CUT.p)
+    return " ".join(held(strategy, members[chunk]) for chunk in hop[members.index(rank)])
+
+
 def listings(strategy: Strategy) -> tuple[str, str]:
     """Forward and backward, without the types of what a rank is given."""
     with FakeTensorMode():
@@ -41,6 +70,14 @@ def listings(strategy: Strategy) -> tuple[str, str]:
 
 
 def test_ring(check):
+    check(
+        told(chosen(Ring(stages=3))),
+        """\
+keys 1   0        | 1        | 2        | 3
+keys 2   3        | 0        | 1        | 2
+keys 3   2 1      | 3 2      | 0 3      | 1 0
+""",
+    )
     forward, backward = listings(chosen(Ring(stages=3)))
     check(
         forward,
@@ -91,6 +128,12 @@ return [add_2, add_5, add_6]
 
 
 def test_all_gather(check):
+    check(
+        told(chosen(AllGather())),
+        """\
+keys 1   0 3 2 1  | 1 0 3 2  | 2 1 0 3  | 3 2 1 0
+""",
+    )
     forward, backward = listings(chosen(AllGather()))
     check(
         forward,
@@ -126,6 +169,13 @@ return [add, add_3, add_4]
 
 
 def test_mesh2d(check):
+    check(
+        told(chosen(Mesh2D(2, 2))),
+        """\
+queries  0 1      | 0 1      | 2 3      | 2 3
+keys 1   0 2      | 1 3      | 2 0      | 3 1
+""",
+    )
     forward, backward = listings(chosen(Mesh2D(2, 2)))
     check(
         forward,
@@ -173,6 +223,13 @@ return [add_3, add_1, add_2]
 
 
 def test_ulysses(check):
+    check(
+        told(chosen(Ulysses())),
+        """\
+heads    0+1+2+3  | 0+1+2+3  | 0+1+2+3  | 0+1+2+3
+keys 1   0+1+2+3  | 0+1+2+3  | 0+1+2+3  | 0+1+2+3
+""",
+    )
     forward, backward = listings(chosen(Ulysses()))
     check(
         forward,
@@ -222,6 +279,13 @@ return [cat_3, cat_4, cat_5]
 
 
 def test_hierarchical(check):
+    check(
+        told(chosen(Hierarchical(2))),
+        """\
+keys 1   0 1      | 1 0      | 2 3      | 3 2
+keys 2   2 3      | 3 2      | 0 1      | 1 0
+""",
+    )
     forward, backward = listings(chosen(Hierarchical(2)))
     check(
         forward,
@@ -277,6 +341,13 @@ return [add_3, add_6, add_7]
 
 
 def test_composed(check):
+    check(
+        told(chosen(Composed(Ulysses(mesh="h"), AllGather(mesh="s")))),
+        """\
+heads    0+2      | 1+3      | 0+2      | 1+3
+keys 1   0+2 1+3  | 1+3 0+2  | 0+2 1+3  | 1+3 0+2
+""",
+    )
     forward, backward = listings(chosen(Composed(Ulysses(mesh="h"), AllGather(mesh="s"))))
     check(
         forward,
@@ -334,6 +405,12 @@ return [cat_11, cat_12, cat_13]
 
 
 def test_split_kv(check):
+    check(
+        told(SPLIT_KV),
+        """\
+keys 1   0        | 1        | 2        | 3
+""",
+    )
     forward, backward = listings(SPLIT_KV)
     check(
         forward,
