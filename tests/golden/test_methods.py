@@ -1,8 +1,9 @@
 """What each method does on 4 ranks: who hears from whom; then the programs of rank 1.
 
-12 positions, 3 on each rank, 4 heads of 2 numbers. q_1, k_1 and v_1 are this rank's, and in backward dout_1, out_1 and lse_1. A buffer has a row for
-each position; ``receive`` and ``send`` count rows for each rank. ``shift`` is an all-to-all in
-which nobody has two peers. What travels is waited for where it is used first.
+12 positions, 3 on each rank, 4 heads of 2 numbers. q_1, k_1 and v_1 are this rank's, and in
+backward dout_1, out_1 and lse_1. A buffer has a row for each position; ``receive`` and ``send``
+count rows for each rank. ``shift`` is an all-to-all in which nobody has two peers. What travels is
+waited for where it is used first.
 """
 
 from __future__ import annotations
