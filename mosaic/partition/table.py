@@ -149,6 +149,17 @@ def embedding(s: ShardingInterpreter, c: Call) -> Any:
     return EMBEDDING(s, c)
 
 
+ONE_ROW, ROWS = (
+    rule("v, ..., v -> ...", whole="v"),
+    rule("... v, ... w, ... v -> ... w", whole="v"),
+)
+
+
+def searchsorted(s: ShardingInterpreter, c: Call) -> Value:
+    """One sorted row for all values, or a row for each row of them."""
+    return (ONE_ROW if c["sorted_sequence"].ndim == 1 else ROWS)(s, c)
+
+
 def along(dim: str) -> LocalForm:
     """Works along one dim (``argmax``, ``cumsum``, ``sort``): every other dim is free."""
     return partial(reductions.along, name=dim)
@@ -194,6 +205,7 @@ TABLE: dict[str, LocalForm] = {
     "scatter_add": writes.scatter,
     "scatter_reduce.two": writes.scatter,
     "bucketize.Tensor": rule("..., v -> ...", whole="v"),
+    "searchsorted.Tensor": searchsorted,
     "tril": indexing.triangle,
     "triu": indexing.triangle,
     # views

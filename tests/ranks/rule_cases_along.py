@@ -111,6 +111,8 @@ add("cdist", torch.cdist, f(2, 5, 4), f(2, 7, 4))
 add("cdist 1", lambda x, y: torch.cdist(x, y, p=1), f(5, 4), f(7, 4))
 add("cdist broadcast", lambda x, y: torch.cdist(x, y), f(3, 5, 4), f(7, 4))
 add("bucketize.Tensor", lambda x, v: torch.bucketize(x.clone(), v.sort()[0]), f(5, 4), constant(3))
+add("searchsorted", lambda v, x: torch.searchsorted(v.sort()[0], x.clone()), constant(3), f(5, 4))
+add("searchsorted.Tensor", lambda v, x: torch.searchsorted(v.sort()[0], x), f(3, 5), f(3, 4))
 
 # ends
 add("flip halves", lambda x: (x.flip(0) * x).sin(), f(7, 2))

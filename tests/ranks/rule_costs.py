@@ -389,6 +389,8 @@ COSTS = {
     "cdist 1": ".G .G",
     "cdist broadcast": "..G .G",
     "bucketize.Tensor": ".. G",
+    "searchsorted": "G ..",
+    "searchsorted.Tensor": ".G ..",
     "flip halves": ">.",
     "flip merged": ">>.",
     "pad replicate and add": "..>",
