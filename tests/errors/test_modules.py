@@ -417,7 +417,7 @@ def test_a_bare_attention_beside_mosaics(on_two_ranks) -> None:
         on_two_ranks["bare"],
         """\
 an attention beside Mosaic's own, in a program that works on shards already
-  tests/module_jobs.py:LINE in bare
+  tests/ranks/module_jobs.py:LINE in bare
     return attn(x) + F.scaled_dot_product_attention(x, x, x)
   fix  use mosaic.attention(q, k, v, method), with 'local' if its axis is not cut""",
     )
@@ -428,7 +428,7 @@ def test_a_spec_that_cuts_shards(on_two_ranks) -> None:
         on_two_ranks["spec"],
         """\
 this program works on shards already, and the spec cuts an axis
-  tests/module_jobs.py:LINE in whole
+  tests/ranks/module_jobs.py:LINE in whole
     return attn(x)
   axes  'rows'
   fix   compile it without axes, or write it for whole tensors, without Mosaic's modules""",

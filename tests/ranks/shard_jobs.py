@@ -181,7 +181,7 @@ def captured_lengths(p: int, name: str) -> str:
 
     def stops(module: fx.GraphModule, _: list) -> Callable:
         world = world_of(context, "sp")
-        places = arriving_shards(module, read_inputs(module), spec, world)
+        places = arriving_shards(module, read_inputs(module), spec, [world])
         lengths = set(global_sizes(module, places).values())
         found.append(f"{len(places)} inputs of {lengths}")
         capture(module, global_sizes(module, places))

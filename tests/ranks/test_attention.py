@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attention_jobs as jobs
 import pytest
+from sampling import FULL
 
 
 def check(answers: list[dict[str, float]], tol: float = 1e-10) -> None:
@@ -18,13 +19,14 @@ def check(answers: list[dict[str, float]], tol: float = 1e-10) -> None:
     )
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("p", [1, FULL(2), 3, FULL(4)])
 def test_equals_one_process(ranks, p: int) -> None:
     """A sample of the matrix: method x mask x KV heads x cut x lengths."""
     check(ranks(p).run(jobs.all_cases, timeout=120))
 
 
-@pytest.mark.parametrize("p", [4, pytest.param(8, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("p", [4, 8])
 def test_chunks_of_many_ranks_are_views(ranks, p: int) -> None:
     check(ranks(p).run(jobs.combed_cases, timeout=240))
 
@@ -35,12 +37,12 @@ def test_whole_matrix(ranks, p: int) -> None:
     check(ranks(p).run(jobs.all_cases, True, timeout=900))
 
 
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, FULL(2), 4])
 def test_dropout_draws_what_one_process_draws(ranks, p: int) -> None:
     check(ranks(p).run(jobs.dropout_cases))
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("inner", ["eager", FULL("inductor")])
 def test_lowered_after_autograd(ranks, inner: str) -> None:
     answers = ranks(3).run(jobs.lowered_cases, inner, timeout=150)
     check([{case: result.error for case, result in answer.items()} for answer in answers])

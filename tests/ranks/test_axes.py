@@ -55,17 +55,29 @@ def test_two_axes_flattened(ranks, name: str) -> None:
     check(ranks, name, BOTH, r=2, c=2)
 
 
+@pytest.mark.full
 def test_the_mesh_in_the_other_order(ranks) -> None:
     check(ranks, "FlattenedMasked", BOTH, c=2, r=2)
 
 
-@pytest.mark.parametrize("name", ["Video", "Volume"])
+THREE = ShardingSpec(
+    inputs={"x": "batch times rows columns"},
+    axes={"times": Ring(mesh="t"), "rows": AllGather(mesh="r"), "columns": Ulysses(mesh="c")},
+    on_gather="error",
+)
+
+
+@pytest.mark.parametrize("name", ["Video", FULL("Volume")])
 def test_three_axes(ranks, name: str) -> None:
     """3 times, 4 rows, 5 columns, each over 2 ranks; rows and columns flattened, or all three."""
-    axes = {"times": Ring(mesh="t"), "rows": AllGather(mesh="r"), "columns": Ulysses(mesh="c")}
-    spec = ShardingSpec(inputs={"x": "batch times rows columns"}, axes=axes, on_gather="error")
-    check(ranks, name, spec, t=2, r=2, c=2)
-    check(ranks, name, spec, c=1, t=3, r=1)
+    check(ranks, name, THREE, t=2, r=2, c=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["Video", "Volume"])
+def test_three_axes_of_which_two_have_one_rank(ranks, name: str) -> None:
+    """A rank then has a single time; nothing of that may be taken for another axis's dim."""
+    check(ranks, name, THREE, c=1, t=3, r=1)
 
 
 def test_both_axes_arrive_and_stay_cut(ranks) -> None:
@@ -125,6 +137,7 @@ def test_masks_made_by_tiles_along_one_axis(ranks, name: str) -> None:
     check(ranks, name, spec_of(rows=AllGather(mesh="r"), columns=Ring(mesh="c")), r=1, c=3)
 
 
+@pytest.mark.full
 def test_a_users_function_runs_whole(ranks) -> None:
     check(ranks, "UsersFunction", replace(BOTH, on_gather="warn"), r=2, c=2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import cache_jobs as jobs
+import pytest
 from compare import assert_close, compare_gradients
 from rank_pool import RankPool
 
@@ -18,6 +19,7 @@ def fresh_run(cache: Path, edited: bool = False) -> list[dict]:
         pool.close()
 
 
+@pytest.mark.full
 def test_ranks_share_a_cache_directory(tmp_path: Path) -> None:
     """13 tokens over two ranks are 7 and 6: two programs. The second run finds both compiled."""
     want = jobs.plain()

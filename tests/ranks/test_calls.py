@@ -60,7 +60,7 @@ def test_shares_that_would_not_add_up_are_refused(ranks) -> None:
         said["turned"],
         """\
 the program returns parameter w or a view of it, and gradients are shares: what comes back for it is a whole gradient
-  tests/call_jobs.py:LINE in turned
+  tests/ranks/call_jobs.py:LINE in turned
     return w.t()
   fix  return a copy (w.clone()), or leave gradients whole""",  # noqa: E501
     )
@@ -102,7 +102,7 @@ def test_outputs_do_not_stay_cut_over_a_break(ranks) -> None:
         ranks(2).run(jobs.refused_outputs, 2)[1],
         """\
 the graph breaks, and outputs stay cut: what Python sees there is not the whole
-  tests/call_jobs.py:LINE in forward
+  tests/ranks/call_jobs.py:LINE in forward
     torch._dynamo.graph_break()
   reason  Call to `torch._dynamo.graph_break()`
   fix     remove the break (torch.compile(..., fullgraph=True) names its reason), compile the model inside of its wrapper (DDP(torch.compile(model))), or use whole inputs, outputs and gradients""",  # noqa: E501

@@ -50,7 +50,9 @@ ELSEWHERE = (
     "hf_llama_packed_auto",
     "hf_mistral",
     "hf_t5",
+    "hf_mixtral",
     "llama",
+    "relative",
     "table",
     "table_auto",
     "table_few",
@@ -120,13 +122,13 @@ def check_method(ranks, name: str, p: int, method: str) -> None:
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("table", "ring(stages=4)"),
+        FULL("table", "ring(stages=4)"),
         FULL("llama", "ulysses(4)"),
         ("llama", "ulysses(2) x ring(stages=2)"),
         ("llama", "hierarchical(2, ulysses, ring)"),
         FULL("llama", "auto"),
         FULL("window", "ring(stages=4)"),
-        ("documents", "mesh2d(2, 2)"),
+        FULL("documents", "mesh2d(2, 2)"),
         ("relative", "ulysses(4)"),
     ],
 )

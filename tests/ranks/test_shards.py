@@ -80,7 +80,7 @@ def test_a_graph_break(ranks) -> None:
         text,
         """\
 the graph breaks, and inputs arrive cut: what Python sees there is not the whole
-  tests/shard_jobs.py:43 in forward
+  tests/ranks/shard_jobs.py:43 in forward
     torch._dynamo.graph_break()
   reason  Call to `torch._dynamo.graph_break()`
   fix     remove the break (torch.compile(..., fullgraph=True) names its reason), compile the model inside of its wrapper (DDP(torch.compile(model))), or use whole inputs, outputs and gradients""",  # noqa: E501

@@ -320,3 +320,10 @@ def test_the_printed_form():
     place = Place(Layout.even(9, 4), dim=1, outer=2)
     assert str(place) == "9=0:3|3:6|6:9| dim=1 outer=2 inner=1"
     assert Layout.even(9, 4).ranks[0] == (Interval(0, 3),)
+
+
+def test_one_row_for_all_is_never_made() -> None:
+    """It would fit into any dim: 20 elements on a single rank are not 1 row of 20."""
+    alone = Place(Layout.whole(20, 1), 2)
+    assert alone.coarsened() == alone
+    assert Place(Layout.even(20, 2), 2).coarsened().layout.n == 2
