@@ -24,10 +24,10 @@ and dV. With a window no more keys travel than are seen beyond a rank's own (con
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.schedule import portions
 from mosaic.attention.strategy import Level, Strategy
 
 #: Bytes (inside a node, between nodes).
@@ -140,23 +140,17 @@ def home_factor(strategy: Strategy, problem: AttentionProblem) -> float:
     return ITEMSIZE.get(strategy.grad_dtype, problem.itemsize) / problem.itemsize
 
 
-def portions(level: Level) -> list[float]:
-    """How many chunks come in each stage; the first is the rank's own where there are several."""
-    if level.stages == 1:
-        return [level.rows]
-    return [1, *[(level.rows - 1) / (level.stages - 1)] * (level.stages - 1)]
-
-
 def _sends(inter: Level, intra: Level) -> int:
     """Hops of keys: between nodes, and in each window inside the node. An own chunk needs none."""
-    windows = inter.stages - 1 if inter.stages > 1 else int(inter.rows > 1)
-    steps = intra.stages - 1 if intra.stages > 1 else int(intra.rows > 1)
+    windows, steps = (
+        sum(set(back) != {0} for back in portions(level)) for level in (inter, intra)
+    )
     return windows + inter.stages * steps
 
 
 def _memory(strategy: Strategy, parts: Parts) -> float:
     window, step = _held(strategy.inter), _held(strategy.intra)
-    visits = (window + step * math.ceil(max(portions(strategy.inter)))) * parts.kv
+    visits = (window + step * max(map(len, portions(strategy.inter)))) * parts.kv
     gathered = strategy.inter.cols * strategy.intra.cols
     queries = gathered * (parts.q + 2 * (parts.out + parts.lse)) if gathered > 1 else 0
     if strategy.heads == 1:
@@ -171,7 +165,7 @@ def _held(level: Level) -> int:
         return 0
     if level.stages <= 2:
         return 2 * level.rows - (level.stages == 2)
-    return 3 * math.ceil(max(portions(level)))
+    return 3 * max(map(len, portions(level)))
 
 
 def _split_kv(x: AttentionProblem) -> Cost:

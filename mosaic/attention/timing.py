@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from mosaic.attention.cost import Pair, Sent, cost_of, home_factor, portions
+from mosaic.attention.cost import Pair, Sent, cost_of, home_factor
 from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.schedule import portions
 from mosaic.attention.strategy import Level, Strategy
 
 MIB = 1 << 20
@@ -114,7 +115,7 @@ def _visits(
 
 def _stages(level: Level) -> list[tuple[float, float]]:
     """For each stage its share of the work, and of what travels."""
-    chunks = portions(level)
+    chunks = [len(back) for back in portions(level)]
     if len(chunks) == 1:
         return [(1, 1)]
     return [(1 / level.rows, 0), *((m / level.rows, m / (level.rows - 1)) for m in chunks[1:])]
