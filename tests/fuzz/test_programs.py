@@ -33,7 +33,7 @@ def fuzz_ranks() -> Iterator[Callable[[str], FuzzRanks]]:
         ranks.pool.close()
 
 
-@pytest.mark.parametrize(("mesh", "count"), [("2", 12), ("3", 5), ("2x2", 3)])
+@pytest.mark.parametrize(("mesh", "count"), [("2", 10), ("3", 6), ("2x2", 4)])
 def test_twenty_programs(fuzz_ranks, mesh: str, count: int) -> None:
     fuzz(fuzz_ranks(mesh), mesh, count)
 
