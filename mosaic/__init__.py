@@ -23,11 +23,13 @@ from mosaic.eager.modules import (
 )
 from mosaic.eager.projections import sum_gradients
 from mosaic.eager.tensors import as_shard, gather, layout_of, shard_like, shard_tensor
+from mosaic.frontend import eagerly as _eagerly  # noqa: F401 (ops on a ShardedTensor)
 from mosaic.frontend.decorator import shard
 from mosaic.frontend.explain import explain
 from mosaic.layout import Layout
 from mosaic.report.plan import Plan, plans
 from mosaic.runtime.mesh import MosaicContext, get_context, init
+from mosaic.runtime.sharded_tensor import ShardedTensor, distribute
 
 __all__ = [
     "AllGather",
@@ -47,12 +49,14 @@ __all__ = [
     "MultiAxisAttention2D",
     "Plan",
     "Ring",
+    "ShardedTensor",
     "ShardingError",
     "ShardingSpec",
     "Ulysses",
     "UnsupportedError",
     "as_shard",
     "attention",
+    "distribute",
     "explain",
     "gather",
     "get_context",

@@ -17,6 +17,7 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch._C import _functorch as functorch
 from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._decomp import decomposition_table
@@ -66,6 +67,7 @@ from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.printers import PythonPrinter
@@ -122,6 +124,7 @@ __all__ = [
     "may_vary",
     "multi_head_attention_op",
     "never_compiles",
+    "no_dispatch",
     "no_tracing_context",
     "one_graph_under_ddp",
     "placeholder_source",
@@ -140,6 +143,7 @@ __all__ = [
     "without_cudnn",
     "without_effects",
     "without_modes",
+    "without_torch_function",
     "without_traces",
 ]
 
@@ -319,7 +323,8 @@ def decompose_op(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """By ATen's own composite, which has derivatives, or by torch's table in Python."""
     if op._can_decompose():
         return op.decompose(*args, **kwargs)
-    return decomposition_table[op](*args, **kwargs)
+    own = (list(a) if isinstance(a, list) else a for a in args)  # some write into their lists
+    return decomposition_table[op](*own, **kwargs)
 
 
 def decompositions_for_inductor() -> dict[Any, Any]:

@@ -142,9 +142,7 @@ def home_factor(strategy: Strategy, problem: AttentionProblem) -> float:
 
 def _sends(inter: Level, intra: Level) -> int:
     """Hops of keys: between nodes, and in each window inside the node. An own chunk needs none."""
-    windows, steps = (
-        sum(set(back) != {0} for back in portions(level)) for level in (inter, intra)
-    )
+    windows, steps = (sum(set(back) != {0} for back in portions(level)) for level in (inter, intra))
     return windows + inter.stages * steps
 
 

@@ -29,6 +29,7 @@ from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
 from mosaic.runtime.mesh import current_context
+from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
     averages,
     break_after,
@@ -109,6 +110,12 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compiled, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, ShardedTensor) for x in (*args, *kwargs.values())):
+            raise UnsupportedError(
+                "a compiled function does not take a ShardedTensor yet",
+                fix="call the function that is not compiled with it, or pass the parts of "
+                'mosaic.shard_tensor with inputs_are="shards"',
+            )
         with Call(made) as this:
             result = compiled(*args, **kwargs)
         if not this.runs:

@@ -65,6 +65,9 @@ def put_cut(s: ShardingInterpreter, c: Call) -> Value:
     rank, first = index_dims(indices)
     cut = next(i for i in indices if i is not None and i.place)
     place = cut.cut.at(cut.cut.dim + rank - cut.ndim)
+    shape = torch.broadcast_shapes(*(i.shape for i in indices if i is not None))
+    if shape[place.dim] != place.size:
+        return s.gather_for(c, "broadcasts the axis of an index")
     written = c.x.ndim - sum(i is not None for i in indices) + rank
     new = [i and aligned(s, i, place, rank) for i in indices]
     values = aligned(s, c["values"], place.at(first + place.dim), written)

@@ -9,6 +9,12 @@ aten = torch.ops.aten
 CASES = Cases()
 add = CASES.add
 
+add(
+    "index_put outer accumulate",
+    lambda x, j, k: x.index_put((j, k), x.new_ones(7, 2).cumsum(0), accumulate=True).sin(),
+    f(5, 4), i(5, 7, 1), i(4, 2),
+)  # fmt: skip
+
 
 def put(x, value, *indices, accumulate=False):
     return aten.index_put.default(x, indices, value, accumulate).sin()

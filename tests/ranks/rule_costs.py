@@ -389,6 +389,7 @@ COSTS = {
     "cdist 1": ".G .G",
     "cdist broadcast": "..G .G",
     "bucketize.Tensor": ".. G",
+    "index_put outer accumulate": ".. 1. 1",
     "searchsorted": "G ..",
     "searchsorted.Tensor": ".G ..",
     "flip halves": ">.",

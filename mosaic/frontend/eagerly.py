@@ -1,0 +1,275 @@
+"""Ops on ShardedTensors without torch.compile: each is a program of one op, cut by the same rules.
+
+    y = x @ w        # x f64[2, 13/sp, 8], w whole
+    ->   a graph of one ``mm`` at global sizes, written for this rank by ``partition``; kept, and
+         run whenever the same op comes with the same sizes and places
+
+Autograd works above this, on global tensors: its formulas are ops as well. So gradients are those
+of one device without a word about them here.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from mosaic.api.errors import UnsupportedError
+from mosaic.api.methods import Auto
+from mosaic.api.spec import ShardingSpec
+from mosaic.graph.emit import insert
+from mosaic.graph.modes import Modes
+from mosaic.graph.source import frames_of
+from mosaic.graph.unexpected import DATA_DEPENDENT
+from mosaic.layout import Place, Shard
+from mosaic.masks.op import ATTENTIONS
+from mosaic.partition.context import Context, Output
+from mosaic.partition.values import Axis
+from mosaic.passes.choose_method import choose_method
+from mosaic.passes.normalize import mark_gradients
+from mosaic.passes.partition import write
+from mosaic.passes.propagate import follow, note_places
+from mosaic.passes.rewrite_attention import rewrite_attention
+from mosaic.runtime import sharded_tensor
+from mosaic.runtime.mesh import get_context
+from mosaic.runtime.sharded_tensor import ShardedTensor, part_of, whole, wrapped
+from mosaic.runtime.world import world_of
+from mosaic.torch_private import FakeTensorMode, no_dispatch, pytree
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+class Described(NamedTuple):
+    """What of a tensor a program depends on."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    places: tuple[Place, ...]
+    learns: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """This rank's program of one op. ``outputs``: shape and places of each tensor that it gives;
+    ``results``: which of the op's results these are. ``gathered``: what is made whole, and why."""
+
+    graph: fx.GraphModule
+    outputs: tuple[tuple[torch.Size, tuple[Place, ...]], ...]
+    results: Any
+    gathered: tuple[str, ...]
+
+    def run(self, parts: Sequence[Tensor], wrap: Callable[..., Tensor] = ShardedTensor) -> Any:
+        """On this rank's parts; ``wrap(part, shape, places)`` makes a tensor of a cut result."""
+        for why in self.gathered:
+            say(why)
+        found = [
+            wrap(x, shape, places) if places else x
+            for x, (shape, places) in zip(self.graph(*parts), self.outputs, strict=True)
+        ]
+        return pytree.tree_map(lambda i: None if i is None else found[i], self.results)
+
+
+PROGRAMS: dict[Any, Program] = {}
+MOST_PROGRAMS = 4096
+SAID: set[tuple[str, str]] = set()
+
+
+def say(why: str) -> None:
+    """What is gathered, once for each of the user's lines."""
+    frames = frames_of("".join(traceback.format_stack()))
+    line = f"{frames[-1].file}:{frames[-1].line}" if frames else "source line not recorded"
+    if (why, line) not in SAID:
+        SAID.add((why, line))
+        log.warning("mosaic: gathered, correct but slow: %s [%s]", why, line)
+
+
+def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An op of ATen of which some tensors are cut."""
+    if func._schema.is_mutable:
+        return run_in_place(func, args, kwargs)
+    if not all("Tensor" in str(r.type) for r in func._schema.returns):
+        return run_whole(func, args, kwargs)  # a number, or a truth
+    try:
+        program = program_of(func, args, kwargs)
+    except DATA_DEPENDENT:
+        say(f"{str(func).removesuffix('.default')} gives as many elements as its values say")
+        return run_whole(func, args, kwargs)
+    tensors = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+    out = program.run([x._local if isinstance(x, ShardedTensor) else x for x in tensors])
+    if is_view(func):
+        for x in pytree.tree_leaves(out):
+            if isinstance(x, ShardedTensor):
+                x.is_view = True
+    return out
+
+
+def is_view(func: Any) -> bool:
+    """Whether an op gives another look at its operand's memory, of which a rank may have copied its
+    part."""
+    if func in (aten.detach.default, aten.alias.default):
+        return False
+    return any(r.alias_info is not None for r in func._schema.returns)
+
+
+def run_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = pytree.tree_map_only(Tensor, whole, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def run_attention(*args: Any, **kwargs: Any) -> Any:
+    """``F.scaled_dot_product_attention``: cut by the quickest exact method, as in a compiled graph.
+    Its op has a backward of its own, on this rank's parts."""
+    func = aten.scaled_dot_product_attention.default
+    mask = kwargs.get("attn_mask") if len(args) < 4 else args[3]
+    if mask is not None and mask.ndim < 2:
+        args, kwargs = (*args[:3], mask.unsqueeze(0), *args[4:]), {**kwargs}
+        kwargs.pop("attn_mask", None)
+    program = program_of(func, args, kwargs)
+    tensors = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+    return program.run([x.local if isinstance(x, ShardedTensor) else x for x in tensors], wrapped)
+
+
+def program_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """The program for these sizes and places: a new one, or that of an earlier call."""
+    flat, tree = pytree.tree_flatten((args, kwargs))
+    key = (func, str(tree), Modes.current(), *(described(x) for x in flat))
+    if key not in PROGRAMS:
+        if len(PROGRAMS) >= MOST_PROGRAMS:
+            PROGRAMS.clear()
+        PROGRAMS[key] = planned(func, args, kwargs)
+    return PROGRAMS[key]
+
+
+def described(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return (type(x), x)
+    places = x.places if isinstance(x, ShardedTensor) else ()
+    return Described(tuple(x.shape), x.stride(), x.dtype, x.device, places, learns(x))
+
+
+def learns(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def run_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.add_(y)`` is ``x + y``, written into what this rank holds of x."""
+    target = args[0]
+    is_look = torch.Tag.inplace_view in func.tags
+    if isinstance(target, ShardedTensor) and target.is_view and not is_look:
+        raise UnsupportedError(
+            f"{func} writes into a view of a tensor that is cut",
+            sizes=list(target.shape),
+            fix="make a new tensor instead (torch.where, index_put, cat), or write before the view",
+        )
+    new = without_writing(func)(*args, **kwargs)
+    if is_look:  # x.unsqueeze_(0): other sizes, nothing is written
+        with no_dispatch():
+            func(*args, **kwargs)
+        target._local, target.places = new._local, new.places
+    elif isinstance(target, ShardedTensor):
+        target._local.copy_(part_of(new, target.places))
+    else:
+        target.copy_(whole(new))
+    return target
+
+
+def without_writing(func: Any) -> Any:
+    """``add.Tensor`` of ``add_.Tensor``: the op of the same arguments that gives a new tensor."""
+    name = func._schema.name.split("::")[1]
+    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
+    for overload in packet.overloads() if packet else ():
+        found = getattr(packet, overload)
+        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted:
+            return found
+    raise UnsupportedError(
+        f"{func} writes into a tensor that is cut, in a form that Mosaic does not know",
+        fix="use the form without out=, or x.full_tensor()",
+    )
+
+
+# --- one op as a program ------------------------------------------------------------------------
+
+
+def planned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Write this rank's program of ``func(*args, **kwargs)``."""
+    graph, cut = fx.Graph(), {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def placeholder(x: Tensor) -> fx.Node:
+            node = graph.placeholder(f"x_{len(graph.nodes)}")
+            node.meta["val"] = torch.empty_strided(
+                x.shape, x.stride(), dtype=x.dtype, device=x.device
+            )
+            node.meta["requires_grad"] = learns(x)
+            if isinstance(x, ShardedTensor):
+                cut[len(graph.nodes) - 1] = x.places
+            return node
+
+        args, kwargs = pytree.tree_map_only(Tensor, placeholder, (args, kwargs))
+        first = next(iter(graph.nodes))
+        node = insert(graph, first, func, args, kwargs)
+    val = node.meta["val"]
+    if isinstance(val, Tensor):
+        return written(graph, [node], cut, 0)
+    there = [i for i, x in enumerate(val) if isinstance(x, Tensor)]
+    items = [insert(graph, node, operator.getitem, (node, i)) for i in there]
+    numbers = (there.index(i) if i in there else None for i in range(len(val)))
+    return written(graph, items, cut, type(val)(numbers))
+
+
+def written(
+    graph: fx.Graph, nodes: list[fx.Node], cut: dict[int, tuple[Place, ...]], results: Any
+) -> Program:
+    shapes = [node.meta["val"].shape for node in nodes]
+    graph.output(tuple(nodes))
+    mark_gradients(graph)
+    context = context_of(cut, len(nodes))
+    if any(node.target in ATTENTIONS for node in graph.nodes):
+        note_places(follow(graph, context), context)
+        choose_method(graph, context)
+    for number, axis in enumerate(context.axes):
+        write(graph, context, axis, number)
+    rewrite_attention(graph, context)
+    places = [tuple(Shard.decode(text).place for text in texts) for texts in context.output_shards]
+    return Program(
+        fx.GraphModule(torch.nn.Module(), graph),
+        tuple(zip(shapes, places, strict=True)),
+        results,
+        tuple(why for why, _ in context.gathered),
+    )
+
+
+def context_of(cut: dict[int, tuple[Place, ...]], outputs: int) -> Context:
+    """Of a program whose inputs arrive cut. Its axes are those that cut them, in the order of the
+    mesh; an axis's layout is that of its longest dim."""
+    ranks = get_context()
+    longest: dict[str, Place] = {}
+    for place in (place for places in cut.values() for place in places):
+        known = longest.get(place.mesh_axis)
+        if known is None or place.layout.n > known.layout.n:
+            longest[place.mesh_axis] = place
+    names = sorted(longest, key=ranks.axes.index)
+    return Context(
+        ShardingSpec(outputs="shards"),
+        world_of(ranks, ",".join(names)),
+        inputs=(),
+        mutated=(),
+        modes=Modes.current(),
+        arriving=cut,
+        worlds=[world_of(ranks, name) for name in names],
+        outputs=(Output(),) * outputs,
+        axes=tuple(Axis(n, n, longest[n].layout, Auto(mesh=n)) for n in names),
+    )
+
+
+sharded_tensor.RUN.update(op=run_op, attention=run_attention)

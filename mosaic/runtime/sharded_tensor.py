@@ -1,0 +1,232 @@
+"""A tensor of the single-device program of which every rank holds a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mosaic.api.errors import ShardingError
+from mosaic.layout import Layout, Place, Shard
+from mosaic.runtime.collectives import slice_to
+from mosaic.runtime.mesh import get_context
+from mosaic.torch_private import without_torch_function
+
+#: What runs an op, and an attention, of which an operand is a ShardedTensor:
+#: ``frontend/eagerly.py`` puts itself here, as it knows the rules.
+RUN: dict[str, Callable[..., Any]] = {}
+
+
+ATTENTION = F.scaled_dot_product_attention
+
+
+@contextmanager
+def caught_attention() -> Iterator[None]:
+    """Inside of torch's own functions a subclass is not asked about the calls that they make."""
+    F.scaled_dot_product_attention = RUN["attention"]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = ATTENTION
+
+
+class ShardedTensor(torch.Tensor):
+    """Its shape is the global one. This rank holds a part along each of ``places``, one for each
+    mesh axis that cuts it, in the order of the mesh: each cuts what those before it leave.
+
+    ``mosaic.distribute`` cuts a whole tensor, ``ShardedTensor.from_local`` says what parts are of.
+    Every op of torch takes it and gives what it gives on one device, gradients too: cut where a
+    rule of Mosaic's table allows it, else whole (which is said once for each line). All ranks of
+    the mesh must run the same ops. In-place ops write into this rank's part.
+    """
+
+    places: tuple[Place, ...]
+    is_view: bool = False  # another look at a tensor's memory, on some ranks perhaps a copy
+    _local: Tensor
+
+    @staticmethod
+    def __new__(cls, local: Tensor, shape: Sequence[int], places: tuple[Place, ...]) -> Any:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, torch.Size(shape), dtype=local.dtype, device=local.device
+        )
+
+    def __init__(self, local: Tensor, shape: Sequence[int], places: tuple[Place, ...]):
+        self._local, self.places = local, places
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        cuts = "; ".join(
+            f"dim {place.dim} over '{place.mesh_axis}' as {place.layout}" for place in self.places
+        )
+        return f"ShardedTensor(shape={list(self.shape)}, {cuts}, local={self._local})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return RUN["op"](func, args, kwargs or {})
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ATTENTION:  # which torch would take apart
+            return RUN["attention"](*args, **(kwargs or {}))
+        calls_it = func is F.multi_head_attention_forward
+        with caught_attention() if calls_it else nullcontext(), without_torch_function():
+            return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def from_local(part: Tensor, dim: int, layout: Layout, mesh_axis: str = "sp") -> ShardedTensor:
+        """The tensor of which ``part`` is what this rank holds, by ``layout``; differentiable, and
+        the gradient of ``part`` is a part.
+
+        Raises ShardingError where the part is not as long as the layout says.
+        """
+        context = get_context()
+        rank, p = context.rank(mesh_axis), context.size(mesh_axis)
+        dim = dim % part.ndim
+        if layout.p != p or layout.lengths[rank] != part.shape[dim] or not layout.is_partition:
+            raise ShardingError(
+                f"the part is not what the layout says of dim {dim}",
+                sizes=f"{list(part.shape)} on rank {rank} of {p}",
+                layout=layout,
+            )
+        shape = [layout.n if d == dim else size for d, size in enumerate(part.shape)]
+        return wrapped(part, shape, (Place(layout, dim, mesh_axis=mesh_axis),))
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's part. Differentiable: its gradient is this rank's part of the whole one."""
+        return _Local.apply(self)
+
+    @property
+    def layout_along(self) -> dict[int, Layout]:
+        """Which indices each rank holds, for each dim that is cut."""
+        return {place.dim: place.layout for place in self.places}
+
+    def full_tensor(self) -> Tensor:
+        """The whole on every rank, in global order; differentiable. All ranks must call it."""
+        return _Full.apply(self)
+
+
+def distribute(
+    x: Tensor, dim: int, layout: Layout | None = None, mesh_axis: str = "sp"
+) -> ShardedTensor:
+    """Cut a whole tensor, which every rank has, along ``dim``: as ``torch.chunk`` does, or by
+    ``layout``. Differentiable: the gradient of ``x`` is whole.
+
+    Raises ShardingError for a dim that is not there, and a layout of another length or number of
+    ranks.
+    """
+    context = get_context()
+    if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
+        raise ShardingError(
+            f"there is no dim {dim!r} in the tensor",
+            sizes=list(x.shape),
+            fix=f"use one of its {x.ndim} dims, from 0 or from -1",
+        )
+    dim, p = dim % x.ndim, context.size(mesh_axis)
+    layout = Layout.even(x.shape[dim], p) if layout is None else layout
+    if (layout.n, layout.p) != (x.shape[dim], p) or not layout.is_partition:
+        raise ShardingError(
+            f"the layout does not fit dim {dim}",
+            sizes=f"the tensor has {x.shape[dim]} there and the mesh axis {p} ranks; "
+            f"the layout is of {layout.n} over {layout.p}",
+            fix="make it for these sizes, with every index on one rank: Layout.even(length, ranks)",
+        )
+    place = Place(layout, dim, mesh_axis=mesh_axis)
+    if not isinstance(x, ShardedTensor):
+        return _Distribute.apply(x, (place,))
+    if mesh_axis in [held.mesh_axis for held in x.places] or dim in x.layout_along:
+        raise ShardingError(
+            "the tensor is cut there, or over that mesh axis, already",
+            cut=repr(x).rpartition(", local=")[0],
+            fix="cut another dim over another mesh axis, or start from x.full_tensor()",
+        )
+    order = get_context().axes
+    places = sorted((*x.places, place), key=lambda held: order.index(held.mesh_axis))
+    part = sliced(x.local, (place,))
+    return wrapped(part, x.shape, tuple(places))
+
+
+def wrapped(part: Tensor, shape: Sequence[int], places: tuple[Place, ...]) -> ShardedTensor:
+    """``part`` as a tensor of the whole program; differentiable."""
+    return _Wrap.apply(part, tuple(shape), places)
+
+
+def shard_on(place: Place) -> str:
+    """This rank's side of a place, as collectives take it."""
+    context = get_context()
+    axis = place.mesh_axis
+    return Shard(place, context.rank(axis), context.group_name(axis)).encode()
+
+
+def sliced(x: Tensor, places: tuple[Place, ...]) -> Tensor:
+    """This rank's part of a whole tensor."""
+    for place in places:
+        x = slice_to(x, shard_on(place))
+    return x
+
+
+def whole(x: Tensor) -> Tensor:
+    """The whole of a tensor that may be cut; not differentiable."""
+    if not isinstance(x, ShardedTensor):
+        return x
+    found = x._local
+    for place in reversed(x.places):  # the last one cut the parts of those before it
+        found = torch.ops.mosaic.gather(found, shard_on(place))
+    return found
+
+
+def part_of(x: Tensor, places: tuple[Place, ...]) -> Tensor:
+    """This rank's part at some places of a tensor that may be cut elsewhere."""
+    if isinstance(x, ShardedTensor) and x.places == places:
+        return x._local
+    return sliced(whole(x), places)
+
+
+class _Wrap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part, shape, places):
+        ctx.places = places
+        return ShardedTensor(part.detach(), shape, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return part_of(grad, ctx.places), None, None
+
+
+class _Local(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.like = x.shape, x.places
+        return x._local.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ShardedTensor(grad.contiguous(), *ctx.like)
+
+
+class _Distribute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, places):
+        part = sliced(x.detach(), places).clone(memory_format=torch.contiguous_format)
+        return ShardedTensor(part, x.shape, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return whole(grad), None
+
+
+class _Full(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.like = x.shape, x.places
+        return whole(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shape, places = ctx.like
+        return ShardedTensor(part_of(grad, places), shape, places)

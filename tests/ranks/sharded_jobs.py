@@ -1,0 +1,117 @@
+"""What one rank does in the tests of ShardedTensor: programs without torch.compile, on parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import torch
+from model_jobs import loss_of
+from rule_case import Case, Cut
+from rule_cases import CASES
+from torch import Tensor
+
+import mosaic
+from mosaic.torch_private import pytree
+
+
+def whole(x: Any) -> Any:
+    return x.full_tensor() if isinstance(x, mosaic.ShardedTensor) else x
+
+
+def outcome(case: Case, cut: Cut = ()) -> list[Tensor | None]:
+    """All outputs of a sample, and the gradients of its inputs; ``cut``: (input, dim)s."""
+    torch.manual_seed(0)
+    given = case.tensors()
+    used = list(given)
+    for number, dim in cut:
+        used[number] = mosaic.distribute(used[number], dim)
+    outs = [x for x in pytree.tree_leaves(case.run(*used)) if isinstance(x, Tensor)]
+    generator = torch.Generator().manual_seed(1)
+    terms = [projected(x, generator) for x in outs if x.requires_grad]
+    learned = [x for x in given if x.requires_grad]
+    grads = torch.autograd.grad(sum(terms), learned, allow_unused=True) if terms else ()
+    return [whole(x) for x in (*outs, *grads)]
+
+
+def projected(x: Tensor, generator: torch.Generator) -> Tensor:
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum()
+
+
+def check(names: list[str], p: int) -> list[str]:
+    """What is wrong with these samples, each dim of each input cut in turn."""
+    mosaic.init(sp_size=p)
+    wrong = []
+    for case in (CASES[name] for name in names):
+        want = outcome(case)
+        for cut in case.single_cuts():
+            wrong += [f"{case.name} {cut}: {text}" for text in differences(case, want, cut)]
+    return wrong
+
+
+def differences(case: Case, want: list[Tensor | None], cut: Cut) -> list[str]:
+    try:
+        for number, (a, b) in enumerate(zip(outcome(case, cut), want, strict=True)):
+            if a is None or b is None:  # no gradient is one of zeros
+                assert not any(x is not None and x.any() for x in (a, b)), f"{number}: {a}, {b}"
+            else:
+                tol = max(case.tol, 1e-8)  # so exact are torch's own forms of some derivatives
+                torch.testing.assert_close(a, b, rtol=tol, atol=tol, equal_nan=True)
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}".splitlines()[0][:200]]
+    return []
+
+
+#: For each model the dims of its inputs that are cut.
+MODELS = {"gpt": (1, 1), "llama": (1, 1), "vit": (2, None), "table": (1, None, None)}
+
+
+def model(name: str, p: int) -> dict[str, Any]:
+    """Loss and gradients of a model, of parts if there are several ranks, without a compiler."""
+    torch.manual_seed(0)
+    built, args, kwargs = getattr(cases, name)()
+    if p:
+        mosaic.init(sp_size=p)
+        pairs = zip(args, MODELS[name], strict=True)
+        args = [x if dim is None else mosaic.distribute(x, dim) for x, dim in pairs]
+    loss = loss_of(built(*args, **kwargs))
+    loss.backward()
+    grads = {n: None if x.grad is None else whole(x.grad) for n, x in built.named_parameters()}
+    return {"loss": whole(loss.detach()), "gradients": grads}
+
+
+def in_and_out() -> dict[str, Any]:
+    ranks = mosaic.init(None, mesh_shape=(2, 2), mesh_axes=("r", "c"))
+    torch.manual_seed(0)
+    given = torch.randn(2, 7, 5, 8, dtype=torch.float64, requires_grad=True)
+    x = mosaic.distribute(mosaic.distribute(given, 2, mesh_axis="c"), 1, mesh_axis="r")
+    weights = torch.randn(2, 7, 5, 8, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(x.full_tensor().mul(weights).sum(), given)
+    rows = mosaic.Layout.of(7, [[(3, 7)], [(0, 3)]])
+    mine = torch.arange(7.0)[[3, 4, 5, 6] if ranks.rank("r") == 0 else [0, 1, 2]]
+    parts = mosaic.ShardedTensor.from_local(mine, 0, rows, "r")
+    y = x.detach() * 1
+    y.mul_(2).add_(weights)
+    return {
+        "cut": list(x.local.shape),
+        "whole again": torch.equal(x.full_tensor(), given),
+        "gradient": torch.equal(whole(grad), weights),
+        "of parts": torch.equal(parts.full_tensor(), torch.arange(7.0)),
+        "written": torch.equal(y.full_tensor(), given * 2 + weights),
+        "view": refusal(lambda: y[:, 2:6].zero_()),
+        "number": abs(x.sum().item() - given.sum().item()) < 1e-10,
+        "repr": repr(x).partition(", local=")[0],
+        "again": refusal(lambda: mosaic.distribute(x, 1, mesh_axis="c")),
+        "compiled": refusal(lambda: torch.compile(torch.sin, backend="mosaic")(x)),
+        "no dim": refusal(lambda: mosaic.distribute(given, 7, mesh_axis="r")),
+        "no part": refusal(lambda: mosaic.ShardedTensor.from_local(mine[1:], 0, rows, "r")),
+    }
+
+
+def refusal(call: Any) -> str:
+    try:
+        call()
+    except mosaic.MosaicError as error:
+        return str(error).splitlines()[0]
+    return ""

@@ -1,0 +1,65 @@
+"""ShardedTensor: torch's ops on parts, without a compiler, are those of one process."""
+
+from __future__ import annotations
+
+import pytest
+import sharded_jobs as jobs
+from compare import assert_close, compare_gradients
+from rule_cases import CASES
+from sampling import FULL
+
+#: The sample is a program that Dynamo has seen; these write into views, and into an argument.
+NOT_EAGER = {"autograd function"}
+REFUSED = {"assigned", "rrelu eval"}
+#: Eager mode draws other numbers.
+NAMES = [n for n, case in CASES.items() if not case.random and n not in NOT_EAGER | REFUSED]
+CHUNKS = [NAMES[i::24] for i in range(24)]
+
+
+@pytest.mark.parametrize("chunk", [0, *(FULL(i) for i in range(1, len(CHUNKS)))])
+def test_every_op(ranks, chunk: int) -> None:
+    """Every sample of the rules, cut in each dim of each input, forward and gradients."""
+    for wrong in ranks(2).run(jobs.check, CHUNKS[chunk], 2, timeout=300):
+        assert not wrong, "\n".join(wrong[:20])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chunk", range(len(CHUNKS)))
+def test_every_op_on_three_ranks(ranks, chunk: int) -> None:
+    for wrong in ranks(3).run(jobs.check, CHUNKS[chunk], 3, timeout=600):
+        assert not wrong, "\n".join(wrong[:20])
+
+
+@pytest.mark.parametrize("p", [FULL(1), 3, FULL(4)])
+@pytest.mark.parametrize("name", ["gpt", FULL("llama"), FULL("vit"), "table"])
+def test_models_without_a_compiler(ranks, name: str, p: int) -> None:
+    want = jobs.model(name, 0)
+    for got in ranks(p).run(jobs.model, name, p, timeout=120):
+        assert_close("loss", got["loss"], want["loss"], 1e-12)
+        compare_gradients(want["gradients"], got["gradients"], 1e-10)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused(ranks, name: str) -> None:
+    for refused in ranks(2).run(jobs.check, [name], 2):
+        assert refused and all("UnsupportedError: aten." in line for line in refused), refused
+
+
+def test_in_and_out(ranks) -> None:
+    """Cut twice, made of parts, read, written to, refused."""
+    for got in ranks(4).run(jobs.in_and_out):
+        assert got == {
+            "cut": [2, 4, 3, 8],
+            "whole again": True,
+            "gradient": True,
+            "of parts": True,
+            "written": True,
+            "number": True,
+            "view": "aten.zero_.default writes into a view of a tensor that is cut",
+            "repr": "ShardedTensor(shape=[2, 7, 5, 8], dim 1 over 'r' as 7=0:4|4:7; "
+            "dim 2 over 'c' as 5=0:3|3:5",
+            "again": "the tensor is cut there, or over that mesh axis, already",
+            "compiled": "a compiled function does not take a ShardedTensor yet",
+            "no dim": "there is no dim 7 in the tensor",
+            "no part": "the part is not what the layout says of dim 0",
+        } | ({"cut": [2, *got["cut"][1:3], 8]})
