@@ -96,8 +96,9 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An op of ATen of which some tensors are cut."""
     if func._schema.is_mutable:
         return run_in_place(func, args, kwargs)
-    if not all("Tensor" in str(r.type) for r in func._schema.returns):
-        return run_whole(func, args, kwargs)  # a number, or a truth
+    is_number = not all("Tensor" in str(r.type) for r in func._schema.returns)
+    if is_number or not are_cut(args, kwargs):
+        return run_whole(func, args, kwargs)
     try:
         program = program_of(func, args, kwargs)
     except DATA_DEPENDENT:
@@ -120,6 +121,11 @@ def is_view(func: Any) -> bool:
     return any(r.alias_info is not None for r in func._schema.returns)
 
 
+def are_cut(*arguments: Any) -> bool:
+    """Whether any tensor among them is cut."""
+    return any(getattr(x, "places", ()) for x in pytree.tree_leaves(arguments))
+
+
 def run_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     args, kwargs = pytree.tree_map_only(Tensor, whole, (args, kwargs))
     return func(*args, **kwargs)
@@ -133,6 +139,9 @@ def run_attention(*args: Any, **kwargs: Any) -> Any:
     if mask is not None and mask.ndim < 2:
         args, kwargs = (*args[:3], mask.unsqueeze(0), *args[4:]), {**kwargs}
         kwargs.pop("attn_mask", None)
+    if not are_cut(args, kwargs):  # written to until nothing was cut
+        args, kwargs = pytree.tree_map_only(ShardedTensor, lambda x: x.local, (args, kwargs))
+        return func(*args, **kwargs)
     program = program_of(func, args, kwargs)
     tensors = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
     return program.run([x.local if isinstance(x, ShardedTensor) else x for x in tensors], wrapped)
@@ -174,7 +183,8 @@ def run_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if is_look:  # x.unsqueeze_(0): other sizes, nothing is written
         with no_dispatch():
             func(*args, **kwargs)
-        target._local, target.places = new._local, new.places
+        is_cut = isinstance(new, ShardedTensor)
+        target._local, target.places = (new._local, new.places) if is_cut else (new, ())
     elif isinstance(target, ShardedTensor):
         target._local.copy_(part_of(new, target.places))
     else:
