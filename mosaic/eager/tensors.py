@@ -13,6 +13,7 @@ from mosaic.layout import Layout, Place, Shard
 from mosaic.runtime.agreement import check_shards_alike
 from mosaic.runtime.collectives import slice_to
 from mosaic.runtime.mesh import get_context
+from mosaic.runtime.sharded_tensor import dim_of
 from mosaic.runtime.world import own_axes
 from mosaic.torch_private import may_vary
 
@@ -89,19 +90,6 @@ def written(layout: Layout) -> str:
             fix="make one: mosaic.Layout.even(n, p), Layout.zigzag(n, p), Layout.of(n, ranks)",
         )
     return str(layout)
-
-
-def dim_of(x: Tensor, dim: int) -> int:
-    """A dim from the front. Raises ShardingError for one that x lacks."""
-    if not isinstance(x, Tensor):
-        raise ShardingError(f"a {type(x).__name__} is no tensor", fix="pass a torch.Tensor")
-    if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
-        raise ShardingError(
-            f"there is no dim {dim!r} in the tensor",
-            sizes=list(x.shape),
-            fix=f"use one of its {x.ndim} dims, from 0 or from -1",
-        )
-    return dim % x.ndim
 
 
 @torch.compiler.assume_constant_result

@@ -86,7 +86,7 @@ class ShardedTensor(torch.Tensor):
         """
         context = get_context()
         rank, p = context.rank(mesh_axis), context.size(mesh_axis)
-        dim = dim % part.ndim
+        dim = dim_of(part, dim)
         if layout.p != p or layout.lengths[rank] != part.shape[dim] or not layout.is_partition:
             raise ShardingError(
                 f"the part is not what the layout says of dim {dim}",
@@ -121,13 +121,7 @@ def distribute(
     ranks.
     """
     context = get_context()
-    if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
-        raise ShardingError(
-            f"there is no dim {dim!r} in the tensor",
-            sizes=list(x.shape),
-            fix=f"use one of its {x.ndim} dims, from 0 or from -1",
-        )
-    dim, p = dim % x.ndim, context.size(mesh_axis)
+    dim, p = dim_of(x, dim), context.size(mesh_axis)
     layout = Layout.even(x.shape[dim], p) if layout is None else layout
     if (layout.n, layout.p) != (x.shape[dim], p) or not layout.is_partition:
         raise ShardingError(
@@ -149,6 +143,19 @@ def distribute(
     places = sorted((*x.places, place), key=lambda held: order.index(held.mesh_axis))
     part = sliced(x.local, (place,))
     return wrapped(part, x.shape, tuple(places))
+
+
+def dim_of(x: Tensor, dim: int) -> int:
+    """A dim from the front. Raises ShardingError for one that x lacks."""
+    if not isinstance(x, Tensor):
+        raise ShardingError(f"a {type(x).__name__} is no tensor", fix="pass a torch.Tensor")
+    if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
+        raise ShardingError(
+            f"there is no dim {dim!r} in the tensor",
+            sizes=list(x.shape),
+            fix=f"use one of its {x.ndim} dims, from 0 or from -1",
+        )
+    return dim % x.ndim
 
 
 def wrapped(part: Tensor, shape: Sequence[int], places: tuple[Place, ...]) -> ShardedTensor:
