@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import mosaic
+
 
 def kept_for_backward(step: Callable[[], Any], given: list[Tensor]) -> tuple[Any, int]:
     """What ``step`` gives, and the bytes of activations it holds between forward and backward.
@@ -21,14 +23,20 @@ def kept_for_backward(step: Callable[[], Any], given: list[Tensor]) -> tuple[Any
 
     def pack(x: Tensor) -> Tensor:
         alive.append(x)
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        held = own(x)
+        storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = step()
     for x in given:
-        storages.pop(x.untyped_storage().data_ptr(), None)
+        storages.pop(own(x).untyped_storage().data_ptr(), None)
     return result, sum(storages.values())
+
+
+def own(x: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return x.detach().local if isinstance(x, mosaic.ShardedTensor) else x
 
 
 def largest(n: float, device: torch.device | str = "cpu") -> float:

@@ -13,7 +13,6 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -52,10 +51,8 @@ def run(given: argparse.Namespace) -> None:
     torch.manual_seed(0)
     model = TableModel(layers=given.layers).to(ranks.device, getattr(torch, given.dtype))
     x, y, targets = table(given, ranks.device)
-    part, inputs_are = given_to_a_rank(x, y)
-    spec = mosaic.ShardingSpec(
-        inputs={"x": "batch rows columns"}, axes={"rows": "ring"}, inputs_are=inputs_are
-    )
+    part = mosaic.distribute(x, 1)
+    spec = mosaic.ShardingSpec(inputs={"x": "batch rows columns"}, axes={"rows": "ring"})
     plans: list[mosaic.Plan] = []
     LISTENERS.append(plans.append)  # mosaic.explain would compile the model once more
     compiled = torch.compile(model, backend="mosaic", options={"spec": spec, "inner": inner})
@@ -69,7 +66,7 @@ def run(given: argparse.Namespace) -> None:
     end = time.perf_counter()
     kept = int(largest(kept, ranks.device))
     if ranks.rank() == 0:
-        show(plans[0], part, kept, inputs_are)
+        show(plans[0], part, kept)
         print(
             f"first step, inner={inner}  {begin - first:.1f} s\na later step  {end - begin:.1f} s"
         )
@@ -101,14 +98,6 @@ def table(given: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tens
     return x.to(device, dtype), classes[:, :split].to(device, dtype), classes[0, split:].to(device)
 
 
-def given_to_a_rank(x: Tensor, y: Tensor) -> tuple[Tensor, Literal["shards", "whole"]]:
-    """Its rows only. The model's Python sees that length when it is traced, and takes the number of
-    known rows from it: where these are more, every rank is given the table as it is."""
-    part = mosaic.shard_tensor(x, 1)
-    fits = y.shape[1] < min(mosaic.layout_of(part).lengths)
-    return (part, "shards") if fits else (x, "whole")
-
-
 def step(
     called: Callable[..., Tensor], model: TableModel, x: Tensor, y: Tensor, targets: Tensor
 ) -> Step:
@@ -132,9 +121,9 @@ def compare(
     return max(losses, others)
 
 
-def show(plan: mosaic.Plan, part: Tensor, kept: int, inputs_are: str) -> None:
-    world, shape = os.environ["WORLD_SIZE"], list(part.shape)
-    print(f"axis {plan.axis} over {world} ranks; inputs are {inputs_are}, on rank 0 {shape}\n")
+def show(plan: mosaic.Plan, part: mosaic.ShardedTensor, kept: int) -> None:
+    world, shape = os.environ["WORLD_SIZE"], list(part.local.shape)
+    print(f"axis {plan.axis} over {world} ranks; rank 0 has {shape} of the table\n")
     print(f"{'attention':<32}{'attends over':<26}{'method':<18}{'sent by each rank':>18}")
     for found in plan.attentions:
         over = f"{found.axis or 'columns'}, {found.queries} x {found.keys}"

@@ -22,7 +22,7 @@ from mosaic.eager.modules import (
     MultiAxisAttention2D,
 )
 from mosaic.eager.projections import sum_gradients
-from mosaic.eager.tensors import as_shard, gather, layout_of, shard_like, shard_tensor
+from mosaic.eager.tensors import gather, shard_tensor
 from mosaic.frontend import eagerly as _eagerly  # noqa: F401 (ops on a ShardedTensor)
 from mosaic.frontend.decorator import shard
 from mosaic.frontend.explain import explain
@@ -54,17 +54,14 @@ __all__ = [
     "ShardingSpec",
     "Ulysses",
     "UnsupportedError",
-    "as_shard",
     "attention",
     "distribute",
     "explain",
     "gather",
     "get_context",
     "init",
-    "layout_of",
     "plans",
     "shard",
-    "shard_like",
     "shard_tensor",
     "sum_gradients",
 ]

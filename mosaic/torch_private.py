@@ -6,14 +6,13 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from traceback import FrameSummary
 from types import CodeType
 from typing import Any
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
@@ -23,15 +22,12 @@ from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._decomp import decomposition_table
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame
-from torch._dynamo import maybe_mark_dynamic as may_vary
 from torch._dynamo import reset as reset_dynamo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.eval_frame import reset_code
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as Restart
-from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
-from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
@@ -70,7 +66,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.checkpoint import SAC_IGNORED_OPS as POLICIES_IGNORE
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -97,7 +92,6 @@ __all__ = [
     "averages",
     "bake_floats",
     "break_after",
-    "broken_guard",
     "code_at_hand",
     "compile_by_eager",
     "compile_by_inductor",
@@ -112,7 +106,6 @@ __all__ = [
     "flattened",
     "functorch_restored",
     "get_data",
-    "guarded_attribute",
     "has_contexts",
     "has_decomposition",
     "is_alias",
@@ -121,7 +114,6 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "is_whole_function",
     "make_fx",
-    "may_vary",
     "multi_head_attention_op",
     "never_compiles",
     "no_dispatch",
@@ -135,7 +127,6 @@ __all__ = [
     "rename_afresh",
     "reset_dynamo",
     "set_grad_enabled",
-    "size_symbols",
     "tag_activation_checkpoint",
     "torch_version",
     "watch_all",
@@ -191,44 +182,6 @@ def placeholder_source(node: fx.Node) -> tuple[str, bool]:
     name = source.name() if callable(source.name) else source.name
     is_state = isinstance(grapharg.example, torch.nn.Parameter) or "._buffers[" in name
     return name, is_state
-
-
-def size_symbols(size: torch.SymInt) -> set[sympy.Symbol]:
-    """The symbol that Dynamo made for a size, and the one that it has found it equal to."""
-    return {s for s in (size.node._expr, size.node.expr) if s.is_symbol}
-
-
-def broken_guard(
-    size: torch.SymInt, sizes: Mapping[sympy.Symbol, int]
-) -> tuple[str, str | None] | None:
-    """The first thing that Dynamo took for granted of sizes (all those of ``size``'s graph) and
-    that does not hold at these, with "code  # file:line in function" of the user where it is known.
-
-    What Dynamo can tell from a symbol's range it decides without a guard, so that the range counts.
-    """
-    env = size.node.shape_env
-    named = dict.fromkeys(sizes, sympy.Symbol("n"))
-    at = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
-    values = {**env.backed_var_to_val, **at}
-    for guard in env.guards:
-        if guard.expr.xreplace(values) != sympy.true:
-            return PythonPrinter().doprint(guard.expr.xreplace(named)), guard.sloc.maybe_user_loc
-    for symbol, n in sizes.items():
-        allowed = env.var_to_range[symbol]
-        if n not in allowed:
-            return f"{allowed.lower} <= n <= {allowed.upper}", None
-    return None
-
-
-def guarded_attribute(node: fx.Node, name: str) -> Any:
-    """The attribute of the tensor that is given as an input, or None if it has none; with another
-    one the program is compiled anew. Only inside the backend call."""
-    grapharg = node.meta.get("grapharg")
-    value = getattr(getattr(grapharg, "example", None), name, None)
-    if value is not None:
-        assert grapharg is not None
-        install_guard(AttrSource(grapharg.source, name).make_guard(GuardBuilder.EQUALS_MATCH))
-    return value
 
 
 VMAP_PARTS = {VMAP_BEGINS, VMAP_ENDS, VMAP_PREPARES, _add_batch_dim, _remove_batch_dim}

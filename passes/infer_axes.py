@@ -36,6 +36,9 @@ aten = torch.ops.aten
 
 def infer_axes(graph: fx.Graph, context: Context) -> int:
     attentions = [node for node in graph.nodes if node.target in ATTENTIONS]
+    if context.arriving:
+        context.axes = arriving_axes(graph, context)
+        return len(context.arriving)
     named = () if context.is_resumed else named_axes(graph, context)
     if named:
         context.axes = one_for_each_mesh_axis(named, context)
@@ -55,6 +58,28 @@ def nothing_attends(graph: fx.Graph) -> str:
     if unread is None:
         return "no attention in this graph: it stays whole"
     return f"{UNKNOWN}, so the graph stays whole on every rank: {line(unread)}"
+
+
+# --- by what arrives cut ------------------------------------------------------------------------
+
+
+def arriving_axes(graph: fx.Graph, context: Context) -> tuple[Axis, ...]:
+    """For each mesh axis that cuts inputs its axis, named and done as the spec says; in the order
+    of the mesh. Its layout is that of the longest dim that it cuts, in the largest tensor."""
+    placeholders = graph.find_nodes(op="placeholder")
+    longest: dict[str, tuple[int, int, Layout]] = {}
+    for index, places in context.arriving.items():
+        size = placeholders[index].meta["val"].numel()
+        for place in places:
+            known = longest.get(place.mesh_axis, (-1, -1, place.layout))
+            found = (place.layout.n, size, place.layout)
+            longest[place.mesh_axis] = max(known, found, key=lambda one: one[:2])
+    named = {m.mesh: (str(name), m) for name, m in context.spec.sharded.items()}
+    axes = {}
+    for mesh, (_, _, layout) in longest.items():
+        name, method = named.get(mesh, (mesh, Auto(mesh=mesh)))
+        axes[mesh] = Axis(name, mesh, layout, method)
+    return tuple(axes[mesh] for mesh in sorted(axes, key=context.world.position))
 
 
 # --- by name ------------------------------------------------------------------------------------

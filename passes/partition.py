@@ -27,7 +27,7 @@ from mosaic.graph.emit import insert, rename_all
 from mosaic.graph.modes import Modes
 from mosaic.graph.source import where
 from mosaic.graph.strides import shares_elements
-from mosaic.layout import Layout
+from mosaic.layout import Layout, Place
 from mosaic.partition.context import Context, Output
 from mosaic.partition.emitter import Emitter
 from mosaic.partition.table import RULES
@@ -72,8 +72,9 @@ def returned(graph: fx.Graph) -> list[fx.Node]:
 def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> ProgramWriter:
     """Write the program of this rank along one axis; the second one's over the first one's."""
     old = list(graph.nodes)
-    output = graph.output_node()
+    output, placeholders = graph.output_node(), graph.find_nodes(op="placeholder")
     world, spec = context.on(axis.mesh_axis), context.spec
+    arriving = context.arriving_nodes(graph, axis.mesh_axis)
     is_last = number + 1 >= len(context.axes)
     emitter = Emitter(graph, world.rank, world.group, Modes.current())
     writer = ProgramWriter(
@@ -82,15 +83,16 @@ def write(graph: fx.Graph, context: Context, axis: Axis, number: int) -> Program
         emitter=emitter,
         on_gather=spec.on_gather,
         gradients=spec.gradients,
-        arriving=context.arriving_nodes(graph, axis.mesh_axis),
+        arriving=arriving,
         is_over_shards=number > 0,
     )
     with graph.inserting_before(output):
         writer.run(old)
         written = len(context.mutated)
-        updates = [result(writer, r, whole=True) for r in output.args[0][:written]]
-        whole = spec.outputs == "whole"
-        outputs = [result(writer, r, whole) for r in output.args[0][written:]]
+        targets = [placeholders[index] for index in context.mutated]
+        pairs = zip(output.args[0][:written], targets, strict=True)
+        updates = [updated(writer, new, arriving.get(target)) for new, target in pairs]
+        outputs = [result(writer, r, not context.stays_cut) for r in output.args[0][written:]]
         if is_last:
             outputs = [
                 (as_promised(emitter, out, said), shard)
@@ -150,6 +152,14 @@ def result(writer: ProgramWriter, node: Any, whole: bool) -> tuple[Any, str]:
     if shared_input(writer.emitter.graph, out):  # autograd would make it of the whole input
         out = insert(writer.emitter.graph, node, aten.clone.default, (out,))
     return out, writer.emitter.shard(value.place)
+
+
+def updated(writer: ProgramWriter, node: Any, place: Place | None) -> tuple[Any, str]:
+    """The new value of an input that is written to, cut as the input is."""
+    if place is None:
+        return result(writer, node, whole=True)
+    writer.current = node
+    return apart(writer.emitter, writer.node(writer.at(writer.env[node], place))), ""
 
 
 def shared_input(graph: fx.Graph, node: fx.Node) -> fx.Node | None:

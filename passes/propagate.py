@@ -27,10 +27,10 @@ def propagate(graph: fx.Graph, context: Context) -> int:
     if begin_again(graph, planners, context) or leave_whole(planners, context):
         planners = follow(graph, context)
     note_places(planners, context)
-    if context.spec.sharded:
+    if context.spec.sharded and not (context.arriving or context.goes_on):
         for axis, planner in zip(context.axes, planners, strict=True):
             if not attends(planner):
-                raise nothing_attends(graph, axis, planner, context.ends_at)
+                raise nothing_attends(graph, axis, planner)
     return sum(any(node.meta.get("places", ())) for node in graph.nodes)
 
 
@@ -59,7 +59,8 @@ def attends(planner: ShardingInterpreter) -> bool:
 def begin_again(graph: fx.Graph, planners: list[ShardingInterpreter], context: Context) -> bool:
     """A named axis that is gathered before any attention runs over it (by a stem of convolutions)
     is cut again where it was gathered, if it is as long there."""
-    if len(planners) != 1 or not context.spec.sharded or attends(planners[0]):
+    named = context.spec.sharded and not context.arriving
+    if len(planners) != 1 or not named or attends(planners[0]):
         return False
     (planner,), (axis,) = planners, context.axes
     search, late = Search(graph), behind(graph, {node for _, node in planner.gathered})
@@ -99,9 +100,7 @@ def follow(graph: fx.Graph, context: Context) -> list[ShardingInterpreter]:
     return planners
 
 
-def nothing_attends(
-    graph: fx.Graph, axis: Axis, planner: ShardingInterpreter, ends_at: str
-) -> ShardingError:
+def nothing_attends(graph: fx.Graph, axis: Axis, planner: ShardingInterpreter) -> ShardingError:
     attended = [n for n in graph.nodes if n.target in ATTENTIONS]
     lengths = sorted({n.args[0].meta["val"].shape[-2] for n in attended})
     unread = unread_softmax(graph)
@@ -109,13 +108,10 @@ def nothing_attends(
     if planner.gathered:
         why, node = planner.gathered[0]
         facts["gathered"] = f"{why}: {line(node)}"
-    if ends_at:
-        facts["breaks"] = f"the graph ends here, what comes later was not seen: {ends_at}"
     return ShardingError(
         f"nothing attends over axis {axis.name!r}, so there is no reason to cut it",
         sizes=f"{axis.name} = {axis.layout.n}; lengths attended over: "
         + (", ".join(map(str, lengths)) or "none"),
         **facts,
-        fix="name the axis that attention runs over, or leave the spec out to have it found"
-        + (", or remove the graph break" if ends_at else ""),
+        fix="name the axis that attention runs over, or leave the spec out to have it found",
     )

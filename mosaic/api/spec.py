@@ -27,16 +27,14 @@ class ShardingSpec:
         Axes on different mesh axes are cut at once. A tensor is cut over one mesh axis only once:
         of axes on the same one the longest is cut, the others stay whole, and the plan says so.
         With neither inputs nor axes the longest attended axis is cut.
-    inputs_are: "whole" on every rank, or "shards": the inputs that name a cut axis arrive as this
-        rank's part, made by ``mosaic.shard_tensor`` or ``mosaic.as_shard``.
     outputs: "whole" (every rank has the single-device result) or "shards" (what holds the axis
-        stays cut, and is a tensor of its own; ``mosaic.layout_of`` and ``mosaic.gather`` read it).
+        stays cut: a ``mosaic.ShardedTensor``). Where an input is one, outputs stay cut as well.
     on_gather: what to do with an op that has no exact local form: "warn" and run it whole on every
         rank, or "error".
     gradients: "whole" (the single-device gradient on every rank) or "shares" (of a parameter, the
         sum over the mesh axis is the gradient: for an outer reducer that sums over it, and does
         not average, as DistributedDataParallel does). Inputs' gradients are whole.
-    With "shards" or "shares" the program must be one graph, and no call may run eagerly.
+        The program must then be one graph, and no call may run eagerly.
     check_inputs: "always" (before every run of a graph whole inputs are compared across ranks, and
         which graph it is; before its first run parameters and buffers, too), "first" (both before
         the first run only), or False. One all-gather of half a kilobyte a run; on a GPU a
@@ -48,7 +46,6 @@ class ShardingSpec:
 
     inputs: Mapping[str, str] | None = None
     axes: Mapping[str | int, Method | str] | None = None
-    inputs_are: Literal["whole", "shards"] = "whole"
     outputs: Literal["whole", "shards"] = "whole"
     on_gather: Literal["warn", "error"] = "warn"
     gradients: Literal["whole", "shares"] = "whole"
@@ -89,11 +86,6 @@ class ShardingSpec:
                     or "none",
                     fix=f"give the dim a name, as in inputs={{'x': 'batch {axis} features'}}",
                 )
-        if self.inputs_are == "shards" and not (self.inputs and self.sharded):
-            raise ShardingError(
-                "inputs arrive as shards, and nothing says along which axis",
-                fix="name it: inputs={'x': 'batch rows features'}, axes={'rows': 'ring'}",
-            )
 
     @property
     def sharded(self) -> dict[str | int, Method]:
@@ -108,14 +100,9 @@ class ShardingSpec:
         return ",".join(dict.fromkeys(names)) or self.mesh_axis
 
     @property
-    def parts(self) -> str:
-        """What this contract leaves in parts, in words; "" where all is whole."""
-        left = {
-            "inputs arrive cut": self.inputs_are == "shards",
-            "outputs stay cut": self.outputs == "shards",
-            "gradients are shares": self.gradients == "shares",
-        }
-        return " and ".join(words for words, is_so in left.items() if is_so)
+    def gives_shares(self) -> bool:
+        """Whether gradients of parameters are shares, for an outer reducer to sum."""
+        return self.gradients == "shares"
 
     def __hash__(self) -> int:
         return hash(self.encode())
@@ -176,7 +163,6 @@ def check_mappings(inputs: object, axes: object) -> None:
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "inputs_are": ("whole", "shards"),
     "outputs": ("whole", "shards"),
     "on_gather": ("warn", "error"),
     "gradients": ("whole", "shares"),

@@ -38,10 +38,11 @@ from mosaic.eager.projections import (
     folded_mask,
     grid_shape,
 )
-from mosaic.eager.tensors import gather, layout_text, shard_tensor, written
+from mosaic.eager.tensors import gather, layout_text, shard_tensor
 from mosaic.layout import Layout
 from mosaic.runtime.agreement import check_shards_alike
 from mosaic.runtime.mesh import get_context
+from mosaic.runtime.sharded_tensor import checked_layout
 
 
 class MultiAxisAttention(Projected):
@@ -206,7 +207,7 @@ class MultiAxisAttention2D(Projected):
         *projections, last = self.parameters_of(layers, "")
         q, k, v = (self.heads_of(tokens, layer) for layer in projections)
         given = layout or self.layout
-        held = "" if given is None else written(given)
+        held = "" if given is None else str(checked_layout(given))
         out = grid_node(q, k, v, self.key, self.causal, self.rate, held)
         return self.joined(out, last).reshape(grid.shape).movedim((-3, -2), axes)
 

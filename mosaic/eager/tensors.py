@@ -1,6 +1,6 @@
-"""Shards in eager code: what ``outputs="shards"`` gives, and how to go on with it.
+"""Parts as plain tensors, for programs that are written for them: cut, and made whole again.
 
-Every function is differentiable and the adjoint of another: a whole tensor's gradient is whole.
+Both are differentiable, and each the adjoint of the other: a whole tensor's gradient is whole.
 """
 
 from __future__ import annotations
@@ -13,33 +13,19 @@ from mosaic.layout import Layout, Place, Shard
 from mosaic.runtime.agreement import check_shards_alike
 from mosaic.runtime.collectives import slice_to
 from mosaic.runtime.mesh import get_context
-from mosaic.runtime.sharded_tensor import dim_of
+from mosaic.runtime.sharded_tensor import checked_layout, dim_of, layout_for
 from mosaic.runtime.world import own_axes
-from mosaic.torch_private import may_vary
 
 _MARK = "_mosaic_shard"
 
 
-def mark(x: Tensor, *shards: str) -> Tensor:
-    """Remember on the tensor how it is cut: along one axis, or along several in this order."""
-    setattr(x, _MARK, ";".join(shards))
-    return x
-
-
 def _marked(part: Tensor, x: Tensor, shard: Shard) -> Tensor:
-    """``part`` with its layout, beside those over other mesh axes that ``x`` has. A compiled
-    program that takes it (inputs_are="shards") is traced again at the global lengths."""
+    """``part`` with its layout, beside those over other mesh axes that ``x`` has."""
     had = [Shard.decode(spec) for spec in getattr(x, _MARK, "").split(";") if spec]
     mine = own_axes(shard.place.mesh_axis)
     shards = [*(s for s in had if not mine & own_axes(s.place.mesh_axis)), shard]
-    for held in shards:
-        may_vary(part, held.place.dim)
-    return mark(part, *(held.encode() for held in shards))
-
-
-def shards_of(x: Tensor) -> list[Shard]:
-    """How a tensor is cut. Raises ShardingError for one that Mosaic did not cut."""
-    return [Shard.decode(spec) for spec in _specs(x)]
+    setattr(part, _MARK, ";".join(held.encode() for held in shards))
+    return part
 
 
 def _specs(x: Tensor) -> list[str]:
@@ -50,46 +36,18 @@ def _specs(x: Tensor) -> list[str]:
         raise ShardingError(
             "this tensor carries no layout",
             sizes=list(x.shape),
-            fix="pass an output of a model compiled with outputs='shards', "
-            "or of mosaic.shard_tensor; what is computed from one is a plain tensor: "
-            "use mosaic.shard_like(whole, that output), or say how it is cut: "
-            "mosaic.gather(x, dim, layout=...)",
+            fix="say how it is cut: mosaic.gather(x, dim, layout=...); of a ShardedTensor take "
+            "x.full_tensor()",
         )
     return spec.split(";")
-
-
-def layout_of(x: Tensor, dim: int | None = None) -> Layout:
-    """Which global indices each rank holds; ``dim``: of a tensor that is cut in several dims.
-
-    Raises ShardingError for a tensor that Mosaic did not cut, or not in that dim.
-    """
-    places = [shard.place for shard in shards_of(x)]
-    found = [p.layout for p in places if dim is None or p.dim == dim_of(x, dim)]
-    if len(found) != 1:
-        raise ShardingError(
-            "the tensor is cut in several dims" if found else f"dim {dim} of the tensor is whole",
-            cut=", ".join(f"dim {p.dim} over mesh axis '{p.mesh_axis}'" for p in places),
-            fix="say of which dim: mosaic.layout_of(x, dim)",
-        )
-    return found[0]
 
 
 def layout_text(layout: Layout | None, x: Tensor, dim: int, mesh_axis: str) -> str:
     """The layout of a dim as text: the given one, else what is remembered; "" if nothing is."""
     if layout is not None:
-        return written(layout)
+        return str(checked_layout(layout))
     spec = getattr(x, _MARK, None)
     return "" if spec is None else _along(spec, dim % x.ndim, mesh_axis)
-
-
-def written(layout: Layout) -> str:
-    """A layout as text. Raises ShardingError for anything else."""
-    if not isinstance(layout, Layout):
-        raise ShardingError(
-            f"layout = {layout!r} is no layout",
-            fix="make one: mosaic.Layout.even(n, p), Layout.zigzag(n, p), Layout.of(n, ranks)",
-        )
-    return str(layout)
 
 
 @torch.compiler.assume_constant_result
@@ -152,59 +110,9 @@ def shard_tensor(
     """
     context = get_context()
     dim, p = dim_of(x, dim), context.size(mesh_axis)
-    layout = Layout.even(x.shape[dim], p) if layout is None else layout
-    written(layout)  # says so if it is none
-    if (layout.n, layout.p) != (x.shape[dim], p):
-        raise ShardingError(
-            f"the layout does not fit dim {dim}",
-            sizes=f"the tensor has {x.shape[dim]} there and the mesh axis {p} ranks; "
-            f"the layout is of {layout.n} over {layout.p}",
-            fix="make it for these sizes: mosaic.Layout.even(length, ranks)",
-        )
-    if not layout.is_partition and layout != Layout.whole(layout.n, p):
-        raise ShardingError(
-            "the layout holds an index twice, or leaves one out",
-            layout=layout,
-            fix="give every index to one rank, or all of them to every rank (Layout.whole)",
-        )
+    layout = layout_for(x, dim, layout, p, may_be_whole=True)
     place = Place(layout, dim, mesh_axis=mesh_axis)
     shard = Shard(place, context.rank(mesh_axis), context.group_name(mesh_axis))
     # A tensor of its own: a view would keep the whole one in memory, and differ between ranks.
     part = slice_to(x, shard.encode()).clone(memory_format=torch.contiguous_format)
     return _marked(part, x, shard)
-
-
-def as_shard(part: Tensor, dim: int, *, layout: Layout, mesh_axis: str = "sp") -> Tensor:
-    """Say how a part that this rank has made itself (read from its file, computed from a shard) is
-    cut along ``dim``. The result shares its memory, and its gradient is the part's.
-
-    >>> rows = mosaic.as_shard(read_my_rows(), 0, layout=mosaic.Layout.even(150_000, 4))
-
-    Raises ShardingError where the part is not as long as the layout says.
-    """
-    context = get_context()
-    dim, p, rank = dim_of(part, dim), context.size(mesh_axis), context.rank(mesh_axis)
-    written(layout)  # says so if it is none
-    if layout.p != p or layout.lengths[rank] != part.shape[dim] or not layout.is_partition:
-        raise ShardingError(
-            f"the part is not what the layout says of dim {dim}",
-            sizes=f"{list(part.shape)} on rank {rank} of {p}",
-            layout=layout,
-        )
-    shard = Shard(Place(layout, dim, mesh_axis=mesh_axis), rank, context.group_name(mesh_axis))
-    out = part.view_as(part)
-    return _marked(out, part, shard)
-
-
-def shard_like(x: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor (labels), cut as ``like`` is along the same dim."""
-    for shard in shards_of(like):
-        place = shard.place
-        if x.ndim <= place.dim or x.shape[place.dim] != place.size:
-            raise ShardingError(
-                "the tensor does not have the axis where the other has it",
-                sizes=f"{list(x.shape)} against length {place.size} in dim {place.dim}",
-                fix="pass a whole tensor that has the same axis in the same dim",
-            )
-        x = slice_to(x, shard.encode())
-    return mark(x, *_specs(like))

@@ -16,13 +16,23 @@ from torch import fx
 
 from mosaic.api.errors import MosaicError, ShardingError
 from mosaic.api.spec import ShardingSpec
-from mosaic.eager.tensors import mark
 from mosaic.frontend import calls, shard_programs
 from mosaic.frontend.capture import capture, read_inputs
 from mosaic.frontend.data_check import DataCheck
 from mosaic.frontend.refused import refuse_unknown
-from mosaic.frontend.sharded_inputs import arriving_shards, global_sizes
-from mosaic.frontend.user_warnings import announce, ended_at, resumed_at
+from mosaic.frontend.sharded_inputs import (
+    Arriving,
+    Output,
+    arriving_shards,
+    check_ranks,
+    check_writes,
+    global_shapes,
+    mesh_axes,
+    part_examples,
+    parts_of,
+    wrapped_outputs,
+)
+from mosaic.frontend.user_warnings import announce, resumed_at
 from mosaic.graph.modes import Modes
 from mosaic.graph.pipeline import run_passes, without_those_off
 from mosaic.graph.real_strides import heeding_strides
@@ -36,7 +46,7 @@ from mosaic.runtime import agreement
 from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
 from mosaic.runtime.mesh import MosaicContext, context_or_world_of_one
 from mosaic.runtime.rendezvous import report_failure
-from mosaic.runtime.world import world_of
+from mosaic.runtime.world import own_axes, world_of
 from mosaic.torch_private import (
     Restart,
     bake_floats,
@@ -100,10 +110,11 @@ def compile_graph(
             f"unknown options: {', '.join(sorted(unknown))}", fix="options are 'spec' and 'inner'"
         )
     chosen = Options(**(options or {}), is_first_graph=calls.counted() == 1)
-    ranks = context_or_world_of_one()
-    group = ranks.group(chosen.spec.mesh) if ranks else None
+    ranks, arriving = context_or_world_of_one(), arriving_shards(module)
+    check_ranks(arriving, ranks)
+    group = ranks.group(joint_mesh(chosen.spec, arriving)) if ranks else None
     try:
-        local, context, plan = partitioned(module, chosen, ranks)
+        local, context, plan = partitioned(module, chosen, ranks, arriving)
     except Exception as error:
         report_failure(group, error)
         raise
@@ -112,7 +123,8 @@ def compile_graph(
     context.constants = len([*local.parameters(), *local.buffers()])
     lowering = Lowering(context, plan)
     try:
-        compiled = INNER[chosen.inner](local, example_inputs, lowering)
+        examples = part_examples(module, example_inputs)
+        compiled = INNER[chosen.inner](local, examples, lowering)
     except Restart:  # AOTAutograd wants a number as a constant: Dynamo traces anew, on every rank
         raise
     except Exception as error:
@@ -121,53 +133,60 @@ def compile_graph(
     agreement.agree_on_collectives(group, lowering.sequences)
     for listener in LISTENERS:
         listener(plan)
-    check = data_check(context, chosen.spec, ranks, facts, any(lowering.sequences.values()))
-    return checked(compiled, context, chosen.spec, check)
+    check = data_check(context, ranks, facts, any(lowering.sequences.values()))
+    outputs = list(zip(global_shapes(module), plan.outputs, strict=False))
+    return checked(compiled, context, outputs, check)
 
 
 watch_all(mosaic, calls.watch)
 
 
 def partitioned(
-    module: fx.GraphModule, options: Options, ranks: MosaicContext | None
+    module: fx.GraphModule, options: Options, ranks: MosaicContext | None, arriving: Arriving
 ) -> tuple[fx.GraphModule, Context, Plan]:
     """PIPELINE: from Dynamo's graph to this rank's local program."""
     spec = options.spec
-    world = world_of(ranks, spec.mesh)
-    if spec.parts and world.size > 1:
+    world = world_of(ranks, joint_mesh(spec, arriving))
+    if spec.gives_shares and world.size > 1:
         calls.check_one_graph(module, spec)
     first = shard_programs.first_call(module)
     if first is not None:
         return shard_programs.passed_through(module, first, spec, world)
     inputs = read_inputs(module)
     refuse_unknown(module, inputs)
-    worlds = [world_of(ranks, mesh) for mesh in meshes(spec)]
-    arriving = arriving_shards(module, inputs, spec, worlds)
-    captured = capture(module, global_sizes(module, arriving))
+    worlds = [world_of(ranks, mesh) for mesh in meshes(spec, arriving)]
+    captured = capture(module)
     context = Context(
         spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
         policies=captured.policies, worlds=worlds,
     )  # fmt: skip
+    context.goes_on = calls.goes_on(module)
+    context.stays_cut = context.goes_on or bool(arriving) or spec.outputs == "shards"
     resumed = resumed_at(captured.graph)
     context.is_resumed = resumed is not None
     context.is_first_graph = options.is_first_graph
-    context.ends_at = ended_at(module)
     context.graph_text = text_of(captured.graph)
     passes = without_those_off(PIPELINE, OPTIONAL)
     reports = run_passes(passes, captured.graph, context, "global")
     plan = plan_of(context, reports)
-    announce(plan, resumed)
+    announce(plan)
     plan.graphs["local"] = captured.graph
     local = fx.GraphModule(captured.root, captured.graph)
     return local, context, plan
 
 
-def meshes(spec: ShardingSpec) -> list[str]:
+def meshes(spec: ShardingSpec, arriving: Arriving) -> list[str]:
     """The mesh axes that are cut, and every few of them as one: an attention may run over some
     axes, flattened. All ranks make their groups here, before programs could differ."""
-    cut = list(dict.fromkeys(method.mesh for method in spec.sharded.values()))
+    cut = list(dict.fromkeys([*(m.mesh for m in spec.sharded.values()), *mesh_axes(arriving)]))
     some = chain.from_iterable(combinations(cut, n) for n in range(1, max(2, len(cut))))
     return [",".join(few) for few in some]
+
+
+def joint_mesh(spec: ShardingSpec, arriving: Arriving) -> str:
+    """Every mesh axis that takes part, as one long one."""
+    named = own_axes(spec.mesh) if spec.sharded or not arriving else set()
+    return ",".join(sorted(named.union(*map(own_axes, mesh_axes(arriving)))))
 
 
 @dataclass
@@ -216,11 +235,12 @@ def plan_digest(context: Context, options: Options, plan: Plan, modes: str) -> s
 
 
 def data_check(
-    context: Context, spec: ShardingSpec, ranks: MosaicContext | None, facts: str, sends: bool
+    context: Context, ranks: MosaicContext | None, facts: str, sends: bool
 ) -> DataCheck | None:
     """What compares this graph's whole inputs across ranks, if anything does. A graph without
     collectives is looked at once: nothing waits for it on other ranks."""
-    group = ranks.group(spec.mesh) if ranks else None
+    spec = context.spec
+    group = ranks.group(context.world.mesh_axis) if ranks else None
     if ranks is None or group is None or context.world.size == 1 or not spec.check_inputs:
         return None
     if dist.get_backend(group) == "fake":
@@ -233,28 +253,21 @@ def data_check(
 
 
 def checked(
-    compiled: Callable[..., Any], context: Context, spec: ShardingSpec, check: DataCheck | None
+    compiled: Callable[..., Any],
+    context: Context,
+    outputs: Sequence[Output],
+    check: DataCheck | None,
 ) -> Callable[..., Any]:
-    """Compare inputs before a run, and mark outputs that stay cut with their layout."""
+    """Compare inputs before a run; this rank's parts go in, and what stays cut comes out as
+    ShardedTensors."""
+    spec = context.spec if context.world.size > 1 else WHOLE
 
     def run(*args: Any) -> Any:
-        calls.running(spec if context.world.size > 1 else WHOLE)
+        calls.running(spec)
         if check is not None:
             check(args)
-        return marked(compiled(*args), context.output_shards)
+        if context.arriving:
+            check_writes(context, args)
+        return wrapped_outputs(compiled(*parts_of(args)), outputs)
 
     return run
-
-
-def marked(outputs: Sequence[Any], shards: Sequence[tuple[str, ...]]) -> Sequence[Any]:
-    """Outputs that stay cut, with their layout on each. Two may be one tensor on some rank (``y``
-    and ``y[:, 1:]`` where all its rows are kept): the second is then an alias, with its own."""
-    if not any(shards):
-        return outputs
-    found = list(outputs)
-    for index, shard in enumerate(shards):
-        if shard and any(found[index] is other for other in found[:index]):
-            found[index] = found[index].view_as(found[index])
-        if shard:
-            mark(found[index], *shard)
-    return found

@@ -1,9 +1,9 @@
 """Every call of a compiled function is watched, from outside of what Dynamo makes of it.
 
 Dynamo may run a function eagerly, or in pieces, without a word: past the recompile limit, under
-``torch.compiler.set_stance``, where it skips a frame, where it breaks the graph. With whole tensors
-that is slow and right. Where inputs, outputs or gradients are parts it is wrong: attention would
-attend to this rank's part. So
+``torch.compiler.set_stance``, where it skips a frame, where it breaks the graph. That is right,
+since whole tensors are whole and ShardedTensors know what they are of; but gradients of an eager
+op are whole, and where shares are asked for
 
 * the compiled program must be one graph: ``check_one_graph`` says so before anything runs;
 * every call must have run it: ``watched`` stands around each, and refuses the result of one that
@@ -93,7 +93,7 @@ def current() -> Call | None:
 def watch(options: Mapping[str, Any] | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """How to watch the function that one ``torch.compile`` makes."""
     made = Made(options)
-    if made.spec.parts and never_compiles():
+    if made.spec.gives_shares and never_compiles():
         say_it_ran_eagerly(made.spec)
     return partial(watched, made)
 
@@ -101,23 +101,19 @@ def watch(options: Mapping[str, Any] | None) -> Callable[[Callable[..., Any]], C
 def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """``compiled``, with each call watched. Raises ShardingError for what ``Module.compile`` makes
     where parts are asked for: in another torch.compile Dynamo would go past it."""
-    if made.spec.parts and getattr(compiled, "__name__", "") == "_call_impl":
+    if made.spec.gives_shares and getattr(compiled, "__name__", "") == "_call_impl":
         raise ShardingError(
-            f"a module is compiled in place, and {made.spec.parts}: another torch.compile around "
+            "a module is compiled in place, and gradients are shares: another torch.compile around "
             "it would not see that, and run it as plain PyTorch",
             fix="model = torch.compile(model, ...) in place of model.compile(...)",
         )
 
     @functools.wraps(compiled, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(x, ShardedTensor) for x in (*args, *kwargs.values())):
-            raise UnsupportedError(
-                "a compiled function does not take a ShardedTensor yet",
-                fix="call the function that is not compiled with it, or pass the parts of "
-                'mosaic.shard_tensor with inputs_are="shards"',
-            )
         with Call(made) as this:
             result = compiled(*args, **kwargs)
+        if made.spec.outputs == "whole" and not are_cut(args, kwargs):
+            result = pytree.tree_map_only(ShardedTensor, ShardedTensor.full_tensor, result)
         if not this.runs:
             say_it_ran_eagerly(made.spec)
         if made.spec.gradients == "shares" and size_of(made.spec) > 1:
@@ -125,6 +121,19 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return call
+
+
+def are_cut(*arguments: Any) -> bool:
+    """Whether any tensor among them is cut."""
+    return any(isinstance(x, ShardedTensor) for x in pytree.tree_leaves(arguments))
+
+
+def goes_on(module: fx.GraphModule) -> bool:
+    """Whether what Dynamo's graph gives is used by more of the function that was compiled: its
+    outputs may stay cut, and ``watched`` makes whole what is left of them in the end."""
+    if current() is None:
+        return False
+    return break_after(module) is not None or not is_whole_function(is_compiled=False)
 
 
 def counted() -> int:
@@ -153,7 +162,7 @@ def running(spec: ShardingSpec) -> None:
     call = current()
     if call is not None:
         call.runs += 1
-    if spec.parts and not is_whole_function(is_compiled=True):
+    if spec.gives_shares and not is_whole_function(is_compiled=True):
         raise in_pieces(spec, "a part of it was compiled by itself")
     if spec.gradients == "shares":
         check_not_averaged(spec)
@@ -210,15 +219,15 @@ def say_it_ran_eagerly(spec: ShardingSpec) -> None:
     if size_of(spec) == 1:
         return
     why = why_eager()
-    if not spec.parts:
+    if not spec.gives_shares:
         once(f"the compiled function ran eagerly, unsharded: {why}")
         return
     raise ShardingError(
-        f"the compiled function ran eagerly, and {spec.parts}: plain PyTorch would go on with this "
-        "rank's part as if it were all",
+        "the compiled function ran eagerly, and gradients are shares: those of an eager run are "
+        "whole",
         reason=why,
-        fix="do not use the result of this call; let the function be compiled, or use whole "
-        "inputs, outputs and gradients, for which an eager run is right",
+        fix="do not use the result of this call; let the function be compiled, or use "
+        'gradients="whole", with which an eager run is right',
     )
 
 
@@ -226,7 +235,7 @@ def check_one_graph(module: fx.GraphModule, spec: ShardingSpec) -> None:
     """Raise ShardingError where parts are asked for, and a graph is not the whole program."""
     if current() is None:
         raise ShardingError(
-            f"{spec.parts}, and nothing watches that no call runs eagerly",
+            "gradients are shares, and nothing watches that no call runs eagerly",
             fix='compile it with torch.compile(model, backend="mosaic", options={"spec": spec}), '
             "or with mosaic.shard",
         )
@@ -234,7 +243,7 @@ def check_one_graph(module: fx.GraphModule, spec: ShardingSpec) -> None:
     if ends is not None:
         reason, at = ends
         raise ShardingError(
-            f"the graph breaks, and {spec.parts}: what Python sees there is not the whole",
+            f"the graph breaks, and {SHARES}",
             where=at and f"{shown(at.filename)}:{at.lineno} in {at.name}\n  {at.line}",
             reason=reason,
             fix=UNBROKEN,
@@ -248,14 +257,14 @@ def check_one_graph(module: fx.GraphModule, spec: ShardingSpec) -> None:
 
 def in_pieces(spec: ShardingSpec, reason: str) -> ShardingError:
     return ShardingError(
-        f"the program is not one graph, and {spec.parts}: what Python sees in between is not "
-        "the whole",
+        f"the program is not one graph, and {SHARES}",
         reason=reason,
         fix=UNBROKEN,
     )
 
 
+SHARES = "gradients are shares: what Python does with a parameter in between would add whole ones"
 UNBROKEN = (
     "remove the break (torch.compile(..., fullgraph=True) names its reason), compile the model "
-    "inside of its wrapper (DDP(torch.compile(model))), or use whole inputs, outputs and gradients"
+    'inside of its wrapper (DDP(torch.compile(model))), or use gradients="whole"'
 )

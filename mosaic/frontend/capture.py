@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.frontend.fused import UNFUSED
@@ -29,6 +29,7 @@ from mosaic.graph.source import where
 from mosaic.graph.strides import reach
 from mosaic.graph.unexpected import blamed_on
 from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
+from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
     INLINED,
     FakeTensorMode,
@@ -174,39 +175,21 @@ def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
     return tuple(Input(i, *placeholder_source(n)) for i, n in enumerate(placeholders))
 
 
-def specialise(module: fx.GraphModule, sizes: Mapping[Any, int]) -> list[Any]:
-    """The placeholders at known sizes; ``sizes``: the global lengths of axes that arrive cut."""
-    values = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
-    known = [_known(v, sizes) for v in values]
-    # Last, since it makes Dynamo's symbols constants: a guard on each, so that every other (local)
-    # size is compiled anew.
-    for value in values:
-        for size in value.shape if isinstance(value, torch.Tensor) else [value]:
-            if isinstance(size, torch.SymInt):
-                int(size)
-    return known
-
-
-def _known(value: Any, sizes: Mapping[Any, int]) -> Any:
+def specialise(value: Any) -> Any:
+    """A placeholder's value at known sizes. Dynamo puts a guard on each, so that every other size
+    is compiled anew."""
     if isinstance(value, torch.SymInt):
-        cut = bool(sizes) and value.node.expr.free_symbols <= sizes.keys()
-        return int(value.node.expr.subs(sizes)) if cut else int(value)
+        return int(value)
     if isinstance(value, torch.SymFloat):
         return float(value)
     if not isinstance(value, torch.Tensor):
         return value
-    shape = [_known(s, sizes) for s in value.shape]
-    if any(isinstance(s, torch.SymInt) for s in value.shape) and sizes:
-        stride = list(torch.empty(shape, device="meta").stride())
-    else:
-        stride = [int(s) for s in value.stride()]
+    shape, stride = [int(n) for n in value.shape], [int(n) for n in value.stride()]
     return shape, stride, value.dtype, value.device, value.requires_grad
 
 
-def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> Captured:
+def capture(module: fx.GraphModule) -> Captured:
     """Trace Dynamo's graph into functional ATen with static global sizes.
-
-    ``sizes``: the global length for each symbol of a length that arrives cut.
 
     Raises UnsupportedError for what would not be the same program.
 
@@ -216,9 +199,11 @@ def capture(module: fx.GraphModule, sizes: Mapping[Any, int] | None = None) -> C
     check_transforms(module)
     detach_data(module)
     inputs = read_inputs(module)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    known = [specialise(n.meta["example_value"]) for n in placeholders]
     mode = FakeTensorMode()
     with mode:
-        fakes = [_empty(*v) if isinstance(v, tuple) else v for v in specialise(module, sizes or {})]
+        fakes = [_empty(*v) if isinstance(v, tuple) else v for v in known]
 
     ambient = Modes.current()
     policies: dict[int, Policy] = {}
@@ -280,8 +265,13 @@ def refuse_learned(graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[in
 
 def storage_offsets(module: fx.GraphModule) -> list[int]:
     """Where in its memory each input begins."""
-    values = (n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder")
-    return [int(v.storage_offset()) if isinstance(v, torch.Tensor) else 0 for v in values]
+    return [int(v.storage_offset()) if isinstance(v, Tensor) else 0 for v in held(module)]
+
+
+def held(module: fx.GraphModule) -> list[Any]:
+    """The inputs as memory: of one that is cut this rank's part."""
+    values = (n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder"))
+    return [v._local if isinstance(v, ShardedTensor) else v for v in values]
 
 
 def refuse_shared(
@@ -289,7 +279,7 @@ def refuse_shared(
 ) -> None:
     """Raise UnsupportedError where an input is written to whose memory another one shares: they are
     captured as two tensors, and the other would not change."""
-    values = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
+    values = held(module)
     for index, new in zip(mutated, graph.output_node().args[0], strict=False):
         for other, value in enumerate(values):
             if other != index and is_alias(value, values[index]) and touch(value, values[index]):

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
-from mosaic.api.methods import Auto
 from mosaic.api.spec import ShardingSpec
 from mosaic.graph.emit import insert
 from mosaic.graph.modes import Modes
@@ -30,15 +29,15 @@ from mosaic.graph.unexpected import DATA_DEPENDENT
 from mosaic.layout import Place, Shard
 from mosaic.masks.op import ATTENTIONS
 from mosaic.partition.context import Context, Output
-from mosaic.partition.values import Axis
 from mosaic.passes.choose_method import choose_method
+from mosaic.passes.infer_axes import arriving_axes
 from mosaic.passes.normalize import mark_gradients
 from mosaic.passes.partition import write
 from mosaic.passes.propagate import follow, note_places
 from mosaic.passes.rewrite_attention import rewrite_attention
 from mosaic.runtime import sharded_tensor
 from mosaic.runtime.mesh import get_context
-from mosaic.runtime.sharded_tensor import ShardedTensor, part_of, whole, wrapped
+from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole, wrapped
 from mosaic.runtime.world import world_of
 from mosaic.torch_private import FakeTensorMode, no_dispatch, pytree
 
@@ -94,6 +93,8 @@ def say(why: str) -> None:
 
 def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An op of ATen of which some tensors are cut."""
+    if is_traced(args, kwargs):
+        return run_on_shapes(func, args, kwargs)
     if func._schema.is_mutable:
         return run_in_place(func, args, kwargs)
     is_number = not all("Tensor" in str(r.type) for r in func._schema.returns)
@@ -111,6 +112,25 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if isinstance(x, ShardedTensor):
                 x.is_view = True
     return out
+
+
+#: Of a cut tensor that Dynamo looks at, these are as it is.
+SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
+
+
+def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """While Dynamo traces only the sizes count, which are global: the backend cuts what it makes.
+    No rule is asked, and nothing is sent."""
+    if func in SAME:
+        x = args[0]
+        return ShardedTensor(func(x._local, **kwargs), x.shape, x.places)
+
+    def as_whole(x: ShardedTensor) -> Tensor:
+        with x._local.fake_mode:  # type: ignore[attr-defined]
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    args, kwargs = pytree.tree_map_only(ShardedTensor, as_whole, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def is_view(func: Any) -> bool:
@@ -243,7 +263,7 @@ def written(
     shapes = [node.meta["val"].shape for node in nodes]
     graph.output(tuple(nodes))
     mark_gradients(graph)
-    context = context_of(cut, len(nodes))
+    context = context_of(graph, cut)
     if any(node.target in ATTENTIONS for node in graph.nodes):
         note_places(follow(graph, context), context)
         choose_method(graph, context)
@@ -259,27 +279,22 @@ def written(
     )
 
 
-def context_of(cut: dict[int, tuple[Place, ...]], outputs: int) -> Context:
-    """Of a program whose inputs arrive cut. Its axes are those that cut them, in the order of the
-    mesh; an axis's layout is that of its longest dim."""
-    ranks = get_context()
-    longest: dict[str, Place] = {}
-    for place in (place for places in cut.values() for place in places):
-        known = longest.get(place.mesh_axis)
-        if known is None or place.layout.n > known.layout.n:
-            longest[place.mesh_axis] = place
-    names = sorted(longest, key=ranks.axes.index)
-    return Context(
-        ShardingSpec(outputs="shards"),
-        world_of(ranks, ",".join(names)),
+def context_of(graph: fx.Graph, cut: dict[int, tuple[Place, ...]]) -> Context:
+    """Of a program whose inputs arrive cut, by the mesh axes that cut them."""
+    ranks, meshes = get_context(), {p.mesh_axis for places in cut.values() for p in places}
+    context = Context(
+        ShardingSpec(),
+        world_of(ranks, ",".join(meshes)),
         inputs=(),
         mutated=(),
         modes=Modes.current(),
         arriving=cut,
-        worlds=[world_of(ranks, name) for name in names],
-        outputs=(Output(),) * outputs,
-        axes=tuple(Axis(n, n, longest[n].layout, Auto(mesh=n)) for n in names),
+        stays_cut=True,
+        worlds=[world_of(ranks, mesh) for mesh in meshes],
+        outputs=(Output(),) * len(graph.output_node().args[0]),
     )
+    context.axes = arriving_axes(graph, context)
+    return context
 
 
 sharded_tensor.RUN.update(op=run_op, attention=run_attention)

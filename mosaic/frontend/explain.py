@@ -19,11 +19,13 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import backend, calls
 from mosaic.graph import pipeline
+from mosaic.layout import Place
 from mosaic.partition.context import Context
 from mosaic.report.plan import LISTENERS, Plan
 from mosaic.report.show import listing
 from mosaic.runtime import mesh
-from mosaic.torch_private import FakeStore, code_at_hand, pytree, without_traces
+from mosaic.runtime.sharded_tensor import wrapped
+from mosaic.torch_private import FakeStore, code_at_hand, without_traces
 
 
 def explain(
@@ -63,8 +65,8 @@ def explain(
         without_traces() as compiled,
         without_collection(),
     ):
-        planned = torch.compile(fn, backend=planning(compiled), options=options, dynamic=False)
-        planned(*args, **kwargs)
+        plan = planning(compiled, found)
+        torch.compile(fn, backend=plan, options=options, dynamic=False)(*args, **kwargs)
     return merged(found)
 
 
@@ -78,23 +80,25 @@ def merged(found: list[Plan]) -> Plan:
     best = max(found, key=lambda p: len(p.attentions))
     if len(found) > 1:
         best.notes.append(
-            f"{len(found)} graphs: the program breaks, and outputs are whole in between"
+            f"{len(found)} graphs: the program breaks; what is cut stays cut in between"
         )
     return best
 
 
-def planning(compiled: list[CodeType]) -> Callable[..., Callable[..., Any]]:
+def planning(compiled: list[CodeType], found: list[Plan]) -> Callable[..., Callable[..., Any]]:
     """A backend that compiles as ``mosaic`` does, and gives zeros for results: no kernel and no
     collective runs. A new one each time: Dynamo never takes what was compiled with another one.
-    ``compiled`` grows by what it was given."""
+    ``compiled`` grows by what it was given, ``found`` by the plans."""
 
     def plan(module: Any, example_inputs: Any, *, options: dict[str, Any]) -> Callable[..., Any]:
         compiled.append(code_at_hand())
         backend.mosaic(module, example_inputs, options=options)
-        outputs = [n.meta.get("example_value") for n in module.graph.output_node().args[0]]
+        nodes = module.graph.output_node().args[0]
+        outputs = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in nodes]
+        places = found[-1].outputs or [()] * len(outputs)
 
         def run(*args: Any) -> Any:
-            return pytree.tree_map(_zeros, outputs)
+            return [_zeros(x, cut) for x, cut in zip(outputs, places, strict=True)]
 
         return run
 
@@ -114,11 +118,16 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _zeros(value: Any) -> Any:
+def _zeros(value: Any, places: tuple[Place, ...]) -> Any:
+    """Zeros for a graph's output; cut where it stays cut."""
     if not isinstance(value, torch.Tensor):
         return value
-    out = torch.zeros([int(s) for s in value.shape], dtype=value.dtype, device=value.device)
-    return out.requires_grad_(value.requires_grad)
+    shape = part = [int(n) for n in value.shape]
+    for place in places:
+        part = place.local_shape(part, mesh.get_context().rank(place.mesh_axis))
+    out = torch.zeros(part, dtype=value.dtype, device=value.device)
+    out.requires_grad_(value.requires_grad)
+    return wrapped(out, shape, places) if places else out
 
 
 @contextmanager

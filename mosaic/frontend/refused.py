@@ -15,6 +15,7 @@ from torch import fx
 from mosaic.api.errors import UnsupportedError
 from mosaic.graph.inputs import Input
 from mosaic.graph.source import frames, where
+from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
     INLINED,
     HigherOrderOperator,
@@ -131,6 +132,8 @@ def kind_of(value: Any) -> str | None:
     if not isinstance(value, torch.Tensor):
         return None
     kind = type(value).__name__
+    if isinstance(value, ShardedTensor):
+        return None
     if bool(is_traceable_wrapper_subclass(value)):
         return kind
     if value.is_nested:

@@ -10,7 +10,7 @@ from mosaic.attention.cost import size
 from mosaic.graph.source import frames, shown
 from mosaic.masks.softmax import UNKNOWN
 from mosaic.report.plan import Plan
-from mosaic.torch_private import RESUMED, break_after, compiles_left
+from mosaic.torch_private import RESUMED, compiles_left
 
 log = logging.getLogger(__name__)
 LARGE = 1 << 30  # bytes of an output made whole that are worth a word
@@ -33,18 +33,7 @@ def resumed_at(graph: fx.Graph) -> str | None:
     return None
 
 
-def ended_at(module: fx.GraphModule) -> str:
-    """The graph break behind Dynamo's graph, and its reason; "" where the program returns."""
-    ends = break_after(module)
-    if ends is None:
-        return ""
-    reason, frame = ends
-    if frame is None:
-        return reason
-    return f"{shown(frame.filename)}:{frame.lineno} in {frame.name}: {reason}"
-
-
-def announce(plan: Plan, resumed: str | None) -> None:
+def announce(plan: Plan) -> None:
     for note in plan.notes:
         if note.startswith(UNKNOWN) and plan.ranks > 1:
             once(note)
@@ -54,8 +43,6 @@ def announce(plan: Plan, resumed: str | None) -> None:
         if c.why == "an output is whole" and c.bytes > LARGE:
             once(f"an output is gathered, {size(c.bytes)} from each rank [{c.source}]; "
                  'outputs="shards" leaves it cut')  # fmt: skip
-    if resumed:
-        once(f"graph break in {resumed}: what passes it is whole on every rank, correct but slow")
     left = compiles_left()
     if left is not None and left <= 1 and plan.ranks > 1:
         once(

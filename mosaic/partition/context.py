@@ -37,9 +37,10 @@ class Context:
     modes: Modes
     #: Inputs that are shards already: for each mesh axis where it cuts them.
     arriving: Mapping[int, tuple[Place, ...]] = field(default_factory=dict)
+    stays_cut: bool = False  # outputs that hold an axis, for who takes ShardedTensors
     is_resumed: bool = False  # after a graph break: locals may have other meanings
     is_first_graph: bool = True
-    ends_at: str = ""  # the graph break behind this graph, and its reason
+    goes_on: bool = False  # in other graphs of the same function
     holds_shards: bool = False  # a program that was written for shards: it is only lowered
     graph_text: str = ""
     constants: int = 0  # tensors of the local program that are no inputs

@@ -13,6 +13,7 @@ from mosaic.attention.cost import cost_of, size
 from mosaic.attention.problem import AttentionProblem
 from mosaic.graph.pipeline import PassReport
 from mosaic.graph.source import code, line
+from mosaic.layout import Place, Shard
 from mosaic.partition.context import Context
 from mosaic.partition.values import Collective
 from mosaic.report.show import diff
@@ -51,6 +52,7 @@ class Plan:
     passes: list[PassReport]
     gathered: list[str]
     notes: list[str]
+    outputs: list[tuple[Place, ...]] = field(default_factory=list)  # how each of them is cut
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
     steps: dict[str, tuple[str, str]] = field(default_factory=dict)  # pass: listings around it
 
@@ -113,6 +115,7 @@ def plan_of(context: Context, passes: list[PassReport]) -> Plan:
         passes=passes,
         gathered=[f"{why} [{line(node)}]" for why, node in context.gathered],
         notes=context.notes,
+        outputs=[tuple(Shard.decode(x).place for x in shards) for shards in context.output_shards],
     )
 
 

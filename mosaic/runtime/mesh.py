@@ -81,6 +81,10 @@ class MosaicContext:
             rank += 0 if self.mesh is None else self.mesh.get_local_rank(name)
         return rank
 
+    def position(self, mesh_axis: str) -> int:
+        """Where a (joint) mesh axis begins among those of the mesh."""
+        return self.axes.index(self._names(mesh_axis)[0])
+
     def group(self, mesh_axis: str = "sp") -> dist.ProcessGroup | None:
         """The process group of the mesh axis; None where there is a single process.
 

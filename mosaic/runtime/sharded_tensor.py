@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from mosaic.api.errors import ShardingError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.runtime.collectives import slice_to
 from mosaic.runtime.mesh import get_context
-from mosaic.torch_private import without_torch_function
+from mosaic.torch_private import FakeTensor, pytree, without_torch_function
 
 #: What runs an op, and an attention, of which an operand is a ShardedTensor:
 #: ``frontend/eagerly.py`` puts itself here, as it knows the rules.
@@ -22,6 +22,14 @@ RUN: dict[str, Callable[..., Any]] = {}
 
 
 ATTENTION = F.scaled_dot_product_attention
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+def uncompiled(fn: Fn) -> Fn:
+    """``fn`` as it is, where Dynamo runs a function frame by frame; in one that it compiles, a
+    break of the graph."""
+    disabled: Fn = torch.compiler.disable(fn, reason="it works on parts, outside of a graph")
+    return disabled
 
 
 @contextmanager
@@ -57,6 +65,15 @@ class ShardedTensor(torch.Tensor):
     def __init__(self, local: Tensor, shape: Sequence[int], places: tuple[Place, ...]):
         self._local, self.places = local, places
 
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Place, ...]]:
+        return ["_local"], self.places
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], places: tuple[Place, ...], shape: Any, stride: Any
+    ) -> ShardedTensor:
+        return ShardedTensor(inner["_local"], shape, places)
+
     def __repr__(self) -> str:  # type: ignore[override]
         cuts = "; ".join(
             f"dim {place.dim} over '{place.mesh_axis}' as {place.layout}" for place in self.places
@@ -64,55 +81,64 @@ class ShardedTensor(torch.Tensor):
         return f"ShardedTensor(shape={list(self.shape)}, {cuts}, local={self._local})"
 
     @classmethod
+    @uncompiled
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return RUN["op"](func, args, kwargs or {})
 
     @classmethod
+    @uncompiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ATTENTION:  # which torch would take apart
+        traced = is_traced(args, kwargs or {})
+        if func is ATTENTION and not traced:  # which torch would take apart
             return RUN["attention"](*args, **(kwargs or {}))
-        calls_it = func is F.multi_head_attention_forward
+        calls_it = func is F.multi_head_attention_forward and not traced
         with caught_attention() if calls_it else nullcontext(), without_torch_function():
             return func(*args, **(kwargs or {}))
 
     @staticmethod
-    def from_local(part: Tensor, dim: int, layout: Layout, mesh_axis: str = "sp") -> ShardedTensor:
+    @uncompiled
+    def from_local(part: Tensor, dim: int, layout: Layout, mesh: str = "sp") -> ShardedTensor:
         """The tensor of which ``part`` is what this rank holds, by ``layout``; differentiable, and
         the gradient of ``part`` is a part.
 
         Raises ShardingError where the part is not as long as the layout says.
         """
         context = get_context()
-        rank, p = context.rank(mesh_axis), context.size(mesh_axis)
+        rank, p = context.rank(mesh), context.size(mesh)
         dim = dim_of(part, dim)
-        if layout.p != p or layout.lengths[rank] != part.shape[dim] or not layout.is_partition:
+        fits = checked_layout(layout).p == p and layout.lengths[rank] == part.shape[dim]
+        if not fits or not layout.is_partition:
             raise ShardingError(
                 f"the part is not what the layout says of dim {dim}",
                 sizes=f"{list(part.shape)} on rank {rank} of {p}",
                 layout=layout,
             )
         shape = [layout.n if d == dim else size for d, size in enumerate(part.shape)]
-        return wrapped(part, shape, (Place(layout, dim, mesh_axis=mesh_axis),))
+        return wrapped(part, shape, (Place(layout, dim, mesh_axis=mesh),))
 
     @property
+    @uncompiled
     def local(self) -> Tensor:
         """This rank's part. Differentiable: its gradient is this rank's part of the whole one."""
         return _Local.apply(self)
 
     @property
     def layout_along(self) -> dict[int, Layout]:
-        """Which indices each rank holds, for each dim that is cut."""
+        """Which indices each rank holds, for each dim that is cut. (``x.layout`` is torch's: that
+        of memory.)"""
         return {place.dim: place.layout for place in self.places}
 
+    @uncompiled
     def full_tensor(self) -> Tensor:
         """The whole on every rank, in global order; differentiable. All ranks must call it."""
         return _Full.apply(self)
 
 
+@uncompiled
 def distribute(
-    x: Tensor, dim: int, layout: Layout | None = None, mesh_axis: str = "sp"
+    x: Tensor, dim: int, layout: Layout | None = None, mesh: str = "sp"
 ) -> ShardedTensor:
     """Cut a whole tensor, which every rank has, along ``dim``: as ``torch.chunk`` does, or by
     ``layout``. Differentiable: the gradient of ``x`` is whole.
@@ -121,28 +147,65 @@ def distribute(
     ranks.
     """
     context = get_context()
-    dim, p = dim_of(x, dim), context.size(mesh_axis)
-    layout = Layout.even(x.shape[dim], p) if layout is None else layout
-    if (layout.n, layout.p) != (x.shape[dim], p) or not layout.is_partition:
-        raise ShardingError(
-            f"the layout does not fit dim {dim}",
-            sizes=f"the tensor has {x.shape[dim]} there and the mesh axis {p} ranks; "
-            f"the layout is of {layout.n} over {layout.p}",
-            fix="make it for these sizes, with every index on one rank: Layout.even(length, ranks)",
-        )
-    place = Place(layout, dim, mesh_axis=mesh_axis)
+    dim, p = dim_of(x, dim), context.size(mesh)
+    layout = layout_for(x, dim, layout, p)
+    place = Place(layout, dim, mesh_axis=mesh)
     if not isinstance(x, ShardedTensor):
         return _Distribute.apply(x, (place,))
-    if mesh_axis in [held.mesh_axis for held in x.places] or dim in x.layout_along:
+    if mesh in [held.mesh_axis for held in x.places] or dim in x.layout_along:
         raise ShardingError(
             "the tensor is cut there, or over that mesh axis, already",
             cut=repr(x).rpartition(", local=")[0],
             fix="cut another dim over another mesh axis, or start from x.full_tensor()",
         )
-    order = get_context().axes
-    places = sorted((*x.places, place), key=lambda held: order.index(held.mesh_axis))
+    places = sorted((*x.places, place), key=lambda held: context.position(held.mesh_axis))
     part = sliced(x.local, (place,))
     return wrapped(part, x.shape, tuple(places))
+
+
+def layout_for(
+    x: Tensor, dim: int, layout: Layout | None, p: int, may_be_whole: bool = False
+) -> Layout:
+    """How a whole tensor is cut in ``dim`` over p ranks; if nothing is said as by ``torch.chunk``.
+
+    Raises ShardingError for a layout of another length or number of ranks, and for one that is no
+    cut (all of it on every rank, if that may be).
+    """
+    if layout is None:
+        return Layout.even(x.shape[dim], p)
+    if (checked_layout(layout).n, layout.p) != (x.shape[dim], p):
+        raise ShardingError(
+            f"the layout does not fit dim {dim}",
+            sizes=f"the tensor has {x.shape[dim]} there and the mesh axis {p} ranks; "
+            f"the layout is of {layout.n} over {layout.p}",
+            fix="make it for these sizes: mosaic.Layout.even(length, ranks)",
+        )
+    is_whole = may_be_whole and layout == Layout.whole(layout.n, p)
+    if not layout.is_partition and not is_whole:
+        raise ShardingError(
+            "the layout holds an index twice, or leaves one out",
+            layout=layout,
+            fix="give every index to one rank, or all of them to every rank (Layout.whole)"
+            if may_be_whole
+            else "give every index to one rank",
+        )
+    return layout
+
+
+def checked_layout(layout: Layout) -> Layout:
+    """Raises ShardingError for what is none."""
+    if not isinstance(layout, Layout):
+        raise ShardingError(
+            f"layout = {layout!r} is no layout",
+            fix="make one: mosaic.Layout.even(n, p), Layout.zigzag(n, p), Layout.of(n, ranks)",
+        )
+    return layout
+
+
+def is_traced(*arguments: Any) -> bool:
+    """Whether a cut tensor among them is one of Dynamo's, with sizes alone."""
+    leaves = pytree.tree_leaves(arguments)
+    return any(isinstance(x, ShardedTensor) and isinstance(x._local, FakeTensor) for x in leaves)
 
 
 def dim_of(x: Tensor, dim: int) -> int:

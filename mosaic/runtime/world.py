@@ -37,6 +37,10 @@ class World:
         places = product(*map(range, sizes.values()))
         return [tuple(rank_along(axis, place) for axis in mesh_axes) for place in places]
 
+    def position(self, mesh_axis: str) -> int:
+        """Where a (joint) mesh axis begins among those of the mesh."""
+        return min(map(list(self.sizes).index, own_axes(mesh_axis)))
+
     @property
     def node_size(self) -> int:
         """How many neighbouring ranks share a node, by torchrun's word; 0 for all of them."""

@@ -333,12 +333,7 @@ def test_no_tensor(alone: None) -> None:
 a list is no tensor
   fix  pass a torch.Tensor""",
     )
-    assert_expected_inline(
-        message_of(mosaic.layout_of, [1, 2]),
-        """\
-a list is no tensor
-  fix  pass a torch.Tensor""",
-    )
+    assert message_of(mosaic.distribute, [1, 2], 0) == message_of(mosaic.shard_tensor, [1, 2], 0)
 
 
 def test_a_layout_that_is_none(alone: None) -> None:
@@ -348,12 +343,15 @@ def test_a_layout_that_is_none(alone: None) -> None:
 layout = 'even' is no layout
   fix  make one: mosaic.Layout.even(n, p), Layout.zigzag(n, p), Layout.of(n, ranks)""",
     )
+    assert message_of(mosaic.distribute, X, 1, layout="even").startswith("layout = 'even' is no")
+    assert message_of(mosaic.ShardedTensor.from_local, X, 1, "even").startswith("layout = 'even' i")
 
 
 @pytest.mark.parametrize("held", [(0, 12), (-1, 12), (1, 14), (0, 14)])
 def test_a_layout_of_another_axis(alone: None, held: tuple[int, int]) -> None:
-    text = message_of(mosaic.shard_tensor, X, 1, layout=Layout.of(13, [[held]]))
-    assert text.startswith("the layout holds an index twice, or leaves one out\n"), text
+    for cut in (mosaic.shard_tensor, mosaic.distribute):
+        text = message_of(cut, X, 1, layout=Layout.of(13, [[held]]))
+        assert text.startswith("the layout holds an index twice, or leaves one out\n"), text
 
 
 def test_layouts_of_nothing() -> None:

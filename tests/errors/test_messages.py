@@ -135,15 +135,11 @@ class BreaksBefore(Model):
 
 
 def test_attention_behind_a_break() -> None:
+    """What a named axis cuts stays cut over the break, and the attention behind it is found."""
     spec = ShardingSpec(inputs={"x": "batch tokens features"}, axes={"tokens": "ring"})
-    assert_expected_inline(
-        explained(BreaksBefore(), X, spec=spec),
-        """\
-nothing attends over axis 'tokens', so there is no reason to cut it
-  sizes   tokens = 13; lengths attended over: none
-  breaks  the graph ends here, what comes later was not seen: tests/errors/test_messages.py:LINE in forward: Call to `torch._dynamo.graph_break()`
-  fix     name the axis that attention runs over, or leave the spec out to have it found, or remove the graph break""",  # noqa: E501
-    )
+    plan = mosaic.explain(BreaksBefore(), X, spec=spec, sp_size=4)
+    assert [(a.axis, a.method) for a in plan.attentions] == [("tokens", "ring(stages=2)")]
+    assert plan.notes == ["2 graphs: the program breaks; what is cut stays cut in between"]
 
 
 def test_a_mesh_axis_that_is_not_there() -> None:
@@ -227,11 +223,11 @@ there is no inner compiler 'tvm'
 
 def test_a_tensor_without_a_layout() -> None:
     assert_expected_inline(
-        message_of(mosaic.layout_of, X),
+        message_of(mosaic.gather, X),
         """\
 this tensor carries no layout
   sizes  [2, 13, 8]
-  fix    pass an output of a model compiled with outputs='shards', or of mosaic.shard_tensor; what is computed from one is a plain tensor: use mosaic.shard_like(whole, that output), or say how it is cut: mosaic.gather(x, dim, layout=...)""",  # noqa: E501
+  fix    say how it is cut: mosaic.gather(x, dim, layout=...); of a ShardedTensor take x.full_tensor()""",  # noqa: E501
     )
 
 

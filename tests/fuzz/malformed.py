@@ -95,7 +95,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "'n'",
         "['n']",
     ),
-    "inputs_are": ("'shards'", "'whole'", "'parts'"),
     "outputs": ("'shards'", "'whole'", "'cut'"),
     "on_gather": ("'error'", "'warn'", "'ignore'"),
     "gradients": ("'shares'", "'whole'", "'none'"),
@@ -169,7 +168,8 @@ APART = (
     "other = mosaic.ShardingSpec(check_inputs='always' if rank else 'first')\n"
     "run = torch.compile(model, backend='mosaic', options={'inner': 'eager', 'spec': other})\n"
     "x = torch.randn(2, 7, 8); y = run(x)",
-    "x = mosaic.shard_tensor(torch.randn(2, 7, 8), 1); y = run(x)",
+    "x = mosaic.distribute(torch.randn(2, 7, 8), 1); y = run(x)",
+    "x = mosaic.distribute(torch.randn(2, 7 + rank, 8), 1); y = run(x)",
     "x = mosaic.shard_tensor(torch.randn(2, 7 + rank, 8), 1); y = mosaic.gather(x)",
     "x = torch.randn(2, 3 + rank, 8); y = mosaic.gather(x, 1)",
     "q = torch.randn(2, 2, 3 + rank, 8); y = mosaic.attention(q, q, q, 'ring')",
@@ -199,8 +199,7 @@ CALLS: tuple[tuple[str, dict[str, str]], ...] = (
     ),
     ("mosaic.shard_tensor", {"x": "torch.randn(2, 6, 8)", "dim": "1", "layout": "None"}),
     ("mosaic.gather", {"x": "torch.randn(2, 3, 8)", "dim": "1", "layout": "None"}),
-    ("mosaic.layout_of", {"x": "torch.randn(2, 6, 8)"}),
-    ("mosaic.shard_like", {"x": "torch.randn(2, 6)", "like": "torch.randn(2, 6, 8)"}),
+    ("mosaic.distribute", {"x": "torch.randn(2, 6, 8)", "dim": "1", "layout": "None"}),
     ("mosaic.Layout.even", {"n": "7", "p": "2", "multiple_of": "1"}),
     ("mosaic.Layout.zigzag", {"n": "7", "p": "2", "multiple_of": "1"}),
     ("mosaic.Layout.of", {"n": "7", "ranks": "[[(0, 4)], [(4, 7)]]"}),

@@ -17,23 +17,19 @@ EAGER = {"inner": "eager"}
 
 
 def sharded_outputs(p: int) -> dict:
-    """The loss of sharded logits against sharded labels is the sum of the ranks' losses."""
-    context = mosaic.init(sp_size=p)
+    """The loss of logits that stay cut, by torch's own function, outside of the model."""
+    mosaic.init(sp_size=p)
     torch.manual_seed(0)
     model, (ids, _), _ = cases.gpt()
     spec = mosaic.ShardingSpec(outputs="shards")
     logits, _ = torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec})(ids)
-    labels = mosaic.shard_like(ids, logits)
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / ids.numel()
+    loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum") / ids.numel()
     loss.backward()
-    total = loss.detach().clone()
-    if p > 1:
-        torch.distributed.all_reduce(total, group=context.group())
     return {
-        "loss": total,
+        "loss": loss.detach(),
         "gradients": gradients(model),
-        "logits": mosaic.gather(logits).detach(),
-        "layout": str(mosaic.layout_of(logits)),
+        "logits": logits.full_tensor().detach(),
+        "layout": str(logits.layout_along[1]),
     }
 
 
@@ -147,17 +143,14 @@ def arriving_shards(p: int, lengths: list[int]) -> list[dict]:
     mosaic.init(sp_size=p)
     torch.manual_seed(0)
     model, _, _ = cc.built(cc.AnyLength)
-    spec = mosaic.ShardingSpec(
-        inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inputs_are="shards"
-    )
-    compiled = torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec})
+    compiled = torch.compile(model, backend="mosaic", options=EAGER)
     return [shard_step(model, compiled, n) for n in lengths]
 
 
 def shard_step(model, compiled, n: int) -> dict:
     model.zero_grad()
     whole = tokens(n)
-    loss = compiled(mosaic.shard_tensor(whole, 1))
+    loss = compiled(mosaic.distribute(whole, 1))
     loss.backward()
     return {"loss": loss.detach(), "gradients": {**gradients(model), "x": whole.grad}}
 
@@ -180,41 +173,18 @@ def whole_steps(lengths: list[int]) -> list[dict]:
     return out
 
 
-def parts_that_are_refused(p: int) -> list[str]:
-    """One that was computed from a zigzag shard, and one of a length that may not vary."""
-    mosaic.init(sp_size=p)
-    model, (x,), _ = cc.built(cc.AnyLength)
-    part = mosaic.shard_tensor(x.detach(), 1, layout=mosaic.Layout.zigzag(13, p))
-    derived = part * 1.0
-    torch._dynamo.maybe_mark_dynamic(derived, 1)
-    return [refusal(model, derived), refusal(model, part, dynamic=False)]
-
-
-def refusal(model, part: torch.Tensor, **how) -> str:
-    spec = mosaic.ShardingSpec(
-        inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inputs_are="shards"
-    )
-    try:
-        torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec}, **how)(part)
-    except Exception as error:
-        return str(getattr(error, "inner_exception", error))
-    return "no error"
-
-
 def parts_of_the_user(p: int) -> dict:
     """Cut by hand, and said how."""
     context = mosaic.init(sp_size=p)
     torch.manual_seed(0)
     model, _, _ = cc.built(cc.AnyLength)
-    spec = mosaic.ShardingSpec(
-        inputs={"x": "batch tokens features"}, axes={"tokens": "ring"}, inputs_are="shards"
-    )
-    compiled = torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec})
+    compiled = torch.compile(model, backend="mosaic", options=EAGER)
     part = tokens(13).detach().chunk(p, 1)[context.rank()].contiguous().requires_grad_()
-    loss = compiled(mosaic.as_shard(part, 1, layout=mosaic.Layout.even(13, p)))
+    layout = mosaic.Layout.even(13, p)
+    loss = compiled(mosaic.ShardedTensor.from_local(part, 1, layout))
     loss.backward()
     assert part.grad is not None
-    whole = mosaic.gather(part.grad, 1, layout=mosaic.Layout.even(13, p))
+    whole = mosaic.gather(part.grad, 1, layout=layout)
     return {"loss": loss.detach(), "gradients": {**gradients(model), "x": whole}}
 
 

@@ -1,4 +1,4 @@
-"""Jobs for inputs that arrive cut: programs that depend on their length, and models that do not."""
+"""Jobs for inputs that arrive cut: programs that depend on their length, and models."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ from collections.abc import Callable
 
 import cases
 import contract_cases as cc
-import pytest
 import torch
 import torch.nn.functional as F
 from model_jobs import gradients, loss_of
 from models.video import Attention, Video
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import mosaic
-from mosaic.frontend.backend import world_of
-from mosaic.frontend.capture import capture, read_inputs
-from mosaic.frontend.sharded_inputs import arriving_shards, global_sizes
-
-TOKENS = {"x": "batch tokens features"}
 
 
 class Decides(nn.Module):
@@ -47,13 +41,7 @@ class Breaks(nn.Module):
 
 
 def branch(x: Tensor) -> Tensor:
-    if x.shape[1] > 6:  # of 13 rows, rank 0 has 7 and rank 1 has 6
-        x = x * 2
-    return x
-
-
-def other_branch(x: Tensor) -> Tensor:
-    if x.shape[1] > 10:
+    if x.shape[1] > 7:  # of 13 rows, rank 0 has 7 and rank 1 has 6
         x = x * 2
     return x
 
@@ -76,47 +64,52 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def bounded(x: Tensor) -> Tensor:
-    """Within what the user says of the dim, this is decided without a guard."""
-    return x * 2 if x.shape[1] > 10 else x
+def on_parts(p: int, model: nn.Module, *whole: Tensor) -> float:
+    """How far the loss and the gradients of a program whose first input arrives cut are from those
+    of one process."""
+    found = []
+    for cut in (False, True):
+        leaf = whole[0].clone().requires_grad_()
+        given: Tensor = mosaic.distribute(leaf, 1) if cut else leaf
+        model.zero_grad()
+        loss = (compiled(model) if cut else model)(given, *whole[1:])
+        loss.backward()
+        grads = [gradients(model)[name] for name, _ in model.named_parameters()]
+        found.append([loss.detach(), leaf.grad, *grads])
+    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
 
 
-def refusal(p: int, decide: Callable[[Tensor], Tensor], n: int = 13) -> str:
-    """What this rank says of a program that its local length decides."""
+def decided(p: int, decide: Callable[[Tensor], Tensor], n: int = 13) -> float:
     mosaic.init(sp_size=p)
-    part = mosaic.shard_tensor(random(n), 1)
-    if decide is bounded:
-        torch._dynamo.mark_dynamic(part, 1, min=2, max=9)
-    return message(Decides(decide).double(), part)
+    return on_parts(p, Decides(decide).double(), random(n))
 
 
-def refusal_of_a_break(p: int) -> str:
+def broken(p: int) -> float:
     mosaic.init(sp_size=p)
-    return message(Breaks().double(), mosaic.shard_tensor(random(13), 1))
+    return on_parts(p, Breaks().double(), random(13))
 
 
-def refusal_of_another_input(p: int) -> str:
-    """y is cut as well, and the spec does not say so."""
+def beside_a_whole_one(p: int) -> float:
+    """y is as long, and whole."""
     mosaic.init(sp_size=p)
-    parts = [mosaic.shard_tensor(random(13), 1) for _ in range(2)]
-    return message(Decides(unchanged).double(), *parts)
+    return on_parts(p, Decides(unchanged).double(), random(13), random(13) + 1)
 
 
-def message(model: nn.Module, *parts: Tensor) -> str:
+def refused_ranks(p: int) -> str:
+    """A tensor that was cut for other ranks."""
+    context = mosaic.init(sp_size=p)
+    x = mosaic.distribute(random(13), 1)
+    context.shutdown()
+    mosaic.init(sp_size=1)
     try:
-        compiled(model, TOKENS)(*parts)
+        compiled(Decides(unchanged).double())(x)
     except Exception as error:
         return str(getattr(error, "inner_exception", error))
     return "no error"
 
 
-def compiled(model: nn.Module, inputs: dict[str, str]) -> Callable[..., Tensor]:
-    options = {"inner": "eager", "spec": shards_spec(inputs)}
-    return torch.compile(model, backend="mosaic", options=options)
-
-
-def shards_spec(inputs: dict[str, str]) -> mosaic.ShardingSpec:
-    return mosaic.ShardingSpec(inputs=inputs, axes={"tokens": "ring"}, inputs_are="shards")
+def compiled(model: nn.Module) -> Callable[..., Tensor]:
+    return torch.compile(model, backend="mosaic", options={"inner": "eager"})
 
 
 def random(n: int) -> Tensor:
@@ -124,11 +117,10 @@ def random(n: int) -> Tensor:
     return torch.randn(2, n, cc.E, generator=draw, dtype=torch.float64)
 
 
-# --- what has to be let through -----------------------------------------------------------------
+# --- models -----------------------------------------------------------------
 
 
 def holds(x: Tensor) -> Tensor:
-    """Decided alike at 7, 6 and 13."""
     n = x.shape[1]
     assert 2 <= n < 100
     return x * (n if n > 3 else 1) / max(n, 2) + int(n) * n**-0.5
@@ -153,59 +145,40 @@ def video() -> cases.Built:
     return Video(Attention).double(), (), {"clip": torch.randn(1, 13, 6, 3).double()}
 
 
-def decided() -> cases.Built:
+def held() -> cases.Built:
     return Decides(holds).double(), (), {"x": random(13)}
 
 
 #: A model, and what of its inputs is cut in dim 1.
 MODELS = {
-    "decided": (decided, TOKENS),
-    "gpt": (gpt, {"ids": "batch tokens", "labels": "batch tokens"}),
-    "llama": (llama, {"ids": "batch tokens", "labels": "batch tokens"}),
-    "table": (table, {"x": "batch tokens columns"}),
-    "video": (video, {"clip": "batch tokens places channels"}),
-    "hf_llama": (
-        cases.hf_llama,
-        dict.fromkeys(("input_ids", "labels", "attention_mask"), "batch tokens"),
-    ),
+    "decided": (held, {"x"}),
+    "gpt": (gpt, {"ids", "labels"}),
+    "llama": (llama, {"ids", "labels"}),
+    "table": (table, {"x"}),
+    "video": (video, {"clip"}),
+    "hf_llama": (cases.hf_llama, {"input_ids", "labels", "attention_mask"}),
 }
-
-
-def captured_lengths(p: int, name: str) -> str:
-    """What the parts' lengths are taken for, of a model of which nothing else is run."""
-    context = mosaic.init(sp_size=p)
-    build, inputs = MODELS[name]
-    model, _, given = build()
-    spec = shards_spec(inputs)
-    found = []
-
-    def stops(module: fx.GraphModule, _: list) -> Callable:
-        world = world_of(context, "sp")
-        places = arriving_shards(module, read_inputs(module), spec, [world])
-        lengths = set(global_sizes(module, places).values())
-        found.append(f"{len(places)} inputs of {lengths}")
-        capture(module, global_sizes(module, places))
-        raise RuntimeError("that is all")
-
-    given = {k: mosaic.shard_tensor(v, 1) if k in inputs else v for k, v in given.items()}
-    with pytest.raises(Exception, match="that is all"):
-        torch.compile(model, backend=stops)(**given)
-    return found[0]
 
 
 def model_on_parts(p: int, name: str) -> dict:
     """Loss and gradients; p = 0 is the plain model on whole inputs."""
     torch.manual_seed(0)
-    build, inputs = MODELS[name]
+    build, cut = MODELS[name]
     model, _, given = build()
     called: Callable[..., Tensor] = model
     if p:
         mosaic.init(sp_size=p)
-        given = {k: mosaic.shard_tensor(v, 1) if k in inputs else v for k, v in given.items()}
-        called = compiled(model, inputs)
-    loss = loss_of(called(**given))
-    loss.backward()
-    return {"loss": loss.detach(), "gradients": gradients(model)}
+        given = {k: mosaic.distribute(v, 1) if k in cut else v for k, v in given.items()}
+        called = compiled(model)
+    with mosaic.plans() as plans:
+        loss = loss_of(called(**given))
+        loss.backward()
+    grads = {name: whole(x) for name, x in gradients(model).items()}
+    return {"loss": whole(loss.detach()), "gradients": grads, "graphs": len(plans)}
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, mosaic.ShardedTensor) else x
 
 
 class Floats(nn.Module):
@@ -226,9 +199,8 @@ def floats_on_parts(p: int, factors: list[float]) -> list[dict]:
     called: Callable[..., Tensor] = model
     if p:
         mosaic.init(sp_size=p)
-        x = mosaic.shard_tensor(x, 1)
-        options = {"inner": "eager", "spec": shards_spec(TOKENS)}
-        called = torch.compile(model, backend="mosaic", dynamic=True, options=options)
+        x = mosaic.distribute(x, 1)
+        called = torch.compile(model, backend="mosaic", dynamic=True, options={"inner": "eager"})
     for factor in factors:
         model.zero_grad()
         model.factor = factor
@@ -247,12 +219,12 @@ class CausalLoss(nn.Module):
 
 
 def lengths(p: int, wanted: list[int], zigzag: bool) -> list[float]:
-    """How far each loss is from that of one process. A length may change on one rank only."""
+    """How far each loss is from that of one process. A part may change on one rank only."""
     mosaic.init(sp_size=p)
     model = CausalLoss()
-    called, off = compiled(model, TOKENS), []
+    called, off = compiled(model), []
     for n in wanted:
         layout = mosaic.Layout.zigzag(n, p) if zigzag else None
-        part = mosaic.shard_tensor(random(n), 1, layout=layout)
-        off.append((called(part) - model(random(n))).abs().item())
+        x = mosaic.distribute(random(n), 1, layout=layout)
+        off.append((called(x) - model(random(n))).abs().item())
     return off

@@ -10,7 +10,6 @@ import torch
 from cases import gpt
 from compare import assert_close, compare_gradients
 from contract_cases import Encoder, Reductions, built
-from expecttest import assert_expected_inline
 from model_jobs import run_model
 
 from mosaic.passes import OPTIONAL
@@ -97,22 +96,6 @@ def test_inputs_may_arrive_cut(ranks) -> None:
     for got in ranks(3).run(jobs.arriving_shards, 3, [13, 20]):
         for mine, theirs in zip(got, want, strict=True):
             same(mine, theirs)
-
-
-def test_a_part_without_a_layout_is_refused(ranks) -> None:
-    """What is computed from a zigzag shard is no even one, however long it is."""
-    derived, static = ranks(2).run(jobs.parts_that_are_refused, 2)[1]
-    assert_expected_inline(
-        derived,
-        """\
-x arrives cut, and carries no layout along dim 1
-  sizes  [2, 8, 8] on this rank
-  fix    make it with mosaic.shard_tensor(whole, dim), or of a part of your own with mosaic.as_shard(part, dim, layout=...); what is computed from a shard (h * 1.0) is a plain tensor, of which nobody knows how it is cut: say it again""",  # noqa: E501
-    )
-    assert_expected_inline(
-        static,
-        """no error""",
-    )
 
 
 def test_a_part_that_the_user_made(ranks) -> None:

@@ -59,7 +59,6 @@ def test_in_and_out(ranks) -> None:
             "repr": "ShardedTensor(shape=[2, 7, 5, 8], dim 1 over 'r' as 7=0:4|4:7; "
             "dim 2 over 'c' as 5=0:3|3:5",
             "again": "the tensor is cut there, or over that mesh axis, already",
-            "compiled": "a compiled function does not take a ShardedTensor yet",
             "no dim": "there is no dim 7 in the tensor",
             "no part": "the part is not what the layout says of dim 0",
         } | ({"cut": [2, *got["cut"][1:3], 8]})
