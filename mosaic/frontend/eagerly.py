@@ -70,9 +70,13 @@ class Program:
         """On this rank's parts; ``wrap(part, shape, places)`` makes a tensor of a cut result."""
         for why in self.gathered:
             say(why)
+        return self.wrapped(self.graph(*parts), wrap)
+
+    def wrapped(self, parts: Sequence[Tensor], wrap: Callable[..., Tensor] = ShardedTensor) -> Any:
+        """The op's results, of this rank's parts of its outputs."""
         found = [
             wrap(x, shape, places) if places else x
-            for x, (shape, places) in zip(self.graph(*parts), self.outputs, strict=True)
+            for x, (shape, places) in zip(parts, self.outputs, strict=True)
         ]
         return pytree.tree_map(lambda i: None if i is None else found[i], self.results)
 
@@ -124,6 +128,11 @@ def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if func in SAME:
         x = args[0]
         return ShardedTensor(func(x._local, **kwargs), x.shape, x.places)
+
+    if is_view(func) and isinstance(args[0], ShardedTensor):  # Dynamo makes an input by its view
+        args, kwargs = pytree.tree_map_only(torch.SymInt, int, (args, kwargs))
+        program = program_of(func, args, kwargs)
+        return program.wrapped(program.graph(args[0]._local))
 
     def as_whole(x: ShardedTensor) -> Tensor:
         with x._local.fake_mode:  # type: ignore[attr-defined]
@@ -182,7 +191,8 @@ def described(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return (type(x), x)
     places = x.places if isinstance(x, ShardedTensor) else ()
-    return Described(tuple(x.shape), x.stride(), x.dtype, x.device, places, learns(x))
+    shape, stride = (tuple(map(int, sizes)) for sizes in (x.shape, x.stride()))
+    return Described(shape, stride, x.dtype, x.device, places, learns(x))
 
 
 def learns(x: Tensor) -> bool:
@@ -237,9 +247,8 @@ def planned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program
 
         def placeholder(x: Tensor) -> fx.Node:
             node = graph.placeholder(f"x_{len(graph.nodes)}")
-            node.meta["val"] = torch.empty_strided(
-                x.shape, x.stride(), dtype=x.dtype, device=x.device
-            )
+            shape, stride = ([int(n) for n in sizes] for sizes in (x.shape, x.stride()))
+            node.meta["val"] = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
             node.meta["requires_grad"] = learns(x)
             if isinstance(x, ShardedTensor):
                 cut[len(graph.nodes) - 1] = x.places

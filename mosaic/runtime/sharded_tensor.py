@@ -22,6 +22,14 @@ RUN: dict[str, Callable[..., Any]] = {}
 
 
 ATTENTION = F.scaled_dot_product_attention
+#: What leaves PyTorch has the whole: all ranks must do it, as with ``full_tensor``.
+READS = {
+    torch.Tensor.numpy,
+    torch.Tensor.tolist,
+    torch.Tensor.__array__,
+    torch.Tensor.__dlpack__,
+    torch.Tensor.__reduce_ex__,
+}
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
@@ -90,6 +98,8 @@ class ShardedTensor(torch.Tensor):
     @classmethod
     @uncompiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS:
+            return func(args[0].detach().full_tensor(), *args[1:], **(kwargs or {}))
         traced = is_traced(args, kwargs or {})
         if func is ATTENTION and not traced:  # which torch would take apart
             return RUN["attention"](*args, **(kwargs or {}))
