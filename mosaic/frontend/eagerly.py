@@ -39,7 +39,7 @@ from mosaic.runtime import sharded_tensor
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole, wrapped
 from mosaic.runtime.world import world_of
-from mosaic.torch_private import FakeTensorMode, no_dispatch, pytree
+from mosaic.torch_private import FakeTensorMode, no_dispatch, pytree, without_modes
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -131,7 +131,8 @@ def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
     if is_view(func) and isinstance(args[0], ShardedTensor):  # Dynamo makes an input by its view
         args, kwargs = pytree.tree_map_only(torch.SymInt, int, (args, kwargs))
-        program = program_of(func, args, kwargs)
+        with without_modes():
+            program = program_of(func, args, kwargs)
         return program.wrapped(program.graph(args[0]._local))
 
     def as_whole(x: ShardedTensor) -> Tensor:
@@ -145,7 +146,7 @@ def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def is_view(func: Any) -> bool:
     """Whether an op gives another look at its operand's memory, of which a rank may have copied its
     part."""
-    if func in (aten.detach.default, aten.alias.default):
+    if func in (aten.detach.default, aten.alias.default) or func._schema.is_mutable:
         return False
     return any(r.alias_info is not None for r in func._schema.returns)
 
