@@ -26,6 +26,7 @@ from mosaic.eager.tensors import gather, shard_tensor
 from mosaic.frontend import eagerly as _eagerly  # noqa: F401 (ops on a ShardedTensor)
 from mosaic.frontend.decorator import shard
 from mosaic.frontend.explain import explain
+from mosaic.frontend.parallelize import parallelize
 from mosaic.layout import Layout
 from mosaic.report.plan import Plan, plans
 from mosaic.runtime.mesh import MosaicContext, get_context, init
@@ -60,6 +61,7 @@ __all__ = [
     "gather",
     "get_context",
     "init",
+    "parallelize",
     "plans",
     "shard",
     "shard_tensor",

@@ -21,7 +21,7 @@ from torch._C import _functorch as functorch
 from torch._C import _set_grad_enabled as set_grad_enabled
 from torch._decomp import decomposition_table
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import eval_frame
+from torch._dynamo import eval_frame, external_utils
 from torch._dynamo import reset as reset_dynamo
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import CatchErrorsWrapper
@@ -374,13 +374,19 @@ CALLERS = (
 )
 
 
+def stands_in(frame: Any) -> bool:
+    """Whether a frame is what Dynamo compiles in place of a function of torch's own."""
+    code = frame.f_code
+    return code.co_filename == external_utils.__file__ and code.co_name in ("inner", "wrapper")
+
+
 def is_whole_function(is_compiled: bool) -> bool:
     """Whether the graph that Dynamo compiles now (or runs: ``is_compiled``) is of the very function
     that the user gave to torch.compile, from its beginning; not of one that it calls, or of what is
     left of it behind a break. Only inside the backend call, or in what it returned."""
     frame: Any = sys._getframe(1)
     if is_compiled:
-        while frame.f_code.co_filename.startswith(WRAPPERS):
+        while frame.f_code.co_filename.startswith(WRAPPERS) and not stands_in(frame):
             frame = frame.f_back
         frame = frame.f_back  # the user's function, as Dynamo has written it anew
     else:

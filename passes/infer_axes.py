@@ -39,10 +39,10 @@ def infer_axes(graph: fx.Graph, context: Context) -> int:
     if context.arriving:
         context.axes = arriving_axes(graph, context)
         return len(context.arriving)
-    named = () if context.is_resumed else named_axes(graph, context)
+    named = () if context.has_other_names else named_axes(graph, context)
     if named:
         context.axes = one_for_each_mesh_axis(named, context)
-    elif context.spec.sharded and context.is_first_graph and not context.is_resumed:
+    elif context.spec.sharded and context.is_first_graph and not context.has_other_names:
         raise unbound(graph, context)
     elif context.spec.axes and not context.spec.sharded:
         context.notes.append("every axis is 'local': nothing is cut")

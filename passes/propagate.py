@@ -27,7 +27,8 @@ def propagate(graph: fx.Graph, context: Context) -> int:
     if begin_again(graph, planners, context) or leave_whole(planners, context):
         planners = follow(graph, context)
     note_places(planners, context)
-    if context.spec.sharded and not (context.arriving or context.goes_on):
+    is_found = context.arriving or context.goes_on or context.has_other_names
+    if context.spec.sharded and not is_found:
         for axis, planner in zip(context.axes, planners, strict=True):
             if not attends(planner):
                 raise nothing_attends(graph, axis, planner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, combinations
 from typing import Any
@@ -68,6 +68,7 @@ class Options:
 
     spec: ShardingSpec = field(default_factory=ShardingSpec)
     inner: str = "inductor"
+    owner: calls.Owner | None = None  # of a model of which this is a unit: parallelize.py
     is_first_graph: bool = True  # of this torch.compile
 
     def __post_init__(self) -> None:
@@ -104,7 +105,7 @@ def compile_graph(
     module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None
 ) -> Callable[..., Any]:
     """The passes before and after AOTAutograd; the ranks compare what each has made."""
-    unknown = set(options or {}) - {"spec", "inner"}
+    unknown = set(options or {}) - {"spec", "inner", "owner"}
     if unknown:
         raise ShardingError(
             f"unknown options: {', '.join(sorted(unknown))}", fix="options are 'spec' and 'inner'"
@@ -145,7 +146,9 @@ def partitioned(
     module: fx.GraphModule, options: Options, ranks: MosaicContext | None, arriving: Arriving
 ) -> tuple[fx.GraphModule, Context, Plan]:
     """PIPELINE: from Dynamo's graph to this rank's local program."""
-    spec = options.spec
+    spec, owner, goes_on = options.spec, options.owner, calls.goes_on(module)
+    if owner and owner.shares and not goes_on:
+        spec = replace(spec, gradients="shares")
     world = world_of(ranks, joint_mesh(spec, arriving))
     if spec.gives_shares and world.size > 1:
         calls.check_one_graph(module, spec)
@@ -160,14 +163,15 @@ def partitioned(
         spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
         policies=captured.policies, worlds=worlds,
     )  # fmt: skip
-    context.goes_on = calls.goes_on(module)
-    context.stays_cut = context.goes_on or bool(arriving) or spec.outputs == "shards"
-    resumed = resumed_at(captured.graph)
-    context.is_resumed = resumed is not None
+    context.goes_on = goes_on
+    context.stays_cut = goes_on or bool(arriving) or spec.outputs == "shards"
+    context.has_other_names = owner is not None or resumed_at(captured.graph) is not None
     context.is_first_graph = options.is_first_graph
     context.graph_text = text_of(captured.graph)
     passes = without_those_off(PIPELINE, OPTIONAL)
     reports = run_passes(passes, captured.graph, context, "global")
+    if owner:
+        owner.planned(context.axes)
     plan = plan_of(context, reports)
     announce(plan)
     plan.graphs["local"] = captured.graph

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from mosaic.api.errors import ShardingError, UnsupportedError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
+from mosaic.partition.values import Axis
 from mosaic.runtime.mesh import current_context
 from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
@@ -39,6 +40,14 @@ from mosaic.torch_private import (
     pytree,
     why_eager,
 )
+
+
+class Owner(Protocol):
+    """Who adds up the gradients of a model that is compiled in units."""
+
+    shares: bool
+
+    def planned(self, axes: Sequence[Axis]) -> None: ...
 
 
 @dataclass
@@ -60,6 +69,7 @@ class Call(AbstractContextManager["Call"]):
 
     made: Made
     runs: int = 0  # of graphs that Mosaic compiled
+    shares: int = 0  # of them such as give shares of gradients
     _undo: Any = field(default=None, repr=False)
 
     def __enter__(self) -> Call:
@@ -70,9 +80,11 @@ class Call(AbstractContextManager["Call"]):
     def __exit__(self, *_: object) -> None:
         self._undo()
         _calls().remove(self)
+        _local.last = self
         outer = current()
         if outer is not None:  # of a function that calls this one
             outer.runs += self.runs
+            outer.shares += self.shares
 
 
 _local = threading.local()
@@ -162,10 +174,19 @@ def running(spec: ShardingSpec) -> None:
     call = current()
     if call is not None:
         call.runs += 1
+        call.shares += spec.gives_shares
     if spec.gives_shares and not is_whole_function(is_compiled=True):
         raise in_pieces(spec, "a part of it was compiled by itself")
     if spec.gradients == "shares":
         check_not_averaged(spec)
+
+
+def gave_shares(result: Any) -> bool:
+    """Whether the last call, which gave ``result``, gives shares of its parameters' gradients."""
+    last: Call = _local.last
+    if last.shares:
+        check_no_parameter(result)
+    return 0 < last.shares == last.runs
 
 
 def size_of(spec: ShardingSpec) -> int:

@@ -81,7 +81,6 @@ class Program:
         return pytree.tree_map(lambda i: None if i is None else found[i], self.results)
 
 
-PROGRAMS: dict[Any, Program] = {}
 MOST_PROGRAMS = 4096
 SAID: set[tuple[str, str]] = set()
 
@@ -178,14 +177,16 @@ def run_attention(*args: Any, **kwargs: Any) -> Any:
 
 
 def program_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    """The program for these sizes and places: a new one, or that of an earlier call."""
+    """The program for these sizes and places: a new one, or that of an earlier call on the same
+    ranks."""
+    programs: dict[Any, Program] = get_context().programs
     flat, tree = pytree.tree_flatten((args, kwargs))
     key = (func, str(tree), Modes.current(), *(described(x) for x in flat))
-    if key not in PROGRAMS:
-        if len(PROGRAMS) >= MOST_PROGRAMS:
-            PROGRAMS.clear()
-        PROGRAMS[key] = planned(func, args, kwargs)
-    return PROGRAMS[key]
+    if key not in programs:
+        if len(programs) >= MOST_PROGRAMS:
+            programs.clear()
+        programs[key] = planned(func, args, kwargs)
+    return programs[key]
 
 
 def described(x: Any) -> Any:

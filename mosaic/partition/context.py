@@ -38,7 +38,7 @@ class Context:
     #: Inputs that are shards already: for each mesh axis where it cuts them.
     arriving: Mapping[int, tuple[Place, ...]] = field(default_factory=dict)
     stays_cut: bool = False  # outputs that hold an axis, for who takes ShardedTensors
-    is_resumed: bool = False  # after a graph break: locals may have other meanings
+    has_other_names: bool = False  # than the spec: after a break, or of a part of a model
     is_first_graph: bool = True
     goes_on: bool = False  # in other graphs of the same function
     holds_shards: bool = False  # a program that was written for shards: it is only lowered

@@ -60,6 +60,7 @@ class MosaicContext:
     _owns_group: bool = field(repr=False)
     alike: set[object] = field(repr=False, compare=False, default_factory=set)  # compared texts
     ledgers: dict[Any, Any] = field(repr=False, compare=False, default_factory=dict)  # data_check's
+    programs: dict[Any, Any] = field(repr=False, compare=False, default_factory=dict)  # eagerly's
     _meshes: dict[tuple[str, ...], DeviceMesh] = field(repr=False, default_factory=dict)
 
     @property

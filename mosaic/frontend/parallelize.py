@@ -1,0 +1,298 @@
+"""One call for a training script: inputs are cut once, blocks are compiled, FSDP2 sums gradients.
+
+    model = mosaic.parallelize(model, spec, fully_shard=True)
+
+A unit is a block (one of the repeated children of the model), or a large layer beside them (an
+embedding, a head). Each is compiled by itself, with ShardedTensors in and out; what runs between
+them is eager, on ShardedTensors. Under FSDP2 the gradients of a unit's parameters are shares where
+the unit is one graph, and its reduce-scatter adds them up: nothing else is sent for them. Where a
+unit breaks, and for the root's own parameters, gradients are whole and FSDP2 averages them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import fully_shard as shard_parameters
+from torch.utils.checkpoint import checkpoint as checkpoint_of
+
+from mosaic.api.errors import ShardingError
+from mosaic.api.spec import ShardingSpec, path_parts
+from mosaic.frontend import calls
+from mosaic.frontend.backend import mosaic as backend
+from mosaic.layout import Layout
+from mosaic.partition.values import Axis
+from mosaic.runtime.mesh import MosaicContext, get_context
+from mosaic.runtime.sharded_tensor import ShardedTensor, distribute
+from mosaic.torch_private import flattened
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def parallelize(
+    model: M,
+    spec: ShardingSpec,
+    *,
+    blocks: Sequence[nn.Module] | None = None,
+    fully_shard: bool | Mapping[str, Any] = False,
+    checkpoint: bool = False,
+    inner: str = "inductor",
+) -> M:
+    """Make a model train on sequence-parallel ranks, in place; gives the model back.
+
+    spec: names the dims of the model's inputs, and a method for each axis that is cut. Inputs come
+        whole (equal on the ranks that share them), or as ShardedTensors. What holds a cut axis in
+        the model's output is a ShardedTensor; a loss is whole.
+    blocks: the modules that are compiled, each by itself; without them the repeated children of
+        the model (the items of its lists of modules of one class).
+    fully_shard: apply FSDP2 to each block and to the model, over all ranks; or its arguments
+        (``{"mp_policy": ..., "mesh": ranks.mesh["dp", "sp"]}`` for HSDP). Do not call it yourself.
+    checkpoint: recompute each block in backward, but for its attention.
+    inner: "inductor" or "eager".
+
+    After ``backward`` every parameter, or DTensor of it, has the single-device gradient, averaged
+    over data-parallel ranks by FSDP2 (or by DistributedDataParallel around the model).
+
+    Raises ShardingError for a model without repeated children, and for inputs that lack a named
+    dim.
+    """
+    if not isinstance(model, nn.Module):
+        raise ShardingError(f"a {type(model).__name__} is no nn.Module", fix="pass a model")
+    ranks = get_context()
+    units = [*(blocks if blocks is not None else repeated(model))]
+    check_units(model, units)
+    owner = Owner(spec, ranks, shares=bool(fully_shard))
+    for unit in units:
+        unit.forward = owner.compiled(unit, checkpoint, inner)
+    if fully_shard:
+        layers = large_layers(model, units)
+        for layer in layers:
+            layer.forward = owner.compiled(layer, False, inner)
+        shard_all(model, [*units, *layers], owner, {} if fully_shard is True else dict(fully_shard))
+    model.forward = owner.with_inputs_cut(model)
+    return model
+
+
+@dataclass(eq=False)
+class Owner:
+    """Of one parallelized model: who adds its gradients up, and how its inputs are cut.
+
+    ``zigzag``: the mesh axes along which its attentions are causal. The first call's inputs are cut
+    evenly and exchanged in the first block; from the second on they are cut as it wants them.
+    """
+
+    spec: ShardingSpec
+    ranks: MosaicContext
+    shares: bool  # where a unit is one graph, for FSDP2 to add up
+    zigzag: set[str] = field(default_factory=set)
+    divisors: dict[nn.Module, int] = field(default_factory=dict)
+
+    def planned(self, axes: Sequence[Axis]) -> None:
+        """A graph of a unit was planned, and cuts these axes."""
+        for axis in axes:
+            n, p = axis.layout.n, axis.layout.p
+            if axis.layout == Layout.zigzag(n, p) != Layout.even(n, p):
+                self.zigzag.add(axis.mesh_axis)
+
+    def compiled(self, unit: nn.Module, recomputed: bool, inner: str) -> Callable[..., Any]:
+        """The unit's forward, compiled; FSDP2 is told how to divide what it gives."""
+        forward = unit.forward
+        if recomputed:
+            forward = functools.partial(checkpoint_of, forward, use_reentrant=False)
+        options: dict[str, Any] = {"spec": self.spec, "inner": inner, "owner": self}
+        run = torch.compile(forward, backend=backend, options=options)
+
+        @functools.wraps(unit.forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = run(*args, **kwargs)
+            if self.shares and torch.is_grad_enabled():
+                self.divide(unit, calls.gave_shares(result))
+            return result
+
+        return call
+
+    def divide(self, unit: nn.Module, shares: bool) -> None:
+        """Let FSDP2 divide the sum of a unit's gradients by the number of ranks that have each."""
+        divisor = self.ranks.dp_size * (1 if shares else sp_size(self.ranks))
+        if self.divisors.setdefault(unit, divisor) != divisor:
+            raise ShardingError(
+                f"{type(unit).__name__} was one graph in an earlier call and is several now, or "
+                "the reverse: its gradients cannot be added up",
+                fix="let it break the graph always or never; raise "
+                "torch._dynamo.config.recompile_limit if Dynamo runs it eagerly",
+            )
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(float(divisor))
+
+    def with_inputs_cut(self, model: nn.Module) -> Callable[..., Any]:
+        """The model's forward, with its named inputs cut."""
+        forward = model.forward
+        signature = inspect.signature(forward)
+
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            given = named(bound)
+            for path, names in (self.spec.inputs or {}).items():
+                cut = functools.partial(self.cut, path=path, names=names.split())
+                given = replaced(given, path_parts(path), cut)
+            return forward(*given.pop(POSITIONAL, ()), **given)
+
+        return call
+
+    def cut(self, x: Any, path: str, names: list[str]) -> Any:
+        """An input with its named axes cut; one that is cut there already is as it is."""
+        if not isinstance(x, Tensor) or x.ndim != len(names):
+            raise ShardingError(
+                f"{path} has other dims than its names",
+                names=" ".join(names),
+                sizes=list(x.shape) if isinstance(x, Tensor) else type(x).__name__,
+                fix="give each dim a name, and _ to those that do not matter",
+            )
+        held = x.layout_along if isinstance(x, ShardedTensor) else {}
+        for axis, method in self.spec.sharded.items():
+            dim = names.index(str(axis)) if str(axis) in names else None
+            if dim is None or dim in held:
+                continue
+            kind = Layout.zigzag if method.mesh in self.zigzag else Layout.even
+            x = distribute(x, dim, kind(x.shape[dim], self.ranks.size(method.mesh)), method.mesh)
+        return x
+
+
+# --- units --------------------------------------------------------------------------------------
+
+
+def repeated(model: nn.Module) -> list[nn.Module]:
+    """The items of the model's outermost lists of several modules of one class.
+
+    Raises ShardingError if there is none.
+    """
+    found: dict[nn.Module, None] = {}
+    for module in model.modules():  # from outside to inside
+        items = list(module.children()) if isinstance(module, LISTS) else []
+        is_inside = any(module in block.modules() for block in found)
+        if len(items) > 1 and len(set(map(type, items))) == 1 and not is_inside:
+            found |= dict.fromkeys(item for item in items if [*item.parameters()])
+    if not found:
+        raise ShardingError(
+            f"{type(model).__name__} has no list of repeated modules",
+            fix="say what is compiled: blocks=[model.first, model.second], or blocks=[model]",
+        )
+    return list(found)
+
+
+LISTS = (nn.ModuleList, nn.Sequential)
+
+
+def large_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
+    """Embeddings and linear layers beside the units (a head). One that shares its weight with
+    another (a tied head) stays with the model: FSDP2 takes a parameter in one place only."""
+    inside = {module for unit in units for module in unit.modules()}
+    every = model.named_parameters(remove_duplicate=False)
+    times = Counter(id(parameter) for _, parameter in every)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.Linear))
+        and module not in inside
+        and module is not model
+        and all(times[id(parameter)] == 1 for parameter in module.parameters())
+    ]
+
+
+def check_units(model: nn.Module, units: Sequence[Any]) -> None:
+    """Raise ShardingError for what is no part of the model."""
+    parts = set(model.modules())
+    for unit in units:
+        if not isinstance(unit, nn.Module) or unit not in parts:
+            raise ShardingError(
+                f"{type(unit).__name__} is among the blocks, and no part of the model",
+                fix="pass modules of the model: blocks=list(model.layers)",
+            )
+        if isinstance(unit, FSDPModule):
+            raise ShardingError(
+                f"{type(unit).__name__} is sharded by FSDP2 already",
+                fix="leave that to mosaic.parallelize(..., fully_shard=True)",
+            )
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+def shard_all(
+    model: nn.Module, units: Sequence[nn.Module], owner: Owner, given: dict[str, Any]
+) -> None:
+    """FSDP2 for each unit, then for what is left of the model."""
+    ranks = owner.ranks
+    if ranks.mesh is None:  # a single process
+        return
+    mesh = given.pop("mesh", None) or mesh_of_all(ranks)
+    missing = set(range(dist.get_world_size())) - set(mesh.mesh.flatten().tolist())
+    if missing:
+        raise ShardingError(
+            f"FSDP2's mesh leaves out ranks {sorted(missing)}",
+            fix="give it all: leave the mesh out, or ranks.mesh['dp', 'sp'] for HSDP",
+        )
+    for module in [*(unit for unit in units if unit is not model), model]:
+        shard_parameters(module, mesh=mesh, **given)
+        sums: Any = module
+        if ranks.device.type == "cpu":  # gloo adds, and does no more
+            sums.set_force_sum_reduction_for_comms(True)
+        sums.set_gradient_divide_factor(float(ranks.dp_size * sp_size(ranks)))
+
+
+def mesh_of_all(ranks: MosaicContext) -> DeviceMesh:
+    assert ranks.mesh is not None
+    return flattened(ranks.mesh, ranks.axes) if len(ranks.axes) > 1 else ranks.mesh
+
+
+def sp_size(ranks: MosaicContext) -> int:
+    """How many ranks share a sample."""
+    return prod(ranks.size(axis) for axis in ranks.axes if axis != "dp")
+
+
+# --- inputs -------------------------------------------------------------------------------------
+
+POSITIONAL = "*"
+
+
+def named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """A call's arguments by name; what only has a place under ``POSITIONAL``."""
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            given.setdefault(POSITIONAL, []).extend(value if kind.name[:3] == "VAR" else [value])
+        else:
+            given[name] = value
+    return given
+
+
+def replaced(tree: Any, way: Sequence[str], change: Callable[[Any], Any]) -> Any:
+    """A copy of nested arguments in which ``change`` was made at the end of the way, if that leads
+    to a value."""
+    if not way:
+        return tree if tree is None else change(tree)
+    key, *rest = way
+    if isinstance(tree, Mapping):
+        return {**tree, key: replaced(tree[key], rest, change)} if key in tree else tree
+    if isinstance(tree, (list, tuple)):
+        items = [replaced(x, rest, change) if str(i) == key else x for i, x in enumerate(tree)]
+        return type(tree)(items)
+    other = copy(tree)
+    setattr(other, key, replaced(getattr(tree, key), rest, change))
+    return other

@@ -1,0 +1,123 @@
+"""Jobs for ``mosaic.parallelize``: models and optimizers as training scripts have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from crossing_jobs import Decoder
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+import mosaic
+
+SPEC = {
+    "inputs": {"ids": "batch tokens", "labels": "batch tokens"},
+    "axes": {"tokens": mosaic.Auto()},
+}
+
+
+def tokens(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(11, (2, n), generator=draw), torch.randint(11, (2, n), generator=draw)
+
+
+FSDP: dict[str, Any] = {"fsdp": True, "none": False, "ddp": False}
+
+
+def parallelized(model: nn.Module, how: str, **options: Any) -> nn.Module:
+    """``how``: fsdp, hsdp, ddp or none."""
+    mesh = mosaic.get_context().mesh
+    fsdp = FSDP.get(how, {"mesh": mesh and mesh["dp", "sp"]})
+    spec = mosaic.ShardingSpec(**SPEC)
+    model = mosaic.parallelize(model, spec, inner="eager", fully_shard=fsdp, **options)
+    return DistributedDataParallel(model) if how == "ddp" else model
+
+
+def trained(
+    p: int, dp: int, how: str, breaks: bool = False, micro: int = 1, **options: Any
+) -> dict[str, Any]:
+    """Losses, norms and gradients of three steps; with ``dp`` replicas each has its own batches,
+    ``micro`` of them a step, and ``p`` = 0 is one process with all of them."""
+    torch.manual_seed(0)
+    model: Any = Decoder(breaks).double()
+    replica = 0
+    if p:
+        replica = mosaic.init(sp_size=p).dp_rank
+        model = parallelized(model, how, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses, norms = [], []
+    with mosaic.plans() as plans:
+        for step in range(3):
+            optimizer.zero_grad()
+            mine = [replica] if p else range(dp)
+            numbers = [(step * dp + r) * micro + m for m in range(micro) for r in mine]
+            found = []
+            for at, number in enumerate(numbers):
+                with accumulating(model, how if p else "", is_last=at + 1 == len(numbers)):
+                    loss = model(*tokens(13, number)) / len(numbers)
+                    loss.backward()
+                    found.append(loss.detach())
+            norms.append(whole(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+            optimizer.step()
+            losses.append(sum(found))
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": {bare(n): whole(w.grad) for n, w in model.named_parameters()},
+        "weights": {bare(n): whole(w.detach()) for n, w in model.named_parameters()},
+        "sent": sorted({c.why for plan in plans for c in plan.collectives}),
+    }
+
+
+def accumulating(model: Any, how: str, is_last: bool) -> AbstractContextManager[Any]:
+    """Leave out the exchange of gradients of all but the last batch of a step."""
+    if how in ("fsdp", "hsdp"):
+        model.set_requires_gradient_sync(is_last)
+    return model.no_sync() if how == "ddp" and not is_last else nullcontext()
+
+
+def mixed(p: int) -> dict[str, Any]:
+    """bf16 in FSDP2's policy, reduced in float32."""
+    torch.manual_seed(0)
+    model: Any = Decoder(False)
+    if p:
+        mosaic.init(sp_size=p)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        spec = mosaic.ShardingSpec(**SPEC)
+        fsdp = {"mp_policy": policy}
+        model = mosaic.parallelize(model, spec, inner="eager", fully_shard=fsdp)
+    model(*tokens(13, 0)).backward()
+    return {n: whole(w.grad) for n, w in model.named_parameters()}
+
+
+def refused() -> dict[str, str]:
+    mosaic.init(sp_size=2)
+    spec = mosaic.ShardingSpec(**SPEC)
+    other = mosaic.ShardingSpec(inputs={"ids": "tokens"}, axes={"tokens": "ring"})
+    ids, labels = tokens(13, 0)
+    return {
+        "no list": said(lambda: mosaic.parallelize(nn.Linear(3, 3), spec)),
+        "no part": said(lambda: mosaic.parallelize(Decoder(False), spec, blocks=[nn.Tanh()])),
+        "no module": said(lambda: mosaic.parallelize(torch.sin, spec)),
+        "other dims": said(lambda: mosaic.parallelize(Decoder(False), other)(ids, labels)),
+    }
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except mosaic.MosaicError as error:
+        return str(error)
+    return "no error"
+
+
+def bare(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def whole(x: Any) -> Any:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

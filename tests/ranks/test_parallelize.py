@@ -1,0 +1,80 @@
+"""``mosaic.parallelize``: after backward every parameter has the single-device gradient."""
+
+from __future__ import annotations
+
+import parallel_jobs as jobs
+import pytest
+from compare import assert_close, compare_gradients
+from expecttest import assert_expected_inline
+from sampling import FULL
+
+#: What the units of a model send beside their attentions.
+NOTHING: list[str] = []
+SUMS = ["gradients of whole tensors, in backward"]
+
+
+@pytest.mark.parametrize(
+    "p, dp, how, breaks, options, sent",
+    [
+        (2, 2, "fsdp", False, {"micro": 2}, NOTHING),
+        (2, 1, "fsdp", True, {}, SUMS),
+        (3, 1, "fsdp", False, {"checkpoint": True}, NOTHING),
+        FULL(2, 2, "hsdp", False, {"micro": 2}, NOTHING),
+        FULL(2, 2, "ddp", False, {"micro": 2}, SUMS),
+        FULL(4, 1, "none", True, {}, SUMS),
+        FULL(2, 2, "fsdp", True, {"micro": 2}, SUMS),
+        FULL(1, 2, "fsdp", False, {}, NOTHING),
+        FULL(1, 1, "fsdp", False, {}, NOTHING),
+    ],
+)
+def test_three_steps(ranks, p: int, dp: int, how: str, breaks: bool, options: dict, sent) -> None:
+    """Losses, norms of gradients, gradients and weights, with replicas and micro-batches."""
+    want = jobs.trained(0, dp, how, breaks, micro=options.get("micro", 1))
+    every = ranks(p * dp).run(jobs.trained, p, dp, how, breaks, **options)
+    losses = [
+        sum(found) / len(every) for found in zip(*(got["losses"] for got in every), strict=True)
+    ]
+    for mine, theirs in zip(losses, want["losses"], strict=True):
+        assert_close("loss", mine, theirs, 1e-12)
+    for got in every:
+        assert got["sent"] == sent
+        for mine, theirs in zip(got["norms"], want["norms"], strict=True):
+            assert_close("norm", mine, theirs, 1e-10)
+        compare_gradients(want["gradients"], got["gradients"], 1e-10)
+        compare_gradients(want["weights"], got["weights"], 1e-10)
+
+
+def test_mixed_precision(ranks) -> None:
+    want = jobs.mixed(0)
+    for got in ranks(2).run(jobs.mixed, 2):
+        compare_gradients(want, got, 3e-2)
+
+
+def test_refused(ranks) -> None:
+    said = ranks(2).run(jobs.refused)[0]
+    assert_expected_inline(
+        said["no list"],
+        """\
+Linear has no list of repeated modules
+  fix  say what is compiled: blocks=[model.first, model.second], or blocks=[model]""",
+    )
+    assert_expected_inline(
+        said["no part"],
+        """\
+Tanh is among the blocks, and no part of the model
+  fix  pass modules of the model: blocks=list(model.layers)""",
+    )
+    assert_expected_inline(
+        said["no module"],
+        """\
+a builtin_function_or_method is no nn.Module
+  fix  pass a model""",
+    )
+    assert_expected_inline(
+        said["other dims"],
+        """\
+ids has other dims than its names
+  names  tokens
+  sizes  [2, 13]
+  fix    give each dim a name, and _ to those that do not matter""",
+    )
