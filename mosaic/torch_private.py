@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
+from torch import fx, overrides
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch._C import _functorch as functorch
 from torch._C import _set_grad_enabled as set_grad_enabled
@@ -62,6 +62,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
@@ -204,6 +205,17 @@ def functorch_restored() -> Iterator[None]:
     finally:
         if functorch.get_dynamic_layer_stack_depth() > depth:
             functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
+@contextmanager
+def without_function_modes(kind: type[TorchFunctionMode]) -> Iterator[None]:
+    """Leave the innermost mode of torch functions, if it is of this kind."""
+    stack = overrides._get_current_function_mode_stack()
+    if not stack or not isinstance(stack[-1], kind):
+        yield
+        return
+    with overrides._pop_mode_temporarily():
+        yield
 
 
 @contextmanager

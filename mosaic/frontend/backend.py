@@ -17,7 +17,7 @@ from torch import fx
 from mosaic.api.errors import MosaicError, ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import calls, shard_programs
-from mosaic.frontend.capture import capture, read_inputs
+from mosaic.frontend.capture import capture
 from mosaic.frontend.data_check import DataCheck
 from mosaic.frontend.refused import refuse_unknown
 from mosaic.frontend.sharded_inputs import (
@@ -44,6 +44,7 @@ from mosaic.report.debug import debugging
 from mosaic.report.plan import LISTENERS, Plan, plan_of
 from mosaic.runtime import agreement
 from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
+from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.mesh import MosaicContext, context_or_world_of_one
 from mosaic.runtime.rendezvous import report_failure
 from mosaic.runtime.world import own_axes, world_of
@@ -155,8 +156,7 @@ def partitioned(
     first = shard_programs.first_call(module)
     if first is not None:
         return shard_programs.passed_through(module, first, spec, world)
-    inputs = read_inputs(module)
-    refuse_unknown(module, inputs)
+    refuse_unknown(module)
     worlds = [world_of(ranks, mesh) for mesh in meshes(spec, arriving)]
     captured = capture(module)
     context = Context(
@@ -268,10 +268,11 @@ def checked(
 
     def run(*args: Any) -> Any:
         calls.running(spec)
+        given = flattened(args)
         if check is not None:
-            check(args)
+            check(given)
         if context.arriving:
-            check_writes(context, args)
-        return wrapped_outputs(compiled(*parts_of(args)), outputs)
+            check_writes(context, given)
+        return wrapped_outputs(compiled(*parts_of(given)), outputs)
 
     return run

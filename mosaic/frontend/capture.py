@@ -29,6 +29,7 @@ from mosaic.graph.source import where
 from mosaic.graph.strides import reach
 from mosaic.graph.unexpected import blamed_on
 from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
+from mosaic.runtime.deferred_tensor import DeferredTensor, flattened, regrouped
 from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
     INLINED,
@@ -171,8 +172,12 @@ def written_to(out: Any, result: Any) -> Any:
 
 def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
     """Names and order of the graph's inputs; must be read from Dynamo's graph, before capture."""
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    return tuple(Input(i, *placeholder_source(n)) for i, n in enumerate(placeholders))
+    sources: list[tuple[str, bool]] = []
+    for node in module.graph.find_nodes(op="placeholder"):
+        source, value = placeholder_source(node), node.meta["example_value"]
+        parts = len(value.leaves) if isinstance(value, DeferredTensor) else 0
+        sources += [(f"{source[0]}.leaf_{i}", False) for i in range(parts)] or [source]
+    return tuple(Input(i, *source) for i, source in enumerate(sources))
 
 
 def specialise(value: Any) -> Any:
@@ -199,8 +204,8 @@ def capture(module: fx.GraphModule) -> Captured:
     check_transforms(module)
     detach_data(module)
     inputs = read_inputs(module)
-    placeholders = module.graph.find_nodes(op="placeholder")
-    known = [specialise(n.meta["example_value"]) for n in placeholders]
+    given = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]
+    known = [specialise(value) for value in flattened(given)]
     mode = FakeTensorMode()
     with mode:
         fakes = [_empty(*v) if isinstance(v, tuple) else v for v in known]
@@ -210,7 +215,7 @@ def capture(module: fx.GraphModule) -> Captured:
 
     class Program(torch.nn.Module):
         def forward(self, *args: Any) -> Any:
-            return _Interpreter(module, ambient, policies).run(*args)
+            return _Interpreter(module, ambient, policies).run(*regrouped(args, given))
 
     traced: fx.GraphModule
     try:
@@ -270,8 +275,8 @@ def storage_offsets(module: fx.GraphModule) -> list[int]:
 
 def held(module: fx.GraphModule) -> list[Any]:
     """The inputs as memory: of one that is cut this rank's part."""
-    values = (n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder"))
-    return [v._local if isinstance(v, ShardedTensor) else v for v in values]
+    values = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]
+    return [v._local if isinstance(v, ShardedTensor) else v for v in flattened(values)]
 
 
 def refuse_shared(

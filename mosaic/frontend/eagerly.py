@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.api.spec import ShardingSpec
+from mosaic.frontend.deferred import deferred
 from mosaic.graph.emit import insert
 from mosaic.graph.modes import Modes
 from mosaic.graph.source import frames_of
@@ -29,6 +30,7 @@ from mosaic.graph.unexpected import DATA_DEPENDENT
 from mosaic.layout import Place, Shard
 from mosaic.masks.op import ATTENTIONS
 from mosaic.partition.context import Context, Output
+from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.choose_method import choose_method
 from mosaic.passes.infer_axes import arriving_axes
 from mosaic.passes.normalize import mark_gradients
@@ -36,10 +38,11 @@ from mosaic.passes.partition import write
 from mosaic.passes.propagate import follow, note_places
 from mosaic.passes.rewrite_attention import rewrite_attention
 from mosaic.runtime import sharded_tensor
+from mosaic.runtime.deferred_tensor import DeferredTensor, Step, flattened, run
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole, wrapped
 from mosaic.runtime.world import world_of
-from mosaic.torch_private import FakeTensorMode, no_dispatch, pytree, without_modes
+from mosaic.torch_private import FakeTensorMode, fake_mode_of, no_dispatch, pytree, without_modes
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -100,6 +103,12 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run_on_shapes(func, args, kwargs)
     if func._schema.is_mutable:
         return run_in_place(func, args, kwargs)
+    waits = deferred(func, args, kwargs, is_view(func))
+    if waits is not None:
+        return waits
+    if has_deferred(args, kwargs):
+        args, kwargs = pytree.tree_map_only(DeferredTensor, DeferredTensor.made, (args, kwargs))
+        return func(*args, **kwargs)
     is_number = not all("Tensor" in str(r.type) for r in func._schema.returns)
     if is_number or not are_cut(args, kwargs):
         return run_whole(func, args, kwargs)
@@ -108,7 +117,7 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     except DATA_DEPENDENT:
         say(f"{str(func).removesuffix('.default')} gives as many elements as its values say")
         return run_whole(func, args, kwargs)
-    tensors = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+    tensors = tensors_of(args, kwargs)
     out = program.run([x._local if isinstance(x, ShardedTensor) else x for x in tensors])
     if is_view(func):
         for x in pytree.tree_leaves(out):
@@ -124,22 +133,37 @@ SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
 def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """While Dynamo traces only the sizes count, which are global: the backend cuts what it makes.
     No rule is asked, and nothing is sent."""
-    if func in SAME:
-        x = args[0]
+    x = args[0]
+    if isinstance(x, DeferredTensor) and (func in SAME or is_view(func)):
+        return deferred(func, args, kwargs, is_view=True)
+    if isinstance(x, ShardedTensor) and func in SAME:
         return ShardedTensor(func(x._local, **kwargs), x.shape, x.places)
-
-    if is_view(func) and isinstance(args[0], ShardedTensor):  # Dynamo makes an input by its view
+    if isinstance(x, ShardedTensor) and is_view(func):  # Dynamo makes an input by its view
         args, kwargs = pytree.tree_map_only(torch.SymInt, int, (args, kwargs))
         with without_modes():
             program = program_of(func, args, kwargs)
         return program.wrapped(program.graph(args[0]._local))
 
-    def as_whole(x: ShardedTensor) -> Tensor:
-        with x._local.fake_mode:  # type: ignore[attr-defined]
-            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    def as_whole(x: Any) -> Any:
+        if not isinstance(x, (ShardedTensor, DeferredTensor)):
+            return x
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    args, kwargs = pytree.tree_map_only(ShardedTensor, as_whole, (args, kwargs))
-    return func(*args, **kwargs)
+    with mode_of(args, kwargs):
+        args, kwargs = pytree.tree_map(as_whole, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def mode_of(*arguments: Any) -> FakeTensorMode:
+    """That of Dynamo, of tensors that it looks at."""
+    flat = flattened(pytree.tree_leaves(arguments))
+    found = fake_mode_of(flat, [x._local for x in flat if isinstance(x, ShardedTensor)])
+    assert found is not None
+    return found
+
+
+def has_deferred(*arguments: Any) -> bool:
+    return any(isinstance(x, DeferredTensor) for x in pytree.tree_leaves(arguments))
 
 
 def is_view(func: Any) -> bool:
@@ -169,11 +193,18 @@ def run_attention(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = (*args[:3], mask.unsqueeze(0), *args[4:]), {**kwargs}
         kwargs.pop("attn_mask", None)
     if not are_cut(args, kwargs):  # written to until nothing was cut
+        args, kwargs = pytree.tree_map_only(DeferredTensor, DeferredTensor.made, (args, kwargs))
         args, kwargs = pytree.tree_map_only(ShardedTensor, lambda x: x.local, (args, kwargs))
         return func(*args, **kwargs)
     program = program_of(func, args, kwargs)
-    tensors = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+    tensors = tensors_of(args, kwargs)
     return program.run([x.local if isinstance(x, ShardedTensor) else x for x in tensors], wrapped)
+
+
+def tensors_of(*arguments: Any) -> list[Tensor]:
+    """The tensors that a program takes, in its order."""
+    leaves = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
+    return flattened(leaves)
 
 
 def program_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -190,6 +221,8 @@ def program_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prog
 
 
 def described(x: Any) -> Any:
+    if isinstance(x, DeferredTensor):
+        return (x.steps, *map(described, x.current()))
     if not isinstance(x, Tensor):
         return (type(x), x)
     places = x.places if isinstance(x, ShardedTensor) else ()
@@ -205,14 +238,17 @@ def run_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """``x.add_(y)`` is ``x + y``, written into what this rank holds of x."""
     target = args[0]
     is_look = torch.Tag.inplace_view in func.tags
-    if isinstance(target, ShardedTensor) and target.is_view and not is_look:
+    ours = isinstance(target, (ShardedTensor, DeferredTensor))
+    if ours and target.is_view and not is_look:
         raise UnsupportedError(
             f"{func} writes into a view of a tensor that is cut",
             sizes=list(target.shape),
             fix="make a new tensor instead (torch.where, index_put, cat), or write before the view",
         )
     new = without_writing(func)(*args, **kwargs)
-    if is_look:  # x.unsqueeze_(0): other sizes, nothing is written
+    if isinstance(target, DeferredTensor):
+        target.set(*((new.steps, new.leaves) if isinstance(new, DeferredTensor) else ((), (new,))))
+    elif is_look:  # x.unsqueeze_(0): other sizes, nothing is written
         with no_dispatch():
             func(*args, **kwargs)
         is_cut = isinstance(new, ShardedTensor)
@@ -256,8 +292,19 @@ def planned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program
                 cut[len(graph.nodes) - 1] = x.places
             return node
 
-        args, kwargs = pytree.tree_map_only(Tensor, placeholder, (args, kwargs))
+        nodes = iter([placeholder(x) for x in tensors_of(args, kwargs)])
         first = next(iter(graph.nodes))
+
+        def step(one: Step, args: Any, kwargs: Any) -> fx.Node:
+            return insert(graph, first, one.op, args, kwargs)
+
+        def node_of(x: Tensor) -> fx.Node:
+            if not isinstance(x, DeferredTensor):
+                return next(nodes)
+            found: fx.Node = run(x.steps, [next(nodes) for _ in x.leaves], step)
+            return found
+
+        args, kwargs = pytree.tree_map_only(Tensor, node_of, (args, kwargs))
         node = insert(graph, first, func, args, kwargs)
     val = node.meta["val"]
     if isinstance(val, Tensor):
@@ -276,6 +323,7 @@ def written(
     mark_gradients(graph)
     context = context_of(graph, cut)
     if any(node.target in ATTENTIONS for node in graph.nodes):
+        analyze_masks(graph, context)
         note_places(follow(graph, context), context)
         choose_method(graph, context)
     for number, axis in enumerate(context.axes):

@@ -32,11 +32,12 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec, path_parts
 from mosaic.frontend import calls
 from mosaic.frontend.backend import mosaic as backend
+from mosaic.frontend.deferred import DeferredPositions
 from mosaic.layout import Layout
 from mosaic.partition.values import Axis
 from mosaic.runtime.mesh import MosaicContext, get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, distribute
-from mosaic.torch_private import flattened
+from mosaic.torch_private import flattened, without_function_modes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -116,7 +117,8 @@ class Owner:
 
         @functools.wraps(unit.forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            result = run(*args, **kwargs)
+            with without_function_modes(DeferredPositions):  # Dynamo would trace it
+                result = run(*args, **kwargs)
             if self.shares and torch.is_grad_enabled():
                 self.divide(unit, calls.gave_shares(result))
             return result
@@ -148,7 +150,8 @@ class Owner:
             for path, names in (self.spec.inputs or {}).items():
                 cut = functools.partial(self.cut, path=path, names=names.split())
                 given = replaced(given, path_parts(path), cut)
-            return forward(*given.pop(POSITIONAL, ()), **given)
+            with DeferredPositions():
+                return forward(*given.pop(POSITIONAL, ()), **given)
 
         return call
 

@@ -15,6 +15,7 @@ from torch import fx
 from mosaic.api.errors import UnsupportedError
 from mosaic.graph.inputs import Input
 from mosaic.graph.source import frames, where
+from mosaic.runtime.deferred_tensor import DeferredTensor
 from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
     INLINED,
@@ -22,6 +23,7 @@ from mosaic.torch_private import (
     autograd_function_apply,
     has_contexts,
     is_traceable_wrapper_subclass,
+    placeholder_source,
     policy_of,
     tag_activation_checkpoint,
 )
@@ -49,12 +51,12 @@ UNWRAPPED = {
 }
 
 
-def refuse_unknown(module: fx.GraphModule, inputs: tuple[Input, ...]) -> None:
+def refuse_unknown(module: fx.GraphModule) -> None:
     """Raise UnsupportedError for higher-order ops that have no rule, for hooks, for ops of the
     user's that write to their inputs, and for tensors that are no plain ones."""
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    for given, node in zip(inputs, placeholders, strict=True):
-        refuse_wrapped(node, given.name, user_of(node))
+    for number, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        name = Input(number, *placeholder_source(node)).name
+        refuse_wrapped(node, name, user_of(node))
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:
@@ -132,7 +134,7 @@ def kind_of(value: Any) -> str | None:
     if not isinstance(value, torch.Tensor):
         return None
     kind = type(value).__name__
-    if isinstance(value, ShardedTensor):
+    if isinstance(value, (ShardedTensor, DeferredTensor)):
         return None
     if bool(is_traceable_wrapper_subclass(value)):
         return kind

@@ -15,6 +15,7 @@ from torch import fx
 from mosaic.api.errors import ShardingError, UnsupportedError
 from mosaic.layout import Place
 from mosaic.partition.context import Context
+from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.mesh import MosaicContext
 from mosaic.runtime.sharded_tensor import ShardedTensor, wrapped
 
@@ -27,8 +28,13 @@ Output = tuple[tuple[int, ...], tuple[Place, ...]]
 def arriving_shards(module: fx.GraphModule) -> Arriving:
     """The places of every input that is cut. Dynamo guards them: of other places the program is
     compiled anew."""
-    values = (n.meta.get("example_value") for n in module.graph.nodes if n.op == "placeholder")
+    values = flattened(placeholder_values(module))
     return {i: x.places for i, x in enumerate(values) if isinstance(x, ShardedTensor)}
+
+
+def placeholder_values(module: fx.GraphModule) -> list[Any]:
+    """What Dynamo's graph is traced with."""
+    return [n.meta.get("example_value") for n in module.graph.find_nodes(op="placeholder")]
 
 
 def mesh_axes(arriving: Arriving) -> list[str]:
@@ -50,11 +56,8 @@ def check_ranks(arriving: Arriving, ranks: MosaicContext | None) -> None:
 
 def part_examples(module: fx.GraphModule, examples: Sequence[Any]) -> list[Any]:
     """What the local program is compiled with: of a ShardedTensor this rank's part (a fake one)."""
-    nodes = module.graph.find_nodes(op="placeholder")
-    return [
-        part_of_fake(node.meta["example_value"]) if isinstance(given, ShardedTensor) else given
-        for node, given in zip(nodes, examples, strict=True)
-    ]
+    pairs = zip(flattened(placeholder_values(module)), flattened(examples), strict=True)
+    return [part_of_fake(x) if isinstance(x, ShardedTensor) else given for x, given in pairs]
 
 
 def part_of_fake(x: ShardedTensor) -> torch.Tensor:

@@ -14,7 +14,12 @@ from mosaic.api.errors import ShardingError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.runtime.collectives import slice_to
 from mosaic.runtime.mesh import get_context
-from mosaic.torch_private import FakeTensor, pytree, without_torch_function
+from mosaic.torch_private import (
+    FakeTensor,
+    is_traceable_wrapper_subclass,
+    pytree,
+    without_torch_function,
+)
 
 #: What runs an op, and an attention, of which an operand is a ShardedTensor:
 #: ``frontend/eagerly.py`` puts itself here, as it knows the rules.
@@ -213,9 +218,10 @@ def checked_layout(layout: Layout) -> Layout:
 
 
 def is_traced(*arguments: Any) -> bool:
-    """Whether a cut tensor among them is one of Dynamo's, with sizes alone."""
-    leaves = pytree.tree_leaves(arguments)
-    return any(isinstance(x, ShardedTensor) and isinstance(x._local, FakeTensor) for x in leaves)
+    """Whether a tensor of ours among them is one of Dynamo's, with sizes alone."""
+    ours = (x for x in pytree.tree_leaves(arguments) if is_traceable_wrapper_subclass(x))
+    inner = [getattr(x, name) for x in ours for name in x.__tensor_flatten__()[0]]
+    return any(isinstance(x, FakeTensor) for x in inner) or (bool(inner) and is_traced(inner))
 
 
 def dim_of(x: Tensor, dim: int) -> int:

@@ -1,0 +1,198 @@
+"""A tensor that is not made until somebody reads it: a mask of n x n, as what it is made of.
+
+    k, q = torch.arange(n), torch.arange(n)[:, None]
+    (k <= q) & (ids[q] == ids[k])       # steps: arange, arange, unsqueeze, le, index, ...
+                                        # leaves: ids (n,)
+
+Its program grows by ops that look at one element of each operand. Any other op has it made first;
+a compiled program takes its steps and leaves in its place, and reads what they mean.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosaic.api.errors import UnsupportedError
+from mosaic.runtime.sharded_tensor import RUN, uncompiled
+from mosaic.torch_private import pytree
+
+#: The leaf of what has none: Dynamo takes no tensor without one.
+NOTHING = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """In a step's arguments: value number ``index``, of the leaves and then of the steps."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op of ATen. Lists in its arguments are tuples: programs are compared."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+Steps = tuple[Step, ...]
+Meta = tuple[Steps, torch.dtype, torch.device]
+
+
+class DeferredTensor(torch.Tensor):
+    """What the last of ``steps`` gives, of ``leaves``. It has no gradient: what has one is made."""
+
+    steps: Steps
+    leaves: tuple[Tensor, ...]
+    is_view: bool = False
+
+    @staticmethod
+    def __new__(
+        cls, leaves: Sequence[Tensor], shape: Sequence[int], meta: Meta
+    ) -> Any:  # an object of the wrapped shape, without memory
+        _, dtype, device = meta
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, torch.Size(shape), dtype=dtype, device=device
+        )
+
+    def __init__(self, leaves: Sequence[Tensor], shape: Sequence[int], meta: Meta):
+        self.set(meta[0], leaves)
+
+    def set(self, steps: Steps, leaves: Sequence[Tensor]) -> None:
+        """Another program for the same tensor: it was written to."""
+        self.steps, self.leaves = steps, tuple(leaves)
+        self._versions = [version(leaf) for leaf in leaves]
+        for number, leaf in enumerate(leaves):
+            setattr(self, f"leaf_{number}", leaf)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Meta]:
+        names = [f"leaf_{number}" for number in range(len(self.leaves))]
+        return names, (self.steps, self.dtype, self.device)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], meta: Meta, shape: Any, stride: Any
+    ) -> DeferredTensor:
+        return DeferredTensor(list(inner.values()), shape, meta)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"DeferredTensor(shape={list(self.shape)}, {self.dtype}, of {len(self.steps)} ops)"
+
+    @classmethod
+    @uncompiled
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return RUN["op"](func, args, kwargs or {})
+
+    @uncompiled
+    def made(self) -> Tensor:
+        """The tensor; a ShardedTensor where its rows come from one."""
+        with making():
+            made: Tensor = run(self.steps, self.current(), call)
+        return made
+
+    def current(self) -> tuple[Tensor, ...]:
+        """The leaves. Raises UnsupportedError if one was written to since."""
+        if [version(leaf) for leaf in self.leaves] != self._versions:
+            raise UnsupportedError(
+                "a mask is read behind a write to what it was made of",
+                sizes=f"the mask {list(self.shape)}, "
+                f"made of {', '.join(str(list(leaf.shape)) for leaf in self.leaves)}",
+                fix="write into a copy, or make the mask after the write",
+            )
+        return self.leaves
+
+
+def flattened(values: Sequence[Any]) -> list[Any]:
+    """A call's arguments, with the leaves of those that are deferred in their place."""
+    return [x for v in values for x in (v.current() if isinstance(v, DeferredTensor) else (v,))]
+
+
+def regrouped(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """The arguments again, those deferred made, of what ``flattened(like)`` stands for."""
+    rest = iter(values)
+    return [
+        run(x.steps, [next(rest) for _ in x.leaves], call)
+        if isinstance(x, DeferredTensor)
+        else next(rest)
+        for x in like
+    ]
+
+
+def version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def call(step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return step.op(*args, **kwargs)
+
+
+def run(steps: Steps, leaves: Sequence[Any], one: Callable[..., Any]) -> Any:
+    """The last value; ``one(step, args, kwargs)`` gives a step's, of the values it refers to."""
+    values = list(leaves)
+
+    def value(x: Any) -> Any:
+        return values[x.index] if isinstance(x, Ref) else x
+
+    for step in steps:
+        args, kwargs = pytree.tree_map(value, (step.args, dict(step.kwargs)))
+        values.append(one(step, args, kwargs))
+    return values[-1]
+
+
+def joined(op: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Steps, list[Tensor]]:
+    """The program of ``op`` on tensors of which some are deferred; equal steps stand once."""
+    leaves: list[Tensor] = []
+    numbers: dict[int, int] = {}
+    operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    for x in operands:
+        for leaf in x.current() if isinstance(x, DeferredTensor) else (x,):
+            if id(leaf) not in numbers:
+                numbers[id(leaf)] = len(leaves)
+                leaves.append(leaf)
+    steps: dict[Step, int] = {}
+
+    def place(x: Any) -> Any:
+        if isinstance(x, DeferredTensor):
+            refs = [Ref(numbers[id(leaf)]) for leaf in x.leaves]
+            return run(x.steps, refs, add)
+        return Ref(numbers[id(x)]) if isinstance(x, Tensor) else x
+
+    def add(step: Step, args: Any, kwargs: Any) -> Ref:
+        new = Step(step.op, frozen(args), tuple(sorted((k, frozen(v)) for k, v in kwargs.items())))
+        return Ref(steps.setdefault(new, len(leaves) + len(steps)))
+
+    args, kwargs = pytree.tree_map(place, (args, kwargs))
+    add(Step(op, ()), args, kwargs)
+    return tuple(steps), leaves
+
+
+def frozen(x: Any) -> Any:
+    """Lists as tuples."""
+    return tuple(map(frozen, x)) if isinstance(x, (list, tuple)) else x
+
+
+_local = threading.local()
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """While a tensor is made nothing is deferred."""
+    before, _local.making = is_making(), True
+    try:
+        yield
+    finally:
+        _local.making = before
+
+
+def is_making() -> bool:
+    return getattr(_local, "making", False)
