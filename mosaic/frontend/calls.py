@@ -29,6 +29,7 @@ from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
 from mosaic.partition.values import Axis
+from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.mesh import current_context
 from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
@@ -137,7 +138,7 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 def are_cut(*arguments: Any) -> bool:
     """Whether any tensor among them is cut."""
-    return any(isinstance(x, ShardedTensor) for x in pytree.tree_leaves(arguments))
+    return any(isinstance(x, ShardedTensor) for x in flattened(pytree.tree_leaves(arguments)))
 
 
 def goes_on(module: fx.GraphModule) -> bool:

@@ -231,9 +231,9 @@ def capture(module: fx.GraphModule) -> Captured:
         node.meta["modes"] = node.meta.get("custom", {}).get("modes", ambient)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     offsets = storage_offsets(module)
-    for node, given, fake in zip(placeholders, inputs, fakes, strict=True):
-        node.meta["is_state"] = given.is_state
-        node.meta["storage_offset"] = offsets[given.index]
+    for node, source, fake in zip(placeholders, inputs, fakes, strict=True):
+        node.meta["is_state"] = source.is_state
+        node.meta["storage_offset"] = offsets[source.index]
         node.meta["requires_grad"] = isinstance(fake, torch.Tensor) and fake.requires_grad
     names = list(signature.user_inputs)
     rename_afresh(

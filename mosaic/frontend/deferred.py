@@ -18,15 +18,15 @@ from mosaic.runtime.deferred_tensor import NOTHING, DeferredTensor, Step, is_mak
 from mosaic.torch_private import pytree, without_modes
 
 aten = torch.ops.aten
-#: Ops of one element of each operand, beside the pointwise ones and views.
-INDEXED = (aten.index.Tensor, aten.expand.default, aten.lift_fresh.default)
+#: What patterns are made with, beside pointwise ops and views.
+ALSO = (aten.index.Tensor, aten.cat.default, aten.cumsum.default, aten.lift_fresh.default)
 
 
 def deferred(func: Any, args: Any, kwargs: dict[str, Any], is_view: bool) -> DeferredTensor | None:
     """What ``func`` gives as a program, if it is one that may wait; else None."""
     operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     known = [x for x in operands if isinstance(x, DeferredTensor)]
-    if is_making() or not (is_view or is_pointwise(func) or func in INDEXED):
+    if is_making() or not (is_view or is_pointwise(func) or func in ALSO):
         return None
     if not known and not is_boolean(func):
         return None
@@ -77,6 +77,14 @@ class DeferredPositions(TorchFunctionMode):
         made = func(*args, **kwargs)
         is_pattern = type(made) is Tensor and made.dtype == torch.int64 and made.numel() > 1
         return positions(made, args, kwargs) if is_pattern else made
+
+
+def pattern(x: Tensor) -> Tensor:
+    """Integers that a model is given (positions, ids) as a pattern: what masks are made of them is
+    read with how they were made."""
+    if x.dtype != torch.int64 or isinstance(x, DeferredTensor):
+        return x
+    return DeferredTensor((x,), x.shape, ((), x.dtype, x.device))
 
 
 def positions(made: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DeferredTensor:

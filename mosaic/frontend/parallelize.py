@@ -32,7 +32,7 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec, path_parts
 from mosaic.frontend import calls
 from mosaic.frontend.backend import mosaic as backend
-from mosaic.frontend.deferred import DeferredPositions
+from mosaic.frontend.deferred import DeferredPositions, pattern
 from mosaic.layout import Layout
 from mosaic.partition.values import Axis
 from mosaic.runtime.mesh import MosaicContext, get_context
@@ -171,7 +171,7 @@ class Owner:
                 continue
             kind = Layout.zigzag if method.mesh in self.zigzag else Layout.even
             x = distribute(x, dim, kind(x.shape[dim], self.ranks.size(method.mesh)), method.mesh)
-        return x
+        return pattern(x)
 
 
 # --- units --------------------------------------------------------------------------------------

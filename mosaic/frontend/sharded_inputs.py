@@ -17,7 +17,7 @@ from mosaic.layout import Place
 from mosaic.partition.context import Context
 from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.mesh import MosaicContext
-from mosaic.runtime.sharded_tensor import ShardedTensor, wrapped
+from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
 
 #: For the number of an input where each mesh axis cuts it.
 Arriving = dict[int, tuple[Place, ...]]
@@ -100,9 +100,7 @@ def parts_of(args: Sequence[Any]) -> list[Any]:
 
 def wrapped_outputs(parts: Sequence[Any], outputs: Sequence[Output]) -> Sequence[Any]:
     """Outputs that stay cut as the tensors of the whole program that they are parts of."""
-    if not any(places for _, places in outputs):
-        return parts
     return [
-        wrapped(part, shape, places) if places else part
+        wrapped(part, shape, places) if places else with_whole_gradient(part)
         for part, (shape, places) in zip(parts, outputs, strict=True)
     ]

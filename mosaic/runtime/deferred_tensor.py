@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mosaic.api.errors import UnsupportedError
-from mosaic.runtime.sharded_tensor import RUN, uncompiled
-from mosaic.torch_private import pytree
+from mosaic.runtime.sharded_tensor import ATTENTION, READS, RUN, is_traced, uncompiled
+from mosaic.torch_private import pytree, without_torch_function
 
 #: The leaf of what has none: Dynamo takes no tensor without one.
 NOTHING = torch.empty(0)
@@ -92,6 +92,16 @@ class DeferredTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return RUN["op"](func, args, kwargs or {})
+
+    @classmethod
+    @uncompiled
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS:
+            return func(args[0].made(), *args[1:], **(kwargs or {}))
+        if func is ATTENTION and not is_traced(args, kwargs or {}):
+            return RUN["attention"](*args, **(kwargs or {}))
+        with without_torch_function():
+            return func(*args, **(kwargs or {}))
 
     @uncompiled
     def made(self) -> Tensor:

@@ -242,6 +242,12 @@ def wrapped(part: Tensor, shape: Sequence[int], places: tuple[Place, ...]) -> Sh
     return _Wrap.apply(part, tuple(shape), places)
 
 
+def with_whole_gradient(x: Any) -> Any:
+    """A plain tensor that is used beside ShardedTensors: its gradient is a plain one, too."""
+    is_plain = isinstance(x, Tensor) and not isinstance(x, ShardedTensor) and x.requires_grad
+    return _WholeGradient.apply(x) if is_plain else x
+
+
 def shard_on(place: Place) -> str:
     """This rank's side of a place, as collectives take it."""
     context = get_context()
@@ -304,6 +310,16 @@ class _Distribute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return whole(grad), None
+
+
+class _WholeGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return whole(grad)
 
 
 class _Full(torch.autograd.Function):
