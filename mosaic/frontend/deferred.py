@@ -19,7 +19,11 @@ from mosaic.torch_private import pytree, without_modes
 
 aten = torch.ops.aten
 #: What patterns are made with, beside pointwise ops and views.
-ALSO = (aten.index.Tensor, aten.cat.default, aten.cumsum.default, aten.lift_fresh.default)
+ALSO = (
+    aten.index.Tensor, aten.cat.default, aten.cumsum.default, aten.diff.default,
+    aten.lift_fresh.default,
+    aten.new_ones.default, aten.new_zeros.default, aten.new_full.default,
+)  # fmt: skip
 
 
 def deferred(func: Any, args: Any, kwargs: dict[str, Any], is_view: bool) -> DeferredTensor | None:

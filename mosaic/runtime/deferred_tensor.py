@@ -100,6 +100,8 @@ class DeferredTensor(torch.Tensor):
             return func(args[0].made(), *args[1:], **(kwargs or {}))
         if func is ATTENTION and not is_traced(args, kwargs or {}):
             return RUN["attention"](*args, **(kwargs or {}))
+        if func is torch.diff:  # which torch would take apart: masks are read by it
+            return RUN["op"](torch.ops.aten.diff.default, *diff_arguments(*args, **(kwargs or {})))
         with without_torch_function():
             return func(*args, **(kwargs or {}))
 
@@ -136,6 +138,13 @@ def regrouped(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
         else next(rest)
         for x in like
     ]
+
+
+def diff_arguments(
+    x: Tensor, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of ``torch.diff``, as a compiled graph has them."""
+    return (x, n, dim, prepend, *(() if append is None else (append,))), {}
 
 
 def version(x: Tensor) -> int:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import cases
 import torch
 from crossing_jobs import Decoder
+from model_jobs import loss_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -121,3 +123,61 @@ def bare(name: str) -> str:
 
 def whole(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+# --- models of transformers ---------------------------------------------------------------------
+
+LIBRARY = {
+    "llama": cases.hf_llama_alone,
+    "llama, padding": cases.hf_llama,
+    "llama, packed": cases.hf_llama_packed,
+    "mistral": cases.hf_mistral,
+    "bert": cases.hf_bert,
+    "mixtral": cases.hf_mixtral,
+}
+
+
+def broken(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def library(p: int, name: str, breaks: bool = False, n: int = 37) -> dict[str, Any]:
+    """Loss and gradients of the second step (the first one cuts evenly), and what was planned."""
+    torch.manual_seed(0)
+    model, _, given = LIBRARY[name](n=n)
+    if name != "mixtral":  # whose grouped product takes no float64
+        model = model.double()
+    for layer in model.model.layers if breaks else ():
+        layer.self_attn.forward = broken(layer.self_attn.forward)
+        layer.mlp.forward = broken(layer.mlp.forward)
+    if p:
+        mosaic.init(sp_size=p)
+        spec = mosaic.ShardingSpec(
+            inputs=dict.fromkeys(given, "batch tokens"), axes={"tokens": "auto"}
+        )
+        model = mosaic.parallelize(
+            model, spec, inner="eager", fully_shard=True, checkpoint=not breaks
+        )
+    with mosaic.plans() as plans:
+        for _ in range(2):
+            model.zero_grad()
+            loss = loss_of(model(**given))
+            loss.backward()
+    return {
+        "loss": whole(loss.detach()),
+        "gradients": {n: whole(w.grad) for n, w in model.named_parameters()},
+        "masks": sorted({a.mask for plan in plans for a in plan.attentions}),
+        "gathered": sorted({line for plan in plans for line in plan.gathered}),
+        "squares": [text for plan in plans for text in squares(plan, n)],
+    }
+
+
+def squares(plan: mosaic.Plan, n: int) -> list[str]:
+    """Tensors with two dims of n: whole masks, whole scores."""
+    nodes = [node for graph in plan.graphs.values() for node in graph.nodes]
+    shapes = [(node, list(getattr(node.meta.get("val"), "shape", ()))) for node in nodes]
+    return [f"{node}: {shape}" for node, shape in shapes if shape.count(n) > 1]

@@ -44,6 +44,32 @@ def test_three_steps(ranks, p: int, dp: int, how: str, breaks: bool, options: di
         compare_gradients(want["weights"], got["weights"], 1e-10)
 
 
+@pytest.mark.parametrize(
+    "name, breaks, mask",
+    [
+        FULL("llama", False, "causal"),
+        FULL("llama, padding", False, "causal, padding"),
+        FULL("llama, padding", True, "causal, padding"),
+        ("llama, packed", False, "causal, documents"),
+        FULL("llama, packed", True, "causal, documents"),
+        FULL("mistral", False, "causal, window 6"),
+        ("mistral", True, "causal, window 6"),
+        FULL("bert", False, "padding"),
+        FULL("mixtral", False, "causal"),
+    ],
+)
+def test_models_of_transformers(ranks, name: str, breaks: bool, mask: str) -> None:
+    """Blocks are compiled one by one, and masks are made outside of them: no rank has one. Nor
+    where every block breaks before its attention."""
+    want = jobs.library(0, name)
+    for got in ranks(2).run(jobs.library, 2, name, breaks):
+        # The models compute their loss in float32; a mixtral is float32 all over.
+        assert_close("loss", got["loss"], want["loss"], 1e-5)
+        compare_gradients(want["gradients"], got["gradients"], 1e-3 if name == "mixtral" else 1e-5)
+        assert got["masks"] == [mask]
+        assert got["gathered"] == [] and got["squares"] == []
+
+
 def test_mixed_precision(ranks) -> None:
     want = jobs.mixed(0)
     for got in ranks(2).run(jobs.mixed, 2):
