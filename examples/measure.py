@@ -50,6 +50,10 @@ def mebibytes(n: float) -> str:
     return f"{n / 2**20:.1f} MiB"
 
 
+def gibibytes(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB"
+
+
 def difference(expected: list[Tensor], actual: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(expected, actual, strict=True))
 

@@ -79,7 +79,7 @@ class DeferredPositions(TorchFunctionMode):
         if func is not torch.arange or "out" in kwargs or kwargs.get("requires_grad"):
             return func(*args, **kwargs)
         made = func(*args, **kwargs)
-        is_pattern = type(made) is Tensor and made.dtype == torch.int64 and made.numel() > 1
+        is_pattern = type(made) is Tensor and made.dtype == torch.int64 and made.numel() > 0
         return positions(made, args, kwargs) if is_pattern else made
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from mosaic.attention.cost import cost_of, size
@@ -62,6 +63,25 @@ class Plan:
         return {step: diff(before, after) for step, (before, after) in self.steps.items()}
 
     @property
+    def kept(self) -> int:
+        """Bytes that one rank keeps from forward to backward, beside parameters and inputs."""
+        forward, backward = self.graphs.get("forward"), self.graphs.get("backward")
+        if forward is None or backward is None:
+            return 0
+        inputs = backward.find_nodes(op="placeholder")
+        saved = sum(not node.name.startswith("tangents") for node in inputs)
+        outputs = forward.output_node().args[0]
+        given = {memory(node) for node in forward.find_nodes(op="placeholder")}
+        nodes = [n for n in outputs[len(outputs) - saved :] if memory(n) not in {0, *given}]
+        alike = Counter(id(node.meta["val"]) for node in nodes)  # a layer's, and another layer's
+        held: dict[int, int] = {}
+        for node in nodes:
+            val = node.meta["val"]
+            key = memory(node) if alike[id(val)] == 1 else hash(node)
+            held[key] = max(held.get(key, 0), val.numel() * val.element_size())
+        return sum(held.values())
+
+    @property
     def seconds(self) -> float:
         """Time in our passes."""
         return sum(p.seconds for p in self.passes)
@@ -72,6 +92,8 @@ class Plan:
         rows += [f"  {a}" for a in self.attentions] or ["  none"]
         rows += ["", "other collectives: op, axis, bytes, why"]
         rows += [f"  {row}" for row in self.collective_rows()] or ["  none"]
+        if self.kept:
+            rows += ["", f"kept for backward by each rank: {size(self.kept)}"]
         rows += ["", f"passes: {self.seconds:.2f} s"]
         rows += [f"  {p}" for p in self.passes]
         rows += [f"gathered: {g}" for g in self.gathered] + self.notes
@@ -85,6 +107,12 @@ class Plan:
             + (f"  x{times}" if times > 1 else "")
             for (op, axis, n, why, source), times in alike.items()
         ]
+
+
+def memory(node: object) -> int:
+    """What a tensor's memory is known by; 0 for what is no tensor."""
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else 0
 
 
 #: Called with every plan that is made.
