@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import mosaic
-
 
 def kept_for_backward(step: Callable[[], Any], given: list[Tensor]) -> tuple[Any, int]:
     """What ``step`` gives, and the bytes of activations it holds between forward and backward.
@@ -23,20 +21,24 @@ def kept_for_backward(step: Callable[[], Any], given: list[Tensor]) -> tuple[Any
 
     def pack(x: Tensor) -> Tensor:
         alive.append(x)
-        held = own(x)
-        storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+        for storage in held_by(x):
+            storages[storage.data_ptr()] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = step()
     for x in given:
-        storages.pop(own(x).untyped_storage().data_ptr(), None)
+        for storage in held_by(x):
+            storages.pop(storage.data_ptr(), None)
     return result, sum(storages.values())
 
 
-def own(x: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
-    return x.detach().local if isinstance(x, mosaic.ShardedTensor) else x
+def held_by(x: Any) -> list[torch.UntypedStorage]:
+    """The memory of a tensor on this rank, also of one that wraps others (a ShardedTensor)."""
+    if not hasattr(x, "__tensor_flatten__"):
+        return [x.untyped_storage()]
+    names, _ = x.__tensor_flatten__()
+    return [storage for name in names for storage in held_by(getattr(x, name))]
 
 
 def largest(n: float, device: torch.device | str = "cpu") -> float:

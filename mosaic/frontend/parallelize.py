@@ -15,28 +15,26 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import fully_shard as shard_parameters
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from mosaic.api.errors import ShardingError
-from mosaic.api.spec import ShardingSpec, path_parts
+from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import calls
 from mosaic.frontend.backend import mosaic as backend
-from mosaic.frontend.deferred import DeferredPositions, pattern
-from mosaic.layout import Layout
+from mosaic.frontend.deferred import DeferredPositions
+from mosaic.frontend.model_inputs import ModelInputs
 from mosaic.partition.values import Axis
 from mosaic.runtime.mesh import MosaicContext, get_context
-from mosaic.runtime.sharded_tensor import ShardedTensor, distribute
 from mosaic.torch_private import flattened, without_function_modes
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,7 +72,8 @@ def parallelize(
     ranks = get_context()
     units = [*(blocks if blocks is not None else repeated(model))]
     check_units(model, units)
-    owner = Owner(spec, ranks, shares=bool(fully_shard))
+    inputs = ModelInputs(spec, ranks, inspect.signature(model.forward))
+    owner = Owner(spec, ranks, bool(fully_shard), inputs)
     for unit in units:
         unit.forward = owner.compiled(unit, checkpoint, inner)
     if fully_shard:
@@ -82,37 +81,45 @@ def parallelize(
         for layer in layers:
             layer.forward = owner.compiled(layer, False, inner)
         shard_all(model, [*units, *layers], owner, {} if fully_shard is True else dict(fully_shard))
-    model.forward = owner.with_inputs_cut(model)
+    model.forward = with_inputs_cut(model.forward, inputs)
     return model
+
+
+def with_inputs_cut(forward: Callable[..., Any], inputs: ModelInputs) -> Callable[..., Any]:
+    """A model's forward, on its inputs cut."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = inputs.cut(*args, **kwargs)
+        with DeferredPositions():
+            return forward(*args, **kwargs)
+
+    return call
 
 
 @dataclass(eq=False)
 class Owner:
-    """Of one parallelized model: who adds its gradients up, and how its inputs are cut.
-
-    ``zigzag``: the mesh axes along which its attentions are causal. The first call's inputs are cut
-    evenly and exchanged in the first block; from the second on they are cut as it wants them.
-    """
+    """Of one parallelized model: who adds its gradients up, and who is told how it is cut."""
 
     spec: ShardingSpec
     ranks: MosaicContext
     shares: bool  # where a unit is one graph, for FSDP2 to add up
-    zigzag: set[str] = field(default_factory=set)
+    inputs: ModelInputs
     divisors: dict[nn.Module, int] = field(default_factory=dict)
 
     def planned(self, axes: Sequence[Axis]) -> None:
         """A graph of a unit was planned, and cuts these axes."""
         for axis in axes:
-            n, p = axis.layout.n, axis.layout.p
-            if axis.layout == Layout.zigzag(n, p) != Layout.even(n, p):
-                self.zigzag.add(axis.mesh_axis)
+            self.inputs.note(axis)
 
     def compiled(self, unit: nn.Module, recomputed: bool, inner: str) -> Callable[..., Any]:
         """The unit's forward, compiled; FSDP2 is told how to divide what it gives."""
         forward = unit.forward
         if recomputed:
             forward = functools.partial(checkpoint_of, forward, use_reentrant=False)
-        options: dict[str, Any] = {"spec": self.spec, "inner": inner, "owner": self}
+        # The model's own inputs are compared before every call: units have nothing else.
+        spec = replace(self.spec, check_inputs=self.spec.check_inputs and "first")
+        options: dict[str, Any] = {"spec": spec, "inner": inner, "owner": self}
         run = torch.compile(forward, backend=backend, options=options)
 
         @functools.wraps(unit.forward)
@@ -137,41 +144,6 @@ class Owner:
             )
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(float(divisor))
-
-    def with_inputs_cut(self, model: nn.Module) -> Callable[..., Any]:
-        """The model's forward, with its named inputs cut."""
-        forward = model.forward
-        signature = inspect.signature(forward)
-
-        @functools.wraps(forward)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            given = named(bound)
-            for path, names in (self.spec.inputs or {}).items():
-                cut = functools.partial(self.cut, path=path, names=names.split())
-                given = replaced(given, path_parts(path), cut)
-            with DeferredPositions():
-                return forward(*given.pop(POSITIONAL, ()), **given)
-
-        return call
-
-    def cut(self, x: Any, path: str, names: list[str]) -> Any:
-        """An input with its named axes cut; one that is cut there already is as it is."""
-        if not isinstance(x, Tensor) or x.ndim != len(names):
-            raise ShardingError(
-                f"{path} has other dims than its names",
-                names=" ".join(names),
-                sizes=list(x.shape) if isinstance(x, Tensor) else type(x).__name__,
-                fix="give each dim a name, and _ to those that do not matter",
-            )
-        held = x.layout_along if isinstance(x, ShardedTensor) else {}
-        for axis, method in self.spec.sharded.items():
-            dim = names.index(str(axis)) if str(axis) in names else None
-            if dim is None or dim in held:
-                continue
-            kind = Layout.zigzag if method.mesh in self.zigzag else Layout.even
-            x = distribute(x, dim, kind(x.shape[dim], self.ranks.size(method.mesh)), method.mesh)
-        return pattern(x)
 
 
 # --- units --------------------------------------------------------------------------------------
@@ -264,38 +236,3 @@ def mesh_of_all(ranks: MosaicContext) -> DeviceMesh:
 def sp_size(ranks: MosaicContext) -> int:
     """How many ranks share a sample."""
     return prod(ranks.size(axis) for axis in ranks.axes if axis != "dp")
-
-
-# --- inputs -------------------------------------------------------------------------------------
-
-POSITIONAL = "*"
-
-
-def named(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """A call's arguments by name; what only has a place under ``POSITIONAL``."""
-    given: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            given |= value
-        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            given.setdefault(POSITIONAL, []).extend(value if kind.name[:3] == "VAR" else [value])
-        else:
-            given[name] = value
-    return given
-
-
-def replaced(tree: Any, way: Sequence[str], change: Callable[[Any], Any]) -> Any:
-    """A copy of nested arguments in which ``change`` was made at the end of the way, if that leads
-    to a value."""
-    if not way:
-        return tree if tree is None else change(tree)
-    key, *rest = way
-    if isinstance(tree, Mapping):
-        return {**tree, key: replaced(tree[key], rest, change)} if key in tree else tree
-    if isinstance(tree, (list, tuple)):
-        items = [replaced(x, rest, change) if str(i) == key else x for i, x in enumerate(tree)]
-        return type(tree)(items)
-    other = copy(tree)
-    setattr(other, key, replaced(getattr(tree, key), rest, change))
-    return other

@@ -50,10 +50,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Ids to a loss: an embedding, blocks that may break, a head."""
 
-    def __init__(self, breaks: bool):
+    def __init__(self, breaks: bool, layers: int = 3):
         super().__init__()
         self.embed, self.head = nn.Embedding(11, E), nn.Linear(E, 11)
-        self.blocks = nn.ModuleList(Block(breaks) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(breaks) for _ in range(layers))
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         x = self.embed(ids)

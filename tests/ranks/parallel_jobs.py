@@ -9,10 +9,13 @@ from typing import Any
 import cases
 import torch
 from crossing_jobs import Decoder
+from measure import kept_for_backward
 from model_jobs import loss_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 import mosaic
 
@@ -100,11 +103,16 @@ def refused() -> dict[str, str]:
     mosaic.init(sp_size=2)
     spec = mosaic.ShardingSpec(**SPEC)
     other = mosaic.ShardingSpec(inputs={"ids": "tokens"}, axes={"tokens": "ring"})
-    ids, labels = tokens(13, 0)
+    misspelt = mosaic.ShardingSpec(inputs={"idz": "batch tokens"}, axes={"tokens": "ring"})
+    elsewhere = mosaic.ShardingSpec(inputs={"labels": "batch tokens"}, axes={"tokens": "ring"})
+    (ids, labels), rank = tokens(13, 0), mosaic.get_context().rank()
     return {
         "no list": said(lambda: mosaic.parallelize(nn.Linear(3, 3), spec)),
         "no part": said(lambda: mosaic.parallelize(Decoder(False), spec, blocks=[nn.Tanh()])),
         "no module": said(lambda: mosaic.parallelize(torch.sin, spec)),
+        "no argument": said(lambda: mosaic.parallelize(Decoder(False), misspelt)),
+        "none given": said(lambda: mosaic.parallelize(Decoder(False), elsewhere)(ids, None)),
+        "other data": said(lambda: mosaic.parallelize(Decoder(False), spec)(ids + rank, labels)),
         "other dims": said(lambda: mosaic.parallelize(Decoder(False), other)(ids, labels)),
     }
 
@@ -123,6 +131,48 @@ def bare(name: str) -> str:
 
 def whole(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+# --- what a rank holds and sends ----------------------------------------------------------------
+
+
+def held(p: int, layers: int = 8, n: int = 256) -> dict[str, Any]:
+    """Bytes that a rank has of activations for backward, parameters and optimizer, and what its
+    third step sends; p = 0 is one process without Mosaic."""
+    torch.manual_seed(0)
+    model: Any = Decoder(False, layers)
+    if p:
+        mosaic.init(sp_size=p)
+        model = parallelized(model, "fsdp")
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.arange(2 * n).view(2, n) % 11
+
+    def forward() -> Tensor:
+        return model(ids, ids)
+
+    for _ in range(2):  # the second one cuts its inputs as the blocks want them
+        forward().backward()
+        optimizer.step()
+    parameters = list(model.parameters())
+    with profile(activities=[ProfilerActivity.CPU]) as seen, mosaic.plans() as plans:
+        loss, kept = kept_for_backward(forward, [own(w) for w in parameters])
+        loss.backward()
+    states = [x for state in optimizer.state.values() for x in state.values()]
+    return {
+        "kept": kept,
+        "parameters": sum(size_of(w) for w in parameters),
+        "optimizer": sum(size_of(x) for x in states if x.ndim),
+        "sent": {e.key: e.count for e in seen.key_averages() if "c10d" in e.key.split("::")[0]},
+        "compiled again": len(plans),
+    }
+
+
+def own(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def size_of(x: Tensor) -> int:
+    return own(x).numel() * x.element_size()
 
 
 # --- models of transformers ---------------------------------------------------------------------

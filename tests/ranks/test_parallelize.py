@@ -70,6 +70,28 @@ def test_models_of_transformers(ranks, name: str, breaks: bool, mask: str) -> No
         assert got["gathered"] == [] and got["squares"] == []
 
 
+def test_what_a_rank_holds_and_sends(ranks) -> None:
+    """Of 8 blocks under FSDP2 on 4 ranks, in a step after the first two."""
+    alone = jobs.held(0)
+    for got in ranks(4).run(jobs.held, 4):
+        assert got["kept"] <= 1.15 / 4 * alone["kept"]
+        for what in ("parameters", "optimizer"):
+            assert got[what] <= 1.01 / 4 * alone[what], what
+        assert got["compiled again"] == 0
+        assert got["sent"] == {
+            "c10d::_allgather_base_": 20,  # FSDP2: each of 10 units, forward and backward
+            "c10d::_reduce_scatter_base_": 10,
+            "_c10d_functional::all_gather_into_tensor": 16,  # attention: keys, forward and backward
+            "c10d::allgather_into_tensor_coalesced_": 16,  # what torch makes of these
+            "_c10d_functional::all_to_all_single": 8,  # their gradients
+            "c10d::alltoall_base_": 8,
+            "_c10d_functional::all_reduce": 2,  # the loss: a sum and a count
+            "c10d::allreduce_": 2,
+            "_c10d_functional::wait_tensor": 26,
+            "c10d::allgather_": 1,  # inputs are compared
+        }
+
+
 def test_mixed_precision(ranks) -> None:
     want = jobs.mixed(0)
     for got in ranks(2).run(jobs.mixed, 2):
@@ -95,6 +117,23 @@ Tanh is among the blocks, and no part of the model
         """\
 a builtin_function_or_method is no nn.Module
   fix  pass a model""",
+    )
+    assert_expected_inline(
+        said["no argument"],
+        """\
+the model has no argument 'idz'
+  arguments  ids, labels
+  fix        name dims of its arguments: inputs={'ids': 'batch tokens'}""",
+    )
+    assert_expected_inline(
+        said["none given"],
+        """\
+the call gives none of the inputs that have names
+  names  labels
+  fix    name dims of arguments that it gives: inputs={'ids': 'batch tokens'}""",
+    )
+    assert said["other data"].startswith(
+        "ranks of one sequence-parallel group were given different data: argument ids"
     )
     assert_expected_inline(
         said["other dims"],
