@@ -38,7 +38,8 @@ def parallelized(model: nn.Module, how: str, **options: Any) -> nn.Module:
     mesh = mosaic.get_context().mesh
     fsdp = FSDP.get(how, {"mesh": mesh and mesh["dp", "sp"]})
     spec = mosaic.ShardingSpec(**SPEC)
-    model = mosaic.parallelize(model, spec, inner="eager", fully_shard=fsdp, **options)
+    options = {"inner": "eager"} | options
+    model = mosaic.parallelize(model, spec, fully_shard=fsdp, **options)
     return DistributedDataParallel(model) if how == "ddp" else model
 
 
@@ -50,9 +51,11 @@ def trained(
     torch.manual_seed(0)
     model: Any = Decoder(breaks).double()
     replica = 0
+    where = "cpu"
     if p:
-        replica = mosaic.init(sp_size=p).dp_rank
-        model = parallelized(model, how, **options)
+        ranks = mosaic.init(sp_size=p)
+        replica, where = ranks.dp_rank, str(ranks.device)
+        model = parallelized(model.to(where), how, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses, norms = [], []
     with mosaic.plans() as plans:
@@ -63,7 +66,8 @@ def trained(
             found = []
             for at, number in enumerate(numbers):
                 with accumulating(model, how if p else "", is_last=at + 1 == len(numbers)):
-                    loss = model(*tokens(13, number)) / len(numbers)
+                    given = (x.to(where) for x in tokens(13, number))
+                    loss = model(*given) / len(numbers)
                     loss.backward()
                     found.append(loss.detach())
             norms.append(whole(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
