@@ -20,16 +20,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from mosaic.api.errors import UnsupportedError
+from mosaic.api.errors import ShardingError, UnsupportedError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.deferred import deferred
 from mosaic.graph.emit import insert
 from mosaic.graph.modes import Modes
-from mosaic.graph.source import frames_of
+from mosaic.graph.source import Frame, frames_of
 from mosaic.graph.unexpected import DATA_DEPENDENT
 from mosaic.layout import Place, Shard
 from mosaic.masks.op import ATTENTIONS
 from mosaic.partition.context import Context, Output
+from mosaic.partition.table import RULES
 from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.choose_method import choose_method
 from mosaic.passes.infer_axes import arriving_axes
@@ -38,6 +39,7 @@ from mosaic.passes.partition import write
 from mosaic.passes.propagate import follow, note_places
 from mosaic.passes.rewrite_attention import rewrite_attention
 from mosaic.runtime import sharded_tensor
+from mosaic.runtime.agreement import check_together
 from mosaic.runtime.deferred_tensor import DeferredTensor, Step, flattened, run
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole, wrapped
@@ -68,6 +70,7 @@ class Program:
     outputs: tuple[tuple[torch.Size, tuple[Place, ...]], ...]
     results: Any
     gathered: tuple[str, ...]
+    waits_for: str  # the mesh axes whose ranks meet in it, if something whole comes of it
 
     def run(self, parts: Sequence[Tensor], wrap: Callable[..., Tensor] = ShardedTensor) -> Any:
         """On this rank's parts; ``wrap(part, shape, places)`` makes a tensor of a cut result."""
@@ -90,11 +93,34 @@ SAID: set[tuple[str, str]] = set()
 
 def say(why: str) -> None:
     """What is gathered, once for each of the user's lines."""
-    frames = frames_of("".join(traceback.format_stack()))
-    line = f"{frames[-1].file}:{frames[-1].line}" if frames else "source line not recorded"
+    frame = user_frame()
+    line = f"{frame.file}:{frame.line}" if frame else "source line not recorded"
     if (why, line) not in SAID:
         SAID.add((why, line))
         log.warning("mosaic: gathered, correct but slow: %s [%s]", why, line)
+
+
+def user_frame() -> Frame | None:
+    """The user's line that is run."""
+    frames = frames_of("".join(traceback.format_stack()))
+    return frames[-1] if frames else None
+
+
+def meet(mesh_axis: str, func: Any) -> None:
+    """All ranks must come to an op that makes something whole: ``if rank == 0: print(x.mean())``
+    would wait for ever. Raises ShardingError, with the user's line, where one does not."""
+    op = str(func).removesuffix(".default")
+    try:
+        check_together(get_context(), mesh_axis, op)
+    except ShardingError as error:
+        frame = user_frame()
+        raise ShardingError(
+            error.title,
+            where=None if frame is None else str(frame),
+            op=op,
+            fix="let every rank do it (x = x.full_tensor() or x.mean() on all, print on one), "
+            "or look at x.local",
+        ) from error
 
 
 def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,6 +143,8 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     except DATA_DEPENDENT:
         say(f"{str(func).removesuffix('.default')} gives as many elements as its values say")
         return run_whole(func, args, kwargs)
+    if program.waits_for:
+        meet(program.waits_for, func)
     tensors = tensors_of(args, kwargs)
     out = program.run([x._local if isinstance(x, ShardedTensor) else x for x in tensors])
     if is_view(func):
@@ -180,6 +208,11 @@ def are_cut(*arguments: Any) -> bool:
 
 
 def run_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An op that needs all of its tensors, on every rank."""
+    cut = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, ShardedTensor)]
+    meshes = {place.mesh_axis: None for x in cut for place in x.places}
+    if meshes:
+        meet(",".join(meshes), func)
     args, kwargs = pytree.tree_map_only(Tensor, whole, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -335,7 +368,13 @@ def written(
         tuple(zip(shapes, places, strict=True)),
         results,
         tuple(why for why, _ in context.gathered),
+        waits_for(graph, context, places),
     )
+
+
+def waits_for(graph: fx.Graph, context: Context, places: list[tuple[Place, ...]]) -> str:
+    meets = any(node.target in RULES.collectives for node in graph.nodes)
+    return context.world.mesh_axis if meets and not all(places) else ""
 
 
 def context_of(graph: fx.Graph, cut: dict[int, tuple[Place, ...]]) -> Context:
@@ -356,4 +395,4 @@ def context_of(graph: fx.Graph, cut: dict[int, tuple[Place, ...]]) -> Context:
     return context
 
 
-sharded_tensor.RUN.update(op=run_op, attention=run_attention)
+sharded_tensor.RUN.update(op=run_op, attention=run_attention, meet=meet)

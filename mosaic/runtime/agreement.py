@@ -121,6 +121,23 @@ def check_calls_alike(context: MosaicContext, mesh_axis: str, asked: str) -> Non
         )
 
 
+READ = "read what is cut"
+READ_WITHIN = 180.0  # seconds; another rank may still compile
+
+
+def check_together(context: MosaicContext, mesh_axis: str, op: str) -> None:
+    """Raise ShardingError unless all ranks come to an op that makes something whole of parts."""
+    group = context.group(mesh_axis)
+    if group is None or context.size(mesh_axis) == 1 or dist.get_backend(group) == "fake":
+        return
+    said = exchange(group, op, READ, READ_WITHIN)
+    if len(set(said)) > 1:
+        raise ShardingError(
+            "the ranks do different things with tensors that are cut",
+            **{f"rank {rank}": text for rank, text in enumerate(said)},
+        )
+
+
 COMPARE, COMPARE_CALLS = "compare the sizes of its shards", "compare how it calls attention"
 
 

@@ -34,10 +34,13 @@ _turns: dict[str, int] = defaultdict(int)  # for each group and kind of question
 _notes: set[str] = set()  # what this rank has left in the store for ranks that wait for it
 
 
-def exchange(group: dist.ProcessGroup, text: str, doing: str = COMPILE) -> list[str]:
+def exchange(
+    group: dist.ProcessGroup, text: str, doing: str = COMPILE, within: float | None = None
+) -> list[str]:
     """What every rank of the group says, in rank order.
 
-    Raises MosaicError where a rank has failed, and ShardingError where one will never come.
+    Raises MosaicError where a rank has failed, and ShardingError where one will never come, or has
+    not come ``within`` so many seconds.
     """
     store, ranks, me = default_store(), dist.get_process_group_ranks(group), dist.get_rank()
     prefix = _key(group, doing)
@@ -46,14 +49,18 @@ def exchange(group: dist.ProcessGroup, text: str, doing: str = COMPILE) -> list[
     keys = {rank: f"{prefix}/{turn}/{rank}" for rank in ranks}
     _take_back(store)
     store.set(keys[me], text)
-    said = _collect(store, keys, group, doing)
+    said = _collect(store, keys, group, doing, within)
     # Whoever has answered this time has read what was said the last time.
     store.delete_key(f"{prefix}/{turn - 1}/{me}")
     return [said[rank] for rank in ranks]
 
 
 def _collect(
-    store: dist.Store, keys: dict[int, str], group: dist.ProcessGroup, doing: str
+    store: dist.Store,
+    keys: dict[int, str],
+    group: dist.ProcessGroup,
+    doing: str,
+    within: float | None,
 ) -> dict[int, str]:
     said: dict[int, str] = {}
     began, pause, say_after = time.monotonic(), 0.0005, SAY_AFTER
@@ -62,6 +69,10 @@ def _collect(
         if waited > LOOK_AFTER:
             _note(store, group, "waits", doing)
             _check_they_come(store, late, keys, group, doing)
+        if within is not None and waited > within:
+            raise ShardingError(
+                f"ranks {late} did not {doing} within {within:.0f} s, as rank {dist.get_rank()} did"
+            )
         if waited > say_after:
             log.warning(
                 "rank %d waits for ranks %s to %s (%d s); every rank must come to it, with inputs "

@@ -148,6 +148,7 @@ class ShardedTensor(torch.Tensor):
     @uncompiled
     def full_tensor(self) -> Tensor:
         """The whole on every rank, in global order; differentiable. All ranks must call it."""
+        RUN["meet"](",".join(place.mesh_axis for place in self.places), "full_tensor")
         return _Full.apply(self)
 
 

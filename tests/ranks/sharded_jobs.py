@@ -6,12 +6,14 @@ from typing import Any
 
 import cases
 import torch
+import torch.distributed as dist
 from model_jobs import loss_of
 from rule_case import Case, Cut
 from rule_cases import CASES
 from torch import Tensor
 
 import mosaic
+from mosaic.runtime import agreement
 from mosaic.torch_private import pytree
 
 
@@ -108,9 +110,29 @@ def in_and_out() -> dict[str, Any]:
     }
 
 
-def refusal(call: Any) -> str:
+def refusal(call: Any, whole: bool = False) -> str:
     try:
         call()
     except mosaic.MosaicError as error:
-        return str(error).splitlines()[0]
+        return str(error) if whole else str(error).splitlines()[0]
     return ""
+
+
+def on_one_rank(p: int, read: str) -> str:
+    """What is said where only the first rank reads something that is cut."""
+    agreement.READ_WITHIN = 2.0
+    ranks = mosaic.init(sp_size=p)
+    x = mosaic.distribute(torch.arange(6.0), 0)
+    said = ""
+    if ranks.rank() == 0:
+        said = refusal(lambda: READS[read](x), whole=True)
+    dist.barrier()
+    return said
+
+
+READS: dict[str, Any] = {
+    "mean": lambda x: x.mean(),
+    "item": lambda x: x[1].item(),
+    "full": lambda x: x.full_tensor(),
+    "text": repr,
+}

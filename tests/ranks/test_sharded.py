@@ -62,3 +62,22 @@ def test_in_and_out(ranks) -> None:
             "no dim": "there is no dim 7 in the tensor",
             "no part": "the part is not what the layout says of dim 0",
         } | ({"cut": [2, *got["cut"][1:3], 8]})
+
+
+@pytest.mark.parametrize("read", ["mean", FULL("item"), "full", "text"])
+def test_read_on_one_rank(ranks, read: str) -> None:
+    """It would wait for ever."""
+    said = ranks(2).run(jobs.on_one_rank, 2, read)[0]
+    if read == "text":  # shows this rank's part
+        assert said == ""
+        return
+    first, *rest = said.splitlines()
+    assert first == "ranks [1] did not read what is cut within 2 s, as rank 0 did"
+    assert rest[0].startswith("  tests/ranks/sharded_jobs.py:") and rest[1] == f"    {LINES[read]}"
+
+
+LINES = {
+    "mean": '"mean": lambda x: x.mean(),',
+    "item": '"item": lambda x: x[1].item(),',
+    "full": '"full": lambda x: x.full_tensor(),',
+}
