@@ -28,7 +28,8 @@ class ShardingSpec:
         of axes on the same one the longest is cut, the others stay whole, and the plan says so.
         With neither inputs nor axes the longest attended axis is cut.
     outputs: "whole" (every rank has the single-device result) or "shards" (what holds the axis
-        stays cut: a ``mosaic.ShardedTensor``). Where an input is one, outputs stay cut as well.
+        stays cut: a ``mosaic.ShardedTensor``), or of some of them: ``{"logits": "shards"}``, by
+        name or place. Where an input is a ShardedTensor, outputs stay cut unless they are named.
     on_gather: what to do with an op that has no exact local form: "warn" and run it whole on every
         rank, or "error".
     gradients: "whole" (the single-device gradient on every rank) or "shares" (of a parameter, the
@@ -46,7 +47,7 @@ class ShardingSpec:
 
     inputs: Mapping[str, str] | None = None
     axes: Mapping[str | int, Method | str] | None = None
-    outputs: Literal["whole", "shards"] = "whole"
+    outputs: Literal["whole", "shards"] | Mapping[str | int, str] = "whole"
     on_gather: Literal["warn", "error"] = "warn"
     gradients: Literal["whole", "shares"] = "whole"
     check_inputs: Literal["always", "first", False] = "always"
@@ -55,6 +56,9 @@ class ShardingSpec:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             given = getattr(self, name)
+            if name == "outputs" and isinstance(given, Mapping):
+                check_outputs(given)
+                continue
             if not isinstance(given, (str, bool)) or given not in allowed:
                 raise ShardingError(
                     f"{name} = {given!r} is not a choice",
@@ -111,6 +115,17 @@ class ShardingSpec:
         """One line, for the digest that ranks compare."""
         parts = (f"{k}={dict(v) if isinstance(v, Mapping) else v!r}" for k, v in vars(self).items())
         return " ".join(parts)
+
+
+def check_outputs(given: Mapping[Any, Any]) -> None:
+    """Raise ShardingError unless each output has a name, or a number, and a choice."""
+    for name, choice in given.items():
+        is_name = isinstance(name, int) or (isinstance(name, str) and is_path(name))
+        if not is_name or choice not in CHOICES["outputs"]:
+            raise ShardingError(
+                f"outputs = {{{name!r}: {choice!r}}} says nothing of an output",
+                fix='write outputs={"logits": "shards"}, or {0: "shards"} for the first of several',
+            )
 
 
 def check_mappings(inputs: object, axes: object) -> None:

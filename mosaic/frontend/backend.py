@@ -164,7 +164,7 @@ def partitioned(
         policies=captured.policies, worlds=worlds,
     )  # fmt: skip
     context.goes_on = goes_on
-    context.stays_cut = goes_on or bool(arriving) or spec.outputs == "shards"
+    context.stays_cut = goes_on or bool(arriving) or spec.outputs != "whole"
     context.has_other_names = owner is not None or resumed_at(captured.graph) is not None
     context.is_first_graph = options.is_first_graph
     context.graph_text = text_of(captured.graph)

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import fx
 
 from mosaic.api.errors import ShardingError, UnsupportedError
-from mosaic.api.spec import ShardingSpec
+from mosaic.api.spec import ShardingSpec, path_parts
+from mosaic.frontend.model_inputs import replaced
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
 from mosaic.partition.values import Axis
@@ -125,8 +126,7 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         with Call(made) as this:
             result = compiled(*args, **kwargs)
-        if made.spec.outputs == "whole" and not are_cut(args, kwargs):
-            result = pytree.tree_map_only(ShardedTensor, ShardedTensor.full_tensor, result)
+        result = as_promised(result, made.spec, are_cut(args, kwargs))
         if not this.runs:
             say_it_ran_eagerly(made.spec)
         if made.spec.gradients == "shares" and size_of(made.spec) > 1:
@@ -139,6 +139,31 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
 def are_cut(*arguments: Any) -> bool:
     """Whether any tensor among them is cut."""
     return any(isinstance(x, ShardedTensor) for x in flattened(pytree.tree_leaves(arguments)))
+
+
+def as_promised(result: Any, spec: ShardingSpec, takes_cut: bool) -> Any:
+    """A call's result, those outputs whole of which the spec says so. Raises ShardingError for a
+    name that no output has."""
+    if spec.outputs == "shards" or (spec.outputs == "whole" and takes_cut):
+        return result
+    said = spec.outputs if isinstance(spec.outputs, Mapping) else {}
+    kept: set[int] = set()
+    for name, choice in said.items():
+        found: list[Any] = []
+        replaced(result, (str(name),) if isinstance(name, int) else path_parts(name), found.append)
+        if not found:
+            raise ShardingError(
+                f"the function has no output {name!r}",
+                outputs=str(list(result)) if isinstance(result, Mapping) else type(result).__name__,
+                fix='name one that it gives: outputs={"logits": "shards"}, or by number',
+            )
+        kept |= {id(x) for x in pytree.tree_leaves(found) if choice == "shards"}
+
+    def promised(x: Any) -> Any:
+        is_kept = id(x) in kept or not isinstance(x, ShardedTensor)
+        return x if is_kept else x.full_tensor()
+
+    return pytree.tree_map(promised, result)
 
 
 def goes_on(module: fx.GraphModule) -> bool:

@@ -137,6 +137,8 @@ def replaced(tree: Any, way: Sequence[str], change: Callable[[Any], Any]) -> Any
     if isinstance(tree, (list, tuple)):
         items = [replaced(x, rest, change) if str(i) == key else x for i, x in enumerate(tree)]
         return type(tree)(items)
+    if not hasattr(tree, key):
+        return tree
     other = copy(tree)
     setattr(other, key, replaced(getattr(tree, key), rest, change))
     return other

@@ -70,6 +70,7 @@ def _collect(
             _note(store, group, "waits", doing)
             _check_they_come(store, late, keys, group, doing)
         if within is not None and waited > within:
+            _take_question_back(store, keys[dist.get_rank()], group, doing)
             raise ShardingError(
                 f"ranks {late} did not {doing} within {within:.0f} s, as rank {dist.get_rank()} did"
             )
@@ -87,6 +88,13 @@ def _collect(
         pause = min(2 * pause, 0.05)
     _take_back(store)  # not after an error: the others have to see it, too
     return said
+
+
+def _take_question_back(store: dist.Store, key: str, group: dist.ProcessGroup, doing: str) -> None:
+    """As if it had not been asked: whoever catches the error may ask again."""
+    store.delete_key(key)
+    _turns[_key(group, doing)] -= 1
+    _take_back(store)
 
 
 def _late(store: dist.Store, keys: dict[int, str], said: dict[int, str]) -> list[int]:

@@ -33,6 +33,22 @@ def sharded_outputs(p: int) -> dict:
     }
 
 
+def some_outputs(p: int) -> dict:
+    """(logits, loss): the first stays cut. And names that no output has."""
+    mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, (ids, _), _ = cases.gpt()
+    found = {}
+    for outputs in ({0: "shards"}, {1: "shards"}, {"logits": "shards"}):
+        spec = mosaic.ShardingSpec(outputs=outputs)
+        compiled = torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec})
+        try:
+            found[str(outputs)] = [type(x).__name__ for x in compiled(ids, ids)]
+        except mosaic.ShardingError as error:
+            found[str(outputs)] = [str(error)]
+    return found
+
+
 def whole_outputs() -> dict:
     torch.manual_seed(0)
     model, (ids, _), _ = cases.gpt()

@@ -10,6 +10,7 @@ import torch
 from cases import gpt
 from compare import assert_close, compare_gradients
 from contract_cases import Encoder, Reductions, built
+from expecttest import assert_expected_inline
 from model_jobs import run_model
 
 from mosaic.passes import OPTIONAL
@@ -27,6 +28,18 @@ def test_outputs_may_stay_cut(ranks, p: int) -> None:
         same(got, want)
         assert_close("logits", got["logits"], want["logits"], 1e-10)
         assert got["layout"].startswith("37=")
+
+
+def test_some_outputs_may_stay_cut(ranks) -> None:
+    first, second, (refused,) = ranks(2).run(jobs.some_outputs, 2)[0].values()
+    assert (first, second) == (["ShardedTensor", "Tensor"], ["Tensor", "Tensor"])
+    assert_expected_inline(
+        refused,
+        """\
+the function has no output 'logits'
+  outputs  tuple
+  fix      name one that it gives: outputs={"logits": "shards"}, or by number""",
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt", "vit"])
