@@ -55,6 +55,10 @@ def caught_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = ATTENTION
 
 
+#: These are asked about the very tensors that they are given.
+OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
+
+
 class ShardedTensor(torch.Tensor):
     """Its shape is the global one. This rank holds a part along each of ``places``, one for each
     mesh axis that cuts it, in the order of the mesh: each cuts what those before it leave.
@@ -108,6 +112,8 @@ class ShardedTensor(torch.Tensor):
         traced = is_traced(args, kwargs or {})
         if func is ATTENTION and not traced:  # which torch would take apart
             return RUN["attention"](*args, **(kwargs or {}))
+        if not traced and torch.is_grad_enabled() and func not in OF_AUTOGRAD:
+            args, kwargs = with_whole_gradients(func, args, kwargs or {})
         calls_it = func is F.multi_head_attention_forward and not traced
         with caught_attention() if calls_it else nullcontext(), without_torch_function():
             return func(*args, **(kwargs or {}))
@@ -241,6 +247,16 @@ def dim_of(x: Tensor, dim: int) -> int:
 def wrapped(part: Tensor, shape: Sequence[int], places: tuple[Place, ...]) -> ShardedTensor:
     """``part`` as a tensor of the whole program; differentiable."""
     return _Wrap.apply(part, tuple(shape), places)
+
+
+def with_whole_gradients(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A call's arguments; what it writes to as it is."""
+    name = getattr(func, "__name__", "")
+    writes = name.startswith("__i") or name == "__setitem__" or name.rstrip("_") + "_" == name
+    first, rest = (args[:1], args[1:]) if writes else ((), args)
+    out = {"out": kwargs.pop("out")} if "out" in kwargs else {}
+    rest, kwargs = pytree.tree_map(with_whole_gradient, (tuple(rest), kwargs))
+    return (*first, *rest), {**kwargs, **out}
 
 
 def with_whole_gradient(x: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 import cases
 import torch
-from crossing_jobs import Decoder
+import torch.nn.functional as F
+from crossing_jobs import Block, Decoder, E
 from measure import kept_for_backward
 from model_jobs import loss_of
 from torch import Tensor, nn
@@ -135,6 +136,59 @@ def bare(name: str) -> str:
 
 def whole(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+# --- what is whole beside what is cut ------------------------------------------------------------
+
+
+class Cross(nn.Module):
+    """A block over tokens that are cut, and a context that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.q, self.kv = Block(False), nn.Linear(E, E), nn.Linear(E, 2 * E)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = self.block(x)
+        k, v = self.kv(context).chunk(2, -1)
+        return x + F.scaled_dot_product_attention(self.q(x), k, v)
+
+
+class TwoStreams(nn.Module):
+    """Blocks that see nothing cut, and a parameter that eager code adds to what is."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.ModuleList(Block(False) for _ in range(2))
+        self.decoder = nn.ModuleList(Cross() for _ in range(2))
+        self.embed, self.enter, self.head = nn.Embedding(11, E), nn.Linear(E, E), nn.Linear(E, 11)
+        self.positions = nn.Parameter(torch.randn(13, E))
+
+    def forward(self, ids: Tensor, labels: Tensor, context: Tensor) -> Tensor:
+        context = self.enter(context)
+        for block in self.encoder:
+            context = block(context)
+        x = self.embed(ids) + self.positions
+        for block in self.decoder:
+            x = block(x, context)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def two_streams(p: int, how: str = "fsdp") -> dict[str, Any]:
+    torch.manual_seed(0)
+    model: Any = TwoStreams().double()
+    context = torch.randn(2, 5, E, dtype=torch.float64)
+    if p:
+        mosaic.init(sp_size=p)
+        model = parallelized(model, how)
+    loss = model(*tokens(13, 0), context)
+    loss.backward()
+    grads = {bare(n): w.grad for n, w in model.named_parameters()}
+    return {
+        "loss": loss.detach(),
+        "gradients": {n: whole(grad) for n, grad in grads.items()},
+        "kinds": {type(grad).__name__ for grad in grads.values()},
+    }
 
 
 # --- what a rank holds and sends ----------------------------------------------------------------

@@ -70,6 +70,17 @@ def test_models_of_transformers(ranks, name: str, breaks: bool, mask: str) -> No
         assert got["gathered"] == [] and got["squares"] == []
 
 
+@pytest.mark.parametrize("p, how, kind", [(3, "fsdp", "DTensor"), FULL(2, "none", "Tensor")])
+def test_what_is_whole_beside_what_is_cut(ranks, p: int, how: str, kind: str) -> None:
+    """A unit's parameters on whole tensors give as much on every rank; and a parameter that eager
+    code uses beside what is cut has a gradient that is plain."""
+    want = jobs.two_streams(0)
+    for got in ranks(p).run(jobs.two_streams, p, how):
+        assert_close("loss", got["loss"], want["loss"], 1e-12)
+        compare_gradients(want["gradients"], got["gradients"], 1e-10)
+        assert got["kinds"] == {kind}
+
+
 def test_what_a_rank_holds_and_sends(ranks) -> None:
     """Of 8 blocks under FSDP2 on 4 ranks, in a step after the first two."""
     alone = jobs.held(0)
