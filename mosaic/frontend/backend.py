@@ -30,6 +30,7 @@ from mosaic.frontend.sharded_inputs import (
     mesh_axes,
     part_examples,
     parts_of,
+    share_memory,
     wrapped_outputs,
 )
 from mosaic.frontend.user_warnings import announce, resumed_at
@@ -136,7 +137,7 @@ def compile_graph(
     for listener in LISTENERS:
         listener(plan)
     check = data_check(context, ranks, facts, any(lowering.sequences.values()))
-    outputs = list(zip(global_shapes(module), plan.outputs, strict=False))
+    outputs = list(zip(global_shapes(module), plan.outputs, share_memory(module), strict=False))
     return checked(compiled, context, outputs, check)
 
 

@@ -63,17 +63,18 @@ class Described(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """This rank's program of one op. ``outputs``: shape and places of each tensor that it gives;
-    ``results``: which of the op's results these are. ``gathered``: what is made whole, and why."""
+    """This rank's program of one op. ``outputs``: shape, places and strides of each tensor that it
+    gives; ``results``: which of the op's results these are. ``gathered``: what is made whole, and
+    why."""
 
     graph: fx.GraphModule
-    outputs: tuple[tuple[torch.Size, tuple[Place, ...]], ...]
+    outputs: tuple[tuple[torch.Size, tuple[Place, ...], tuple[int, ...]], ...]
     results: Any
     gathered: tuple[str, ...]
     waits_for: str  # the mesh axes whose ranks meet in it, if something whole comes of it
 
     def run(self, parts: Sequence[Tensor], wrap: Callable[..., Tensor] = ShardedTensor) -> Any:
-        """On this rank's parts; ``wrap(part, shape, places)`` makes a tensor of a cut result."""
+        """On this rank's parts; ``wrap(part, shape, places, stride)`` makes a cut result."""
         for why in self.gathered:
             say(why)
         return self.wrapped(self.graph(*parts), wrap)
@@ -81,8 +82,8 @@ class Program:
     def wrapped(self, parts: Sequence[Tensor], wrap: Callable[..., Tensor] = ShardedTensor) -> Any:
         """The op's results, of this rank's parts of its outputs."""
         found = [
-            wrap(x, shape, places) if places else x
-            for x, (shape, places) in zip(parts, self.outputs, strict=True)
+            wrap(x, shape, places, stride) if places else x
+            for x, (shape, places, stride) in zip(parts, self.outputs, strict=True)
         ]
         return pytree.tree_map(lambda i: None if i is None else found[i], self.results)
 
@@ -147,11 +148,14 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         meet(program.waits_for, func)
     tensors = tensors_of(args, kwargs)
     out = program.run([x._local if isinstance(x, ShardedTensor) else x for x in tensors])
-    if is_view(func):
-        for x in pytree.tree_leaves(out):
-            if isinstance(x, ShardedTensor):
-                x.is_view = True
-    return out
+    return pytree.tree_map_only(Tensor, as_view, out) if is_view(func) else out
+
+
+def as_view(x: Tensor) -> ShardedTensor:
+    """A view, also one that is whole on every rank: what is written to it would be lost."""
+    view = x if isinstance(x, ShardedTensor) else ShardedTensor(x, x.shape, (), x.stride())
+    view.is_view = True
+    return view
 
 
 #: Of a cut tensor that Dynamo looks at, these are as it is.
@@ -165,7 +169,7 @@ def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if isinstance(x, DeferredTensor) and (func in SAME or is_view(func)):
         return deferred(func, args, kwargs, is_view=True)
     if isinstance(x, ShardedTensor) and func in SAME:
-        return ShardedTensor(func(x._local, **kwargs), x.shape, x.places)
+        return ShardedTensor(func(x._local, **kwargs), x.shape, x.places, x.stride())
     if isinstance(x, ShardedTensor) and is_view(func):  # Dynamo makes an input by its view
         args, kwargs = pytree.tree_map_only(torch.SymInt, int, (args, kwargs))
         with without_modes():
@@ -175,7 +179,7 @@ def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     def as_whole(x: Any) -> Any:
         if not isinstance(x, (ShardedTensor, DeferredTensor)):
             return x
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
     with mode_of(args, kwargs):
         args, kwargs = pytree.tree_map(as_whole, (args, kwargs))
@@ -351,7 +355,8 @@ def planned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program
 def written(
     graph: fx.Graph, nodes: list[fx.Node], cut: dict[int, tuple[Place, ...]], results: Any
 ) -> Program:
-    shapes = [node.meta["val"].shape for node in nodes]
+    vals = [node.meta["val"] for node in nodes]
+    shapes, strides = [val.shape for val in vals], [val.stride() for val in vals]
     graph.output(tuple(nodes))
     mark_gradients(graph)
     context = context_of(graph, cut)
@@ -365,7 +370,7 @@ def written(
     places = [tuple(Shard.decode(text).place for text in texts) for texts in context.output_shards]
     return Program(
         fx.GraphModule(torch.nn.Module(), graph),
-        tuple(zip(shapes, places, strict=True)),
+        tuple(zip(shapes, places, strides, strict=True)),
         results,
         tuple(why for why, _ in context.gathered),
         waits_for(graph, context, places),

@@ -127,7 +127,8 @@ def _zeros(value: Any, places: tuple[Place, ...]) -> Any:
         part = place.local_shape(part, mesh.get_context().rank(place.mesh_axis))
     out = torch.zeros(part, dtype=value.dtype, device=value.device)
     out.requires_grad_(value.requires_grad)
-    return wrapped(out, shape, places) if places else out
+    stride = [int(n) for n in value.stride()]
+    return wrapped(out, shape, places, stride) if places else out
 
 
 @contextmanager

@@ -18,11 +18,12 @@ from mosaic.partition.context import Context
 from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.mesh import MosaicContext
 from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
+from mosaic.torch_private import is_alias
 
 #: For the number of an input where each mesh axis cuts it.
 Arriving = dict[int, tuple[Place, ...]]
-#: Of a graph's output: its global shape, and where each mesh axis cuts it.
-Output = tuple[tuple[int, ...], tuple[Place, ...]]
+#: Of a graph's output: its global shape and strides, where each mesh axis cuts it, is it a view.
+Output = tuple[tuple[list[int], list[int]], tuple[Place, ...], bool]
 
 
 def arriving_shards(module: fx.GraphModule) -> Arriving:
@@ -71,13 +72,17 @@ def part_of_fake(x: ShardedTensor) -> torch.Tensor:
     return part.requires_grad_(x.requires_grad)
 
 
-def global_shapes(module: fx.GraphModule) -> list[tuple[int, ...]]:
-    """Of the graph's outputs; () for what is no tensor."""
+def global_shapes(module: fx.GraphModule) -> list[tuple[list[int], list[int]]]:
+    """(shape, strides) of the graph's outputs; empty for what is no tensor."""
     values = (
         n.meta.get("example_value") if isinstance(n, fx.Node) else None
         for n in module.graph.output_node().args[0]
     )
-    return [tuple(map(int, getattr(x, "shape", ()))) for x in values]
+    tensors = [x if isinstance(x, torch.Tensor) else None for x in values]
+    return [
+        ([], []) if x is None else ([int(n) for n in x.shape], [int(n) for n in x.stride()])
+        for x in tensors
+    ]
 
 
 def check_writes(context: Context, args: Sequence[Any]) -> None:
@@ -100,7 +105,25 @@ def parts_of(args: Sequence[Any]) -> list[Any]:
 
 def wrapped_outputs(parts: Sequence[Any], outputs: Sequence[Output]) -> Sequence[Any]:
     """Outputs that stay cut as the tensors of the whole program that they are parts of."""
+    found = []
+    for part, ((shape, stride), places, is_view) in zip(parts, outputs, strict=True):
+        if not places:
+            found.append(with_whole_gradient(part))
+            continue
+        found.append(wrapped(part, shape, places, stride))
+        found[-1].is_view = is_view
+    return found
+
+
+def share_memory(module: fx.GraphModule) -> list[bool]:
+    """Of each output whether another one, or an input, is in the same memory on one device: they
+    are apart here, and what is written to one of them would not be seen in the other."""
+    nodes = [*module.graph.output_node().args[0], *module.graph.find_nodes(op="placeholder")]
+    values = [n.meta.get("example_value") if isinstance(n, fx.Node) else None for n in nodes]
+    held = [x if isinstance(x, torch.Tensor) else None for x in values]
+    outputs = held[: len(module.graph.output_node().args[0])]
     return [
-        wrapped(part, shape, places) if places else with_whole_gradient(part)
-        for part, (shape, places) in zip(parts, outputs, strict=True)
+        x is not None
+        and any(y is not None and i != j and is_alias(x, y) for j, y in enumerate(held))
+        for i, x in enumerate(outputs)
     ]

@@ -60,8 +60,9 @@ OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backwa
 
 
 class ShardedTensor(torch.Tensor):
-    """Its shape is the global one. This rank holds a part along each of ``places``, one for each
-    mesh axis that cuts it, in the order of the mesh: each cuts what those before it leave.
+    """Its shape and strides are the global ones: those that it has on one device. This rank holds a
+    part along each of ``places``, one for each mesh axis that cuts it, in the order of the mesh:
+    each cuts what those before it leave.
 
     ``mosaic.distribute`` cuts a whole tensor, ``ShardedTensor.from_local`` says what parts are of.
     Every op of torch takes it and gives what it gives on one device, gradients too: cut where a
@@ -74,12 +75,24 @@ class ShardedTensor(torch.Tensor):
     _local: Tensor
 
     @staticmethod
-    def __new__(cls, local: Tensor, shape: Sequence[int], places: tuple[Place, ...]) -> Any:
+    def __new__(
+        cls,
+        local: Tensor,
+        shape: Sequence[int],
+        places: tuple[Place, ...],
+        stride: Sequence[int] | None = None,
+    ) -> Any:
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, torch.Size(shape), dtype=local.dtype, device=local.device
+            cls, torch.Size(shape), strides=stride, dtype=local.dtype, device=local.device
         )
 
-    def __init__(self, local: Tensor, shape: Sequence[int], places: tuple[Place, ...]):
+    def __init__(
+        self,
+        local: Tensor,
+        shape: Sequence[int],
+        places: tuple[Place, ...],
+        stride: Sequence[int] | None = None,
+    ):
         self._local, self.places = local, places
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Place, ...]]:
@@ -89,7 +102,7 @@ class ShardedTensor(torch.Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], places: tuple[Place, ...], shape: Any, stride: Any
     ) -> ShardedTensor:
-        return ShardedTensor(inner["_local"], shape, places)
+        return ShardedTensor(inner["_local"], shape, places, stride)
 
     def __repr__(self) -> str:  # type: ignore[override]
         cuts = "; ".join(
@@ -244,9 +257,14 @@ def dim_of(x: Tensor, dim: int) -> int:
     return dim % x.ndim
 
 
-def wrapped(part: Tensor, shape: Sequence[int], places: tuple[Place, ...]) -> ShardedTensor:
+def wrapped(
+    part: Tensor,
+    shape: Sequence[int],
+    places: tuple[Place, ...],
+    stride: Sequence[int] | None = None,
+) -> ShardedTensor:
     """``part`` as a tensor of the whole program; differentiable."""
-    return _Wrap.apply(part, tuple(shape), places)
+    return _Wrap.apply(part, tuple(shape), places, stride)
 
 
 def with_whole_gradients(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -298,13 +316,13 @@ def part_of(x: Tensor, places: tuple[Place, ...]) -> Tensor:
 
 class _Wrap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, part, shape, places):
+    def forward(ctx, part, shape, places, stride):
         ctx.places = places
-        return ShardedTensor(part.detach(), shape, places)
+        return ShardedTensor(part.detach(), shape, places, stride)
 
     @staticmethod
     def backward(ctx, grad):
-        return part_of(grad, ctx.places), None, None
+        return part_of(grad, ctx.places), None, None, None
 
 
 class _Local(torch.autograd.Function):
