@@ -163,7 +163,7 @@ def as_promised(result: Any, spec: ShardingSpec, takes_cut: bool) -> Any:
         is_kept = id(x) in kept or not isinstance(x, ShardedTensor)
         return x if is_kept else x.full_tensor()
 
-    return pytree.tree_map(promised, result)
+    return pytree.tree_map(promised, result) if are_cut(result) else result
 
 
 def goes_on(module: fx.GraphModule) -> bool:
