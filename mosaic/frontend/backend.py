@@ -137,7 +137,9 @@ def compile_graph(
     for listener in LISTENERS:
         listener(plan)
     check = data_check(context, ranks, facts, any(lowering.sequences.values()))
-    outputs = list(zip(global_shapes(module), plan.outputs, share_memory(module), strict=False))
+    shapes = global_shapes(module)
+    places = plan.outputs or [()] * len(shapes)  # of a program that works on shards: none
+    outputs = list(zip(shapes, places, share_memory(module), strict=True))
     return checked(compiled, context, outputs, check)
 
 
