@@ -14,6 +14,7 @@ import logging
 import operator
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -169,12 +170,14 @@ def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if isinstance(x, DeferredTensor) and (func in SAME or is_view(func)):
         return deferred(func, args, kwargs, is_view=True)
     if isinstance(x, ShardedTensor) and func in SAME:
-        return ShardedTensor(func(x._local, **kwargs), x.shape, x.places, x.stride())
+        like = torch.empty_strided(x.shape, x.stride(), device="meta")
+        stride = func(like, **kwargs).stride()  # a clone may be contiguous
+        return ShardedTensor(func(x._local, **kwargs), x.shape, x.places, stride)
     if isinstance(x, ShardedTensor) and is_view(func):  # Dynamo makes an input by its view
         args, kwargs = pytree.tree_map_only(torch.SymInt, int, (args, kwargs))
-        with without_modes():
+        with suppress(RuntimeError), without_modes():  # a view of strides that allow none
             program = program_of(func, args, kwargs)
-        return program.wrapped(program.graph(args[0]._local))
+            return program.wrapped(program.graph(x._local))
 
     def as_whole(x: Any) -> Any:
         if not isinstance(x, (ShardedTensor, DeferredTensor)):
