@@ -51,6 +51,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.autograd import _force_original_view_tracking
 from torch.distributed import get_process_group_ranks
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
@@ -110,6 +111,7 @@ __all__ = [
     "has_contexts",
     "has_decomposition",
     "is_alias",
+    "is_composite",
     "is_in_backward",
     "is_of_functorch",
     "is_traceable_wrapper_subclass",
@@ -130,6 +132,7 @@ __all__ = [
     "set_grad_enabled",
     "tag_activation_checkpoint",
     "torch_version",
+    "views_by_their_ops",
     "watch_all",
     "why_eager",
     "without_cudnn",
@@ -139,6 +142,15 @@ __all__ = [
     "without_traces",
 ]
 
+
+def is_composite(op: Any) -> bool:
+    """Whether ATen writes an op with other ops, for every device."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key))
+
+
+#: Autograd undoes a write to a view by the view's op, and not by strides over memory.
+views_by_their_ops = functools.partial(_force_original_view_tracking, True)
 #: Whether two tensors are of one memory.
 is_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
 

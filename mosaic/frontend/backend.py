@@ -25,13 +25,12 @@ from mosaic.frontend.sharded_inputs import (
     Output,
     arriving_shards,
     check_ranks,
-    check_writes,
-    global_shapes,
     mesh_axes,
+    outputs_of,
     part_examples,
     parts_of,
-    share_memory,
     wrapped_outputs,
+    write_back,
 )
 from mosaic.frontend.user_warnings import announce, resumed_at
 from mosaic.graph.modes import Modes
@@ -126,7 +125,7 @@ def compile_graph(
     context.constants = len([*local.parameters(), *local.buffers()])
     lowering = Lowering(context, plan)
     try:
-        examples = part_examples(module, example_inputs)
+        examples = part_examples(module, example_inputs, context.mutated)
         compiled = INNER[chosen.inner](local, examples, lowering)
     except Restart:  # AOTAutograd wants a number as a constant: Dynamo traces anew, on every rank
         raise
@@ -137,10 +136,7 @@ def compile_graph(
     for listener in LISTENERS:
         listener(plan)
     check = data_check(context, ranks, facts, any(lowering.sequences.values()))
-    shapes = global_shapes(module)
-    places = plan.outputs or [()] * len(shapes)  # of a program that works on shards: none
-    outputs = list(zip(shapes, places, share_memory(module), strict=True))
-    return checked(compiled, context, outputs, check)
+    return checked(compiled, context, outputs_of(module, plan.outputs), check)
 
 
 watch_all(mosaic, calls.watch)
@@ -274,8 +270,9 @@ def checked(
         given = flattened(args)
         if check is not None:
             check(given)
-        if context.arriving:
-            check_writes(context, given)
-        return wrapped_outputs(compiled(*parts_of(given)), outputs)
+        parts = parts_of(given, context.mutated)
+        found = compiled(*parts)
+        write_back(given, parts, context.mutated)
+        return wrapped_outputs(found, outputs)
 
     return run

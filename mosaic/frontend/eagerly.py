@@ -10,102 +10,33 @@ of one device without a word about them here.
 
 from __future__ import annotations
 
-import logging
-import operator
-import traceback
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from mosaic.api.errors import ShardingError, UnsupportedError
-from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.deferred import deferred
-from mosaic.graph.emit import insert
-from mosaic.graph.modes import Modes
-from mosaic.graph.source import Frame, frames_of
+from mosaic.frontend.op_program import learns, program_of, tensors_of
+from mosaic.frontend.user_warnings import gathered_at, user_frame
 from mosaic.graph.unexpected import DATA_DEPENDENT
-from mosaic.layout import Place, Shard
-from mosaic.masks.op import ATTENTIONS
-from mosaic.partition.context import Context, Output
-from mosaic.partition.table import RULES
-from mosaic.passes.analyze_masks import analyze_masks
-from mosaic.passes.choose_method import choose_method
-from mosaic.passes.infer_axes import arriving_axes
-from mosaic.passes.normalize import mark_gradients
-from mosaic.passes.partition import write
-from mosaic.passes.propagate import follow, note_places
-from mosaic.passes.rewrite_attention import rewrite_attention
 from mosaic.runtime import sharded_tensor
 from mosaic.runtime.agreement import check_together
-from mosaic.runtime.deferred_tensor import DeferredTensor, Step, flattened, run
+from mosaic.runtime.deferred_tensor import DeferredTensor, flattened
+from mosaic.runtime.memory import UNDO, Memory, views_of
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole, wrapped
-from mosaic.runtime.world import world_of
-from mosaic.torch_private import FakeTensorMode, fake_mode_of, no_dispatch, pytree, without_modes
+from mosaic.torch_private import (
+    FakeTensorMode,
+    fake_mode_of,
+    is_composite,
+    no_dispatch,
+    pytree,
+    without_modes,
+)
 
-log = logging.getLogger(__name__)
 aten = torch.ops.aten
-
-
-class Described(NamedTuple):
-    """What of a tensor a program depends on."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    places: tuple[Place, ...]
-    learns: bool
-
-
-@dataclass(frozen=True)
-class Program:
-    """This rank's program of one op. ``outputs``: shape, places and strides of each tensor that it
-    gives; ``results``: which of the op's results these are. ``gathered``: what is made whole, and
-    why."""
-
-    graph: fx.GraphModule
-    outputs: tuple[tuple[torch.Size, tuple[Place, ...], tuple[int, ...]], ...]
-    results: Any
-    gathered: tuple[str, ...]
-    waits_for: str  # the mesh axes whose ranks meet in it, if something whole comes of it
-
-    def run(self, parts: Sequence[Tensor], wrap: Callable[..., Tensor] = ShardedTensor) -> Any:
-        """On this rank's parts; ``wrap(part, shape, places, stride)`` makes a cut result."""
-        for why in self.gathered:
-            say(why)
-        return self.wrapped(self.graph(*parts), wrap)
-
-    def wrapped(self, parts: Sequence[Tensor], wrap: Callable[..., Tensor] = ShardedTensor) -> Any:
-        """The op's results, of this rank's parts of its outputs."""
-        found = [
-            wrap(x, shape, places, stride) if places else x
-            for x, (shape, places, stride) in zip(parts, self.outputs, strict=True)
-        ]
-        return pytree.tree_map(lambda i: None if i is None else found[i], self.results)
-
-
-MOST_PROGRAMS = 4096
-SAID: set[tuple[str, str]] = set()
-
-
-def say(why: str) -> None:
-    """What is gathered, once for each of the user's lines."""
-    frame = user_frame()
-    line = f"{frame.file}:{frame.line}" if frame else "source line not recorded"
-    if (why, line) not in SAID:
-        SAID.add((why, line))
-        log.warning("mosaic: gathered, correct but slow: %s [%s]", why, line)
-
-
-def user_frame() -> Frame | None:
-    """The user's line that is run."""
-    frames = frames_of("".join(traceback.format_stack()))
-    return frames[-1] if frames else None
 
 
 def meet(mesh_axis: str, func: Any) -> None:
@@ -131,36 +62,55 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run_on_shapes(func, args, kwargs)
     if func._schema.is_mutable:
         return run_in_place(func, args, kwargs)
+    if func in SAME_MEMORY and isinstance(args[0], ShardedTensor):
+        return args[0].bare()
     waits = deferred(func, args, kwargs, is_view(func))
     if waits is not None:
         return waits
     if has_deferred(args, kwargs):
         args, kwargs = pytree.tree_map_only(DeferredTensor, DeferredTensor.made, (args, kwargs))
         return func(*args, **kwargs)
+    if is_composite(func):  # in inference mode torch does not take it apart
+        return func.decompose(*args, **kwargs)
     is_number = not all("Tensor" in str(r.type) for r in func._schema.returns)
-    if is_number or not are_cut(args, kwargs):
+    if is_number:
         return run_whole(func, args, kwargs)
+    if not are_cut(args, kwargs):
+        out = run_whole(func, args, kwargs)
+        return viewed(out, func, args, kwargs) if is_view(func) else out
     try:
         program = program_of(func, args, kwargs)
     except DATA_DEPENDENT:
-        say(f"{str(func).removesuffix('.default')} gives as many elements as its values say")
+        name = str(func).removesuffix(".default")
+        gathered_at(f"{name} gives as many elements as its values say")
         return run_whole(func, args, kwargs)
     if program.waits_for:
         meet(program.waits_for, func)
     tensors = tensors_of(args, kwargs)
     out = program.run([x._local if isinstance(x, ShardedTensor) else x for x in tensors])
-    return pytree.tree_map_only(Tensor, as_view, out) if is_view(func) else out
+    return viewed(out, func, args, kwargs) if is_view(func) else out
 
 
-def as_view(x: Tensor) -> ShardedTensor:
-    """A view, also one that is whole on every rank: what is written to it would be lost."""
-    view = x if isinstance(x, ShardedTensor) else ShardedTensor(x, x.shape, (), x.stride())
-    view.is_view = True
-    return view
+def viewed(out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The views that ``func`` gives, also those that are whole on every rank."""
+    found = out if isinstance(out, (tuple, list)) else [out]
+    names = [a.name for a in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    base = given.pop(names[0])
+    base.memory.is_viewed = True
+    known = views_of(base.bare(), func, given, len(found))
+    writes = base.memory.root.writes
+    views = []
+    for x, view in zip(found, known, strict=True):
+        part, places = (x._local, x.places) if isinstance(x, ShardedTensor) else (x, ())
+        part = part.resolve_conj().resolve_neg()  # ops on parts do not look at such marks
+        views.append(ShardedTensor(Memory(part, view, seen=writes), x.shape, places, x.stride()))
+    return type(out)(views) if isinstance(out, (tuple, list)) else views[0]
 
 
+SAME_MEMORY = (aten.detach.default, aten.alias.default)
 #: Of a cut tensor that Dynamo looks at, these are as it is.
-SAME = (aten.detach.default, aten.alias.default, aten.clone.default)
+SAME = (*SAME_MEMORY, aten.clone.default)
 
 
 def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -204,7 +154,7 @@ def has_deferred(*arguments: Any) -> bool:
 def is_view(func: Any) -> bool:
     """Whether an op gives another look at its operand's memory, of which a rank may have copied its
     part."""
-    if func in (aten.detach.default, aten.alias.default) or func._schema.is_mutable:
+    if func in SAME_MEMORY or func._schema.is_mutable:
         return False
     return any(r.alias_info is not None for r in func._schema.returns)
 
@@ -241,63 +191,48 @@ def run_attention(*args: Any, **kwargs: Any) -> Any:
     return program.run([x.local if isinstance(x, ShardedTensor) else x for x in tensors], wrapped)
 
 
-def tensors_of(*arguments: Any) -> list[Tensor]:
-    """The tensors that a program takes, in its order."""
-    leaves = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
-    return flattened(leaves)
-
-
-def program_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    """The program for these sizes and places: a new one, or that of an earlier call on the same
-    ranks."""
-    programs: dict[Any, Program] = get_context().programs
-    flat, tree = pytree.tree_flatten((args, kwargs))
-    key = (func, str(tree), Modes.current(), *(described(x) for x in flat))
-    if key not in programs:
-        if len(programs) >= MOST_PROGRAMS:
-            programs.clear()
-        programs[key] = planned(func, args, kwargs)
-    return programs[key]
-
-
-def described(x: Any) -> Any:
-    if isinstance(x, DeferredTensor):
-        return (x.steps, *map(described, x.current()))
-    if not isinstance(x, Tensor):
-        return (type(x), x)
-    places = x.places if isinstance(x, ShardedTensor) else ()
-    shape, stride = (tuple(map(int, sizes)) for sizes in (x.shape, x.stride()))
-    return Described(shape, stride, x.dtype, x.device, places, learns(x))
-
-
-def learns(x: Tensor) -> bool:
-    return x.requires_grad and torch.is_grad_enabled()
-
-
 def run_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x.add_(y)`` is ``x + y``, written into what this rank holds of x."""
     target = args[0]
     is_look = torch.Tag.inplace_view in func.tags
-    ours = isinstance(target, (ShardedTensor, DeferredTensor))
-    if ours and target.is_view and not is_look:
-        raise UnsupportedError(
-            f"{func} writes into a view of a tensor that is cut",
-            sizes=list(target.shape),
-            fix="make a new tensor instead (torch.where, index_put, cat), or write before the view",
-        )
+    if isinstance(target, DeferredTensor) and target.is_view and not is_look:
+        raise lost(func, target)
+    if is_look and isinstance(target, ShardedTensor) and target.memory.is_viewed and learns(target):
+        raise lost(func, target)  # autograd makes views again, by their ops, of other sizes now
     new = without_writing(func)(*args, **kwargs)
     if isinstance(target, DeferredTensor):
         target.set(*((new.steps, new.leaves) if isinstance(new, DeferredTensor) else ((), (new,))))
-    elif is_look:  # x.unsqueeze_(0): other sizes, nothing is written
+    elif is_look and isinstance(target, ShardedTensor):  # x.unsqueeze_(0): nothing is written
         with no_dispatch():
             func(*args, **kwargs)
-        is_cut = isinstance(new, ShardedTensor)
-        target._local, target.places = (new._local, new.places) if is_cut else (new, ())
+        target.memory, target.places = new.memory, new.places
     elif isinstance(target, ShardedTensor):
-        target._local.copy_(part_of(new, target.places))
+        write(func, target, new)
     else:
         target.copy_(whole(new))
     return target
+
+
+def write(func: Any, x: ShardedTensor, new: Tensor) -> None:
+    """Write ``new`` into x and what x is a view of. Raises UnsupportedError where others share its
+    memory, and it is not known how."""
+    memory = x.memory
+    view = memory.view
+    if memory.is_shared or (view is not None and view.op not in UNDO):
+        raise lost(func, x)
+    if view is not None:
+        write(func, view.base, UNDO[view.op](view.base, new, **view.given))
+    else:
+        memory.part.copy_(part_of(new, x.places))
+        memory.writes += 1
+
+
+def lost(func: Any, x: Tensor) -> UnsupportedError:
+    return UnsupportedError(
+        f"{func} writes into a tensor that is cut, and shares memory in a way that is not followed",
+        sizes=list(x.shape),
+        fix="make a new tensor instead (torch.where, index_put, cat), or write before the view",
+    )
 
 
 def without_writing(func: Any) -> Any:
@@ -313,94 +248,6 @@ def without_writing(func: Any) -> Any:
         f"{func} writes into a tensor that is cut, in a form that Mosaic does not know",
         fix="use the form without out=, or x.full_tensor()",
     )
-
-
-# --- one op as a program ------------------------------------------------------------------------
-
-
-def planned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    """Write this rank's program of ``func(*args, **kwargs)``."""
-    graph, cut = fx.Graph(), {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-
-        def placeholder(x: Tensor) -> fx.Node:
-            node = graph.placeholder(f"x_{len(graph.nodes)}")
-            shape, stride = ([int(n) for n in sizes] for sizes in (x.shape, x.stride()))
-            node.meta["val"] = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
-            node.meta["requires_grad"] = learns(x)
-            if isinstance(x, ShardedTensor):
-                cut[len(graph.nodes) - 1] = x.places
-            return node
-
-        nodes = iter([placeholder(x) for x in tensors_of(args, kwargs)])
-        first = next(iter(graph.nodes))
-
-        def step(one: Step, args: Any, kwargs: Any) -> fx.Node:
-            return insert(graph, first, one.op, args, kwargs)
-
-        def node_of(x: Tensor) -> fx.Node:
-            if not isinstance(x, DeferredTensor):
-                return next(nodes)
-            found: fx.Node = run(x.steps, [next(nodes) for _ in x.leaves], step)
-            return found
-
-        args, kwargs = pytree.tree_map_only(Tensor, node_of, (args, kwargs))
-        node = insert(graph, first, func, args, kwargs)
-    val = node.meta["val"]
-    if isinstance(val, Tensor):
-        return written(graph, [node], cut, 0)
-    there = [i for i, x in enumerate(val) if isinstance(x, Tensor)]
-    items = [insert(graph, node, operator.getitem, (node, i)) for i in there]
-    numbers = (there.index(i) if i in there else None for i in range(len(val)))
-    return written(graph, items, cut, type(val)(numbers))
-
-
-def written(
-    graph: fx.Graph, nodes: list[fx.Node], cut: dict[int, tuple[Place, ...]], results: Any
-) -> Program:
-    vals = [node.meta["val"] for node in nodes]
-    shapes, strides = [val.shape for val in vals], [val.stride() for val in vals]
-    graph.output(tuple(nodes))
-    mark_gradients(graph)
-    context = context_of(graph, cut)
-    if any(node.target in ATTENTIONS for node in graph.nodes):
-        analyze_masks(graph, context)
-        note_places(follow(graph, context), context)
-        choose_method(graph, context)
-    for number, axis in enumerate(context.axes):
-        write(graph, context, axis, number)
-    rewrite_attention(graph, context)
-    places = [tuple(Shard.decode(text).place for text in texts) for texts in context.output_shards]
-    return Program(
-        fx.GraphModule(torch.nn.Module(), graph),
-        tuple(zip(shapes, places, strides, strict=True)),
-        results,
-        tuple(why for why, _ in context.gathered),
-        waits_for(graph, context, places),
-    )
-
-
-def waits_for(graph: fx.Graph, context: Context, places: list[tuple[Place, ...]]) -> str:
-    meets = any(node.target in RULES.collectives for node in graph.nodes)
-    return context.world.mesh_axis if meets and not all(places) else ""
-
-
-def context_of(graph: fx.Graph, cut: dict[int, tuple[Place, ...]]) -> Context:
-    """Of a program whose inputs arrive cut, by the mesh axes that cut them."""
-    ranks, meshes = get_context(), {p.mesh_axis for places in cut.values() for p in places}
-    context = Context(
-        ShardingSpec(),
-        world_of(ranks, ",".join(meshes)),
-        inputs=(),
-        mutated=(),
-        modes=Modes.current(),
-        arriving=cut,
-        stays_cut=True,
-        worlds=[world_of(ranks, mesh) for mesh in meshes],
-        outputs=(Output(),) * len(graph.output_node().args[0]),
-    )
-    context.axes = arriving_axes(graph, context)
-    return context
 
 
 sharded_tensor.RUN.update(op=run_op, attention=run_attention, meet=meet)

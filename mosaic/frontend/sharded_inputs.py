@@ -7,14 +7,13 @@ x: ShardedTensor f64[2, 13/sp, 8]     Dynamo sees     x: f64[2, 13, 8]
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from mosaic.api.errors import ShardingError, UnsupportedError
+from mosaic.api.errors import ShardingError
 from mosaic.layout import Place
-from mosaic.partition.context import Context
 from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.mesh import MosaicContext
 from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
@@ -22,15 +21,23 @@ from mosaic.torch_private import is_alias
 
 #: For the number of an input where each mesh axis cuts it.
 Arriving = dict[int, tuple[Place, ...]]
-#: Of a graph's output: its global shape and strides, where each mesh axis cuts it, is it a view.
-Output = tuple[tuple[list[int], list[int]], tuple[Place, ...], bool]
+
+
+class Output(NamedTuple):
+    """A tensor that a graph gives (of what is none, only zeros)."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    places: tuple[Place, ...]  # where each mesh axis cuts it
+    is_shared: bool  # another output, or an input, is in the same memory on one device
 
 
 def arriving_shards(module: fx.GraphModule) -> Arriving:
     """The places of every input that is cut. Dynamo guards them: of other places the program is
     compiled anew."""
     values = flattened(placeholder_values(module))
-    return {i: x.places for i, x in enumerate(values) if isinstance(x, ShardedTensor)}
+    cut = {i: x.places for i, x in enumerate(values) if isinstance(x, ShardedTensor)}
+    return {i: places for i, places in cut.items() if places}
 
 
 def placeholder_values(module: fx.GraphModule) -> list[Any]:
@@ -55,10 +62,19 @@ def check_ranks(arriving: Arriving, ranks: MosaicContext | None) -> None:
             )
 
 
-def part_examples(module: fx.GraphModule, examples: Sequence[Any]) -> list[Any]:
+def part_examples(
+    module: fx.GraphModule, examples: Sequence[Any], mutated: Sequence[int]
+) -> list[Any]:
     """What the local program is compiled with: of a ShardedTensor this rank's part (a fake one)."""
-    pairs = zip(flattened(placeholder_values(module)), flattened(examples), strict=True)
-    return [part_of_fake(x) if isinstance(x, ShardedTensor) else given for x, given in pairs]
+    values, given = flattened(placeholder_values(module)), flattened(examples)
+    parts = [
+        part_of_fake(x) if isinstance(x, ShardedTensor) else y
+        for x, y in zip(values, given, strict=True)
+    ]
+    for i in mutated:
+        if isinstance(values[i], ShardedTensor) and values[i].requires_grad:
+            parts[i] = parts[i].clone()  # as parts_of does: no leaf
+    return parts
 
 
 def part_of_fake(x: ShardedTensor) -> torch.Tensor:
@@ -72,58 +88,58 @@ def part_of_fake(x: ShardedTensor) -> torch.Tensor:
     return part.requires_grad_(x.requires_grad)
 
 
-def global_shapes(module: fx.GraphModule) -> list[tuple[list[int], list[int]]]:
-    """(shape, strides) of the graph's outputs; empty for what is no tensor."""
-    values = (
+def parts_of(args: Sequence[Any], mutated: Sequence[int]) -> list[Any]:
+    """This rank's parts of a call's arguments. One that is written to is copied, if the write must
+    reach a history or what else is in its memory: ``write_back`` takes it there."""
+    parts = [x.local if isinstance(x, ShardedTensor) else x for x in args]
+    for i in mutated:
+        if isinstance(args[i], ShardedTensor) and not holds_its_own(args[i]):
+            parts[i] = parts[i].clone()
+    return parts
+
+
+def write_back(args: Sequence[Any], parts: Sequence[Any], mutated: Sequence[int]) -> None:
+    """What the compiled program wrote into parts, into the arguments that they are of."""
+    for x, part in ((args[i], parts[i]) for i in mutated):
+        if not isinstance(x, ShardedTensor):
+            continue
+        if holds_its_own(x):
+            x.memory.writes += 1
+        else:
+            x.copy_(wrapped(part, x.shape, x.places, x.stride()))
+
+
+def holds_its_own(x: ShardedTensor) -> bool:
+    """Whether a write to x may go to its part behind autograd's back."""
+    return x.memory.view is None and not x.memory.is_shared and not x.requires_grad
+
+
+def outputs_of(module: fx.GraphModule, places: Sequence[tuple[Place, ...]]) -> list[Output]:
+    """What Dynamo's graph gives, and where that is cut."""
+    values = [
         n.meta.get("example_value") if isinstance(n, fx.Node) else None
         for n in module.graph.output_node().args[0]
-    )
-    tensors = [x if isinstance(x, torch.Tensor) else None for x in values]
-    return [
-        ([], []) if x is None else ([int(n) for n in x.shape], [int(n) for n in x.stride()])
-        for x in tensors
     ]
-
-
-def check_writes(context: Context, args: Sequence[Any]) -> None:
-    """Raise UnsupportedError for a write to a cut input that another tensor may share."""
-    for index in context.mutated:
-        x = args[index]
-        if isinstance(x, ShardedTensor) and (x.is_view or x.requires_grad):
-            raise UnsupportedError(
-                f"{context.inputs[index].name} is cut and written to, and "
-                + ("is a view of another tensor" if x.is_view else "a gradient flows through it"),
-                sizes=list(x.shape),
-                fix="make a new tensor instead of writing into this one",
-            )
-
-
-def parts_of(args: Sequence[Any]) -> list[Any]:
-    """This rank's parts of a call's arguments."""
-    return [x.local if isinstance(x, ShardedTensor) else x for x in args]
+    held = [x if isinstance(x, torch.Tensor) else None for x in values]
+    there = [x for x in (*held, *placeholder_values(module)) if isinstance(x, torch.Tensor)]
+    return [
+        Output(
+            () if x is None else tuple(int(n) for n in x.shape),
+            () if x is None else tuple(int(n) for n in x.stride()),
+            where,
+            x is not None and sum(is_alias(x, y) for y in there) > 1,  # it is one of them itself
+        )
+        for x, where in zip(held, places or [()] * len(held), strict=True)
+    ]
 
 
 def wrapped_outputs(parts: Sequence[Any], outputs: Sequence[Output]) -> Sequence[Any]:
     """Outputs that stay cut as the tensors of the whole program that they are parts of."""
     found = []
-    for part, ((shape, stride), places, is_view) in zip(parts, outputs, strict=True):
-        if not places:
+    for part, out in zip(parts, outputs, strict=True):
+        if not out.places:
             found.append(with_whole_gradient(part))
             continue
-        found.append(wrapped(part, shape, places, stride))
-        found[-1].is_view = is_view
+        found.append(wrapped(part, out.shape, out.places, out.stride))
+        found[-1].memory.is_shared = out.is_shared
     return found
-
-
-def share_memory(module: fx.GraphModule) -> list[bool]:
-    """Of each output whether another one, or an input, is in the same memory on one device: they
-    are apart here, and what is written to one of them would not be seen in the other."""
-    nodes = [*module.graph.output_node().args[0], *module.graph.find_nodes(op="placeholder")]
-    values = [n.meta.get("example_value") if isinstance(n, fx.Node) else None for n in nodes]
-    held = [x if isinstance(x, torch.Tensor) else None for x in values]
-    outputs = held[: len(module.graph.output_node().args[0])]
-    return [
-        x is not None
-        and any(y is not None and i != j and is_alias(x, y) for j, y in enumerate(held))
-        for i, x in enumerate(outputs)
-    ]

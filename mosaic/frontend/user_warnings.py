@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import traceback
 
 from torch import fx
 
 from mosaic.attention.cost import size
-from mosaic.graph.source import frames, shown
+from mosaic.graph.source import Frame, frames, frames_of, shown
 from mosaic.masks.softmax import UNKNOWN
 from mosaic.report.plan import Plan
 from mosaic.torch_private import RESUMED, compiles_left
@@ -22,6 +23,19 @@ def once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         log.warning(text)
+
+
+def gathered_at(why: str) -> None:
+    """What an op of eager code makes whole, once for each of the user's lines."""
+    frame = user_frame()
+    line = f"{frame.file}:{frame.line}" if frame else "source line not recorded"
+    once(f"gathered, correct but slow: {why} [{line}]")
+
+
+def user_frame() -> Frame | None:
+    """The user's line that is run."""
+    frames = frames_of("".join(traceback.format_stack()))
+    return frames[-1] if frames else None
 
 
 def resumed_at(graph: fx.Graph) -> str | None:

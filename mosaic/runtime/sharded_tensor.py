@@ -13,11 +13,13 @@ from torch import Tensor
 from mosaic.api.errors import ShardingError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.runtime.collectives import slice_to
+from mosaic.runtime.memory import Memory
 from mosaic.runtime.mesh import get_context
 from mosaic.torch_private import (
     FakeTensor,
     is_traceable_wrapper_subclass,
     pytree,
+    views_by_their_ops,
     without_torch_function,
 )
 
@@ -67,33 +69,40 @@ class ShardedTensor(torch.Tensor):
     ``mosaic.distribute`` cuts a whole tensor, ``ShardedTensor.from_local`` says what parts are of.
     Every op of torch takes it and gives what it gives on one device, gradients too: cut where a
     rule of Mosaic's table allows it, else whole (which is said once for each line). All ranks of
-    the mesh must run the same ops. In-place ops write into this rank's part.
+    the mesh must run the same ops. In-place ops write into this rank's part, and what is written to
+    a view is seen in what it is a view of.
     """
 
     places: tuple[Place, ...]
-    is_view: bool = False  # another look at a tensor's memory, on some ranks perhaps a copy
-    _local: Tensor
+    memory: Memory
 
     @staticmethod
     def __new__(
         cls,
-        local: Tensor,
+        local: Tensor | Memory,
         shape: Sequence[int],
         places: tuple[Place, ...],
         stride: Sequence[int] | None = None,
-    ) -> Any:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, torch.Size(shape), strides=stride, dtype=local.dtype, device=local.device
+    ) -> ShardedTensor:
+        memory = local if isinstance(local, Memory) else Memory(local)
+        x: ShardedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            torch.Size(shape),
+            strides=stride,
+            dtype=memory.part.dtype,
+            device=memory.part.device,
         )
+        x.memory, x.places = memory, places
+        return x
 
-    def __init__(
-        self,
-        local: Tensor,
-        shape: Sequence[int],
-        places: tuple[Place, ...],
-        stride: Sequence[int] | None = None,
-    ):
-        self._local, self.places = local, places
+    @property
+    def _local(self) -> Tensor:
+        """This rank's part; not differentiable."""
+        return self.memory.current()
+
+    def bare(self) -> ShardedTensor:
+        """The same tensor, in the same memory, without a history."""
+        return ShardedTensor(self.memory, self.shape, self.places, self.stride())
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Place, ...]]:
         return ["_local"], self.places
@@ -128,7 +137,8 @@ class ShardedTensor(torch.Tensor):
         if not traced and torch.is_grad_enabled() and func not in OF_AUTOGRAD:
             args, kwargs = with_whole_gradients(func, args, kwargs or {})
         calls_it = func is F.multi_head_attention_forward and not traced
-        with caught_attention() if calls_it else nullcontext(), without_torch_function():
+        caught = caught_attention() if calls_it else nullcontext()
+        with caught, views_by_their_ops(), without_torch_function():
             return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -167,7 +177,8 @@ class ShardedTensor(torch.Tensor):
     @uncompiled
     def full_tensor(self) -> Tensor:
         """The whole on every rank, in global order; differentiable. All ranks must call it."""
-        RUN["meet"](",".join(place.mesh_axis for place in self.places), "full_tensor")
+        if self.places:
+            RUN["meet"](",".join(place.mesh_axis for place in self.places), "full_tensor")
         return _Full.apply(self)
 
 

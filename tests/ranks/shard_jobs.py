@@ -66,7 +66,7 @@ def unchanged(x: Tensor) -> Tensor:
 
 def on_parts(p: int, model: nn.Module, *whole: Tensor) -> float:
     """How far the loss and the gradients of a program whose first input arrives cut are from those
-    of one process."""
+    of one process, relative to the largest."""
     found = []
     for cut in (False, True):
         leaf = whole[0].clone().requires_grad_()
@@ -76,7 +76,8 @@ def on_parts(p: int, model: nn.Module, *whole: Tensor) -> float:
         loss.backward()
         grads = [gradients(model)[name] for name, _ in model.named_parameters()]
         found.append([loss.detach(), leaf.grad, *grads])
-    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+    pairs = zip(*found, strict=True)
+    return max(((a - b).abs().max() / a.abs().max().clamp(min=1)).item() for a, b in pairs)
 
 
 def decided(p: int, decide: Callable[[Tensor], Tensor], n: int = 13) -> float:
