@@ -130,8 +130,8 @@ def start(p: int) -> None:
 
 
 def written(p: int, program: Any, how: str, mode: str) -> list[Tensor]:
-    """What ``program`` makes of 2 x, and x's gradient. ``how``: compiled, or run op by op; "inside":
-    all but the product is compiled, so that its input is written to."""
+    """What ``program`` makes of 2 x, and x's gradient. ``how``: compiled, or run op by op;
+    "inside": all but the product is compiled, so that its input is written to."""
     start(p)
     x = torch.randn(4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x.requires_grad_(mode == "grad")
