@@ -104,7 +104,8 @@ def viewed(out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for x, view in zip(found, known, strict=True):
         part, places = (x._local, x.places) if isinstance(x, ShardedTensor) else (x, ())
         part = part.resolve_conj().resolve_neg()  # ops on parts do not look at such marks
-        views.append(ShardedTensor(Memory(part, view, seen=writes), x.shape, places, x.stride()))
+        memory = Memory(part, view, seen=writes)
+        views.append(base.viewed(memory, x.shape, places, x.stride()))
     return type(out)(views) if isinstance(out, (tuple, list)) else views[0]
 
 

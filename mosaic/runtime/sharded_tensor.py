@@ -102,7 +102,14 @@ class ShardedTensor(torch.Tensor):
 
     def bare(self) -> ShardedTensor:
         """The same tensor, in the same memory, without a history."""
-        return ShardedTensor(self.memory, self.shape, self.places, self.stride())
+        return self.viewed(self.memory, self.shape, self.places, self.stride())
+
+    def viewed(self, memory: Memory, *sizes: Any) -> ShardedTensor:
+        """A view, which in inference mode is a tensor for inference only if this is one."""
+        if torch.is_inference_mode_enabled() and not self.is_inference():
+            with torch.inference_mode(False):
+                return ShardedTensor(memory, *sizes)
+        return ShardedTensor(memory, *sizes)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Place, ...]]:
         return ["_local"], self.places
