@@ -273,6 +273,6 @@ def checked(
         parts = parts_of(given, context.mutated)
         found = compiled(*parts)
         write_back(given, parts, context.mutated)
-        return wrapped_outputs(found, outputs)
+        return wrapped_outputs(args, found, outputs)
 
     return run

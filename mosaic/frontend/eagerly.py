@@ -10,6 +10,7 @@ of one device without a word about them here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -75,6 +76,8 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     is_number = not all("Tensor" in str(r.type) for r in func._schema.returns)
     if is_number:
         return run_whole(func, args, kwargs)
+    if func == aten.index.Tensor:
+        args = (args[0], by_positions(args[1]))
     if not are_cut(args, kwargs):
         out = run_whole(func, args, kwargs)
         return viewed(out, func, args, kwargs) if is_view(func) else out
@@ -107,6 +110,17 @@ def viewed(out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         memory = Memory(part, view, seen=writes)
         views.append(base.viewed(memory, x.shape, places, x.stride()))
     return type(out)(views) if isinstance(out, (tuple, list)) else views[0]
+
+
+def by_positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices whose count is known: ``x[mask]`` with a whole mask is ``x[mask.nonzero()]``."""
+    found: list[Tensor | None] = []
+    for i in indices:
+        if i is None or i.dtype not in (torch.bool, torch.uint8) or are_cut(i):
+            found.append(i)
+        else:
+            found += whole(i).nonzero(as_tuple=True)
+    return found
 
 
 SAME_MEMORY = (aten.detach.default, aten.alias.default)

@@ -30,6 +30,7 @@ class Output(NamedTuple):
     stride: tuple[int, ...]
     places: tuple[Place, ...]  # where each mesh axis cuts it
     is_shared: bool  # another output, or an input, is in the same memory on one device
+    given: int | None = None  # the number of the argument that it is, unchanged or written to
 
 
 def arriving_shards(module: fx.GraphModule) -> Arriving:
@@ -116,27 +117,32 @@ def holds_its_own(x: ShardedTensor) -> bool:
 
 def outputs_of(module: fx.GraphModule, places: Sequence[tuple[Place, ...]]) -> list[Output]:
     """What Dynamo's graph gives, and where that is cut."""
-    values = [
-        n.meta.get("example_value") if isinstance(n, fx.Node) else None
-        for n in module.graph.output_node().args[0]
-    ]
-    held = [x if isinstance(x, torch.Tensor) else None for x in values]
-    there = [x for x in (*held, *placeholder_values(module)) if isinstance(x, torch.Tensor)]
-    return [
-        Output(
-            () if x is None else tuple(int(n) for n in x.shape),
-            () if x is None else tuple(int(n) for n in x.stride()),
-            where,
-            x is not None and sum(is_alias(x, y) for y in there) > 1,  # it is one of them itself
-        )
-        for x, where in zip(held, places or [()] * len(held), strict=True)
-    ]
+    inputs = module.graph.find_nodes(op="placeholder")
+    nodes = module.graph.output_node().args[0]
+    held = {n: n.meta.get("example_value") for n in (*inputs, *nodes) if isinstance(n, fx.Node)}
+    tensors = {n: x for n, x in held.items() if isinstance(x, torch.Tensor)}
+
+    def output(node: Any, where: tuple[Place, ...]) -> Output:
+        if node not in tensors:
+            return Output((), (), where, False)
+        x = tensors[node]
+        shape, stride = (tuple(int(n) for n in sizes) for sizes in (x.shape, x.stride()))
+        is_shared = any(is_alias(x, y) for other, y in tensors.items() if other is not node)
+        given = inputs.index(node) if isinstance(x, ShardedTensor) and node in inputs else None
+        return Output(shape, stride, where, is_shared, given)
+
+    return [output(n, where) for n, where in zip(nodes, places or [()] * len(nodes), strict=True)]
 
 
-def wrapped_outputs(parts: Sequence[Any], outputs: Sequence[Output]) -> Sequence[Any]:
+def wrapped_outputs(
+    args: Sequence[Any], parts: Sequence[Any], outputs: Sequence[Output]
+) -> list[Any]:
     """Outputs that stay cut as the tensors of the whole program that they are parts of."""
     found = []
     for part, out in zip(parts, outputs, strict=True):
+        if out.given is not None:
+            found.append(args[out.given])
+            continue
         if not out.places:
             found.append(with_whole_gradient(part))
             continue

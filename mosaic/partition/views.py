@@ -173,12 +173,12 @@ def slice_(s: ShardingInterpreter, c: Call) -> Value:
 def cut(s: ShardingInterpreter, c: Call, x: Value, start: int, stop: int, step: int = 1) -> Value:
     """``x[start:stop:step]`` along the sharded dim: intersect and shift, nothing is sent."""
     assert x.place is not None
+    stop = max(start, stop)
+    if (start, stop, step) == (0, x.shape[x.cut.dim], 1):
+        return Value(c.val, x.place, x.node)
     place = x.cut.refined()
     if (place.outer, place.inner) != (1, 1):
         return s.gather_for(c, "cuts a dim in which the sharded axis is only a factor")
-    stop = max(start, stop)
-    if (start, stop, step) == (0, place.layout.n, 1):
-        return Value(c.val, place, x.node)
     out = place.with_layout(place.layout.slice(start, stop, step))
     runs = s.on_rank(lambda rank: place.layout.runs(rank, start, stop, step))
     return Value(c.val, out, s.take(c, x, runs, place.dim))

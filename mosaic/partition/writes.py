@@ -24,9 +24,9 @@ def index_put(s: ShardingInterpreter, c: Call) -> Value:
     indices, values = list(c["indices"]), c["values"]
     lookups = [i for i in indices if i is not None]
     if any(i.val.dtype == torch.bool for i in lookups):
-        if len(lookups) == 1 and values.val.numel() == 1:
-            return masked(s, c, indices)
-        return s.gather_for(c, "writes by a mask, whose count depends on the data")
+        if len(lookups) > 1:
+            return s.gather_for(c, "writes by a mask, whose count depends on the data")
+        return masked(s, c, indices)
     if any(i.place for i in lookups):
         return put_cut(s, c)
     x = c.x
@@ -45,16 +45,31 @@ def index_put(s: ShardingInterpreter, c: Call) -> Value:
 
 
 def masked(s: ShardingInterpreter, c: Call, indices: list[Value | None]) -> Value:
-    """One value wherever a mask is true."""
-    x, value = c.x, s.call(c, aten.reshape.default, s.gather(c["values"], ""), [])
-    before = next(d for d, i in enumerate(indices) if i is not None)
-    mask = indices[before]
-    assert mask is not None
-    shape = [*mask.shape, *[1] * (x.ndim - before - mask.ndim)]
-    mask = s.call(c, aten.reshape.default, mask, shape)
+    """``x[mask] = values``: a row for each element of the mask that is true, in turn, or one for
+    all of them."""
+    before, mask = next((d, i) for d, i in enumerate(indices) if i is not None)
+    x, behind = c.x, c.x.ndim - before - mask.ndim
+    rows = s.call(c, aten.reshape.default, c["values"], lifted(c["values"], before + 1 + behind))
+    count = rows.shape[before]
+    if count == 0:
+        return x
+    if count > 1:
+        flat = s.call(c, aten.reshape.default, mask, [-1])
+        number = s.call(c, aten.sub.Tensor, s.call(c, aten.cumsum.default, flat, 0), 1)
+        number = s.call(c, aten.clamp.default, number, 0)  # of those in front of the first
+        rows = s.call(c, aten.index_select.default, rows, before, number)
+    there = [*mask.shape] if count > 1 else [1] * mask.ndim
+    shape = [*rows.shape[:before], *there, *rows.shape[before + 1 :]]
+    rows = s.call(c, aten.reshape.default, rows, shape)
+    mask = s.call(c, aten.reshape.default, mask, [*mask.shape, *[1] * behind])
     if c["accumulate"]:
-        value = s.call(c, aten.add.Tensor, x, value)
-    return s.call(c, aten.where.self, mask, value, x)
+        rows = s.call(c, aten.add.Tensor, x, rows)
+    return s.call(c, aten.where.self, mask, rows, x)
+
+
+def lifted(x: Value, ndim: int) -> list[int]:
+    """x's shape with ones in front, as broadcasting has it."""
+    return [*[1] * (ndim - x.ndim), *x.shape]
 
 
 def put_cut(s: ShardingInterpreter, c: Call) -> Value:

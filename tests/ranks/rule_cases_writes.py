@@ -70,6 +70,26 @@ add("index_put middle", lambda x, v: put(x, v, None, torch.tensor([1, 3])), f(2,
 add("index_put ints", lambda x, j: x.index_put((j,), x.new_full((), 3)) * 2, i(9, 5, 2), i(5, 3))
 add("index_put mask", lambda x, m: put(x, x.new_full((), 2.0), m), f(5, 2), b(5))
 add("index_put mask of all", lambda x, v, m: put(x, v[0], m), f(5, 2), f(1), b(5, 2))
+
+
+def turns():
+    return torch.tensor([True, False, False, True, True])
+
+
+add("index_put rows by a mask", lambda x, v: put(x, v, turns()), f(5, 2), f(3, 2))
+add(
+    "index_put rows by a mask of two",
+    lambda x, v: put(x, v, None, turns().view(5, 1) & torch.tensor([False, True])),
+    f(3, 5, 2, 4),
+    f(3, 3, 4),
+)
+add(
+    "index_put rows by a mask, accumulate",
+    lambda x, v: put(x, v, None, turns(), accumulate=True),
+    f(2, 5, 4),
+    f(3, 4),
+)
+add("index_put no row", lambda x, v: put(x, v, turns() & False), f(5, 2), f(0, 2))
 add("index_put mask of the last", lambda x, m: put(x, x.new_ones(1), None, m), f(5, 4), b(4))
 add("index_put mask accumulate", lambda x, v, m: put(x, v, m, accumulate=True), f(5, 2), f(1), b(5))
 add(
