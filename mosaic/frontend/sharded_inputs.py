@@ -104,7 +104,7 @@ def write_back(args: Sequence[Any], parts: Sequence[Any], mutated: Sequence[int]
     for x, part in ((args[i], parts[i]) for i in mutated):
         if not isinstance(x, ShardedTensor):
             continue
-        if holds_its_own(x):
+        if holds_its_own(x) and not part.requires_grad:  # nothing with a history was written
             x.memory.writes += 1
         else:
             x.copy_(wrapped(part, x.shape, x.places, x.stride()))

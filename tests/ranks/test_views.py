@@ -36,6 +36,12 @@ def test_a_view_that_is_whole(ranks) -> None:
     assert max(ranks(2).run(jobs.into_a_whole_view, 2)) == 0
 
 
+def test_what_is_written_brings_its_history(ranks) -> None:
+    (want,) = jobs.takes_a_history(0)
+    for (got,) in ranks(2).run(jobs.takes_a_history, 2):
+        assert_close("gradient", got, want, 0)
+
+
 @pytest.mark.parametrize(
     "program", [jobs.expanded, jobs.turned_under_a_view, jobs.of_a_graph_that_shares]
 )

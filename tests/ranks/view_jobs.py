@@ -181,6 +181,20 @@ def of_a_graph_that_shares(x: Tensor) -> Any:
     return y
 
 
+def takes_a_history(p: int) -> list[Tensor]:
+    """A compiled function writes what has a gradient into an input that had none."""
+    start(p)
+    x = torch.ones(4, 7, 6, dtype=torch.float64, requires_grad=True)
+    given = mosaic.distribute(x, 1) if p else x
+    out = torch.zeros_like(given)
+    fill = (
+        compiled(lambda y, x: y[1:].copy_(x[1:] * 3)) if p else lambda y, x: y[1:].copy_(x[1:] * 3)
+    )
+    fill(out, given)
+    (out * out).sum().backward()
+    return [x.grad]
+
+
 def into_a_whole_view(p: int) -> float:
     """A view that is whole on every rank is compiled with, and written to there."""
     start(p)
