@@ -224,6 +224,8 @@ def cat(s: ShardingInterpreter, c: Call) -> Value:
     """Intervals are joined; a whole operand is first cut, for free."""
     tensors = [t for t in c["tensors"] if t.shape != (0,)]
     dim = c["dim"] % c.val.ndim
+    if len(tensors) == 1 and tensors[0].place and tensors[0].val.dtype == c.val.dtype:
+        return Value(c.val, tensors[0].place, tensors[0].node)
     place = next((t.place for t in tensors if t.place), None)
     if place is None:  # only an old-style empty operand is sharded, and it does not count
         return s.emit(c, None, enter=False, tensors=tensors)

@@ -1,0 +1,66 @@
+"""The table models that people use, with random weights: rows stay cut, and all is exact."""
+
+from __future__ import annotations
+
+import pytest
+import table_jobs as jobs
+from compare import assert_close
+from sampling import FULL
+
+NAMES = ("tabpfn_v2", "tabpfn_v2_5", "tabpfn_v2_6", "tabpfn_v3", "tabpfn_v3_5", "tabicl")
+VARIANTS = (
+    *(f"{name}_nan" for name in NAMES[:5]),
+    *(f"{name}_regression" for name in NAMES),
+    "tabpfn_v2_5_constant", "tabpfn_v3_chunked", "tabpfn_v3_5_chunked", "tabicl_v1",
+)  # fmt: skip
+#: A value's rank among all rows, which v3.5 takes, and what its chunks of rows are joined to.
+SORTS = {"aten.sort works along the axis"}
+GATHERED = {
+    "tabpfn_v3_5": SORTS,
+    "tabpfn_v3_5_nan": SORTS,
+    "tabpfn_v3_5_regression": SORTS,
+    "tabpfn_v3_5_chunked": SORTS
+    | {
+        "aten.cat has an operand that is joined along another dim",
+        "aten.cat has an operand that is needed cut in another dim",
+    },
+    "tabpfn_v3_chunked": {"aten.cat has an operand that is joined along another dim"},
+}
+
+
+@pytest.mark.parametrize("p", [2, FULL(3), FULL(4)])
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        *((name, "no_grad") for name in NAMES[:5]),
+        *((name, "train") for name in ("tabpfn_v2", "tabicl")),
+        *(FULL(name, "train") for name in (*NAMES[1:5], *VARIANTS)),
+        *(FULL(name, "no_grad") for name in ("tabicl", *VARIANTS)),
+        *(FULL(name, "inference") for name in (*NAMES, *VARIANTS)),
+    ],
+)
+def test_op_by_op(ranks, name: str, mode: str, p: int) -> None:
+    check(ranks, p, name, "eager", mode)
+
+
+@pytest.mark.parametrize("p", [2, FULL(3), FULL(4)])
+@pytest.mark.parametrize("name", ["tabpfn_v2", *map(FULL, (*NAMES[1:], *VARIANTS))])
+@pytest.mark.parametrize("mode", [FULL("no_grad"), FULL("inference"), "train"])
+def test_compiled(ranks, name: str, mode: str, p: int) -> None:
+    assert all(got["graphs"] > 1 for got in check(ranks, p, name, "compiled", mode))
+
+
+def test_more_ranks_than_training_rows(ranks) -> None:
+    check(ranks, 4, "tabpfn_v2", "eager", "train", 5)
+
+
+def check(ranks, p: int, name: str, how: str, mode: str, rows: int = 13) -> list[dict]:
+    want = jobs.run(0, name, how, mode, rows)
+    found = ranks(p).run(jobs.run, p, name, how, mode, rows, timeout=300)
+    for got in found:
+        assert_close("output", got["out"], want["out"], 1e-12)
+        assert got["rows are cut"]
+        assert set(got["gathered"]) <= GATHERED.get(name, set())
+        if mode == "train":
+            assert jobs.largest_difference(got["gradients"], want["gradients"]) < 1e-10
+    return found
