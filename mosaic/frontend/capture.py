@@ -12,6 +12,7 @@ So Dynamo's graph is run by an interpreter that
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 from mosaic.api.errors import UnsupportedError
 from mosaic.frontend.fused import UNFUSED
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
+from mosaic.graph.history import with_history
 from mosaic.graph.inputs import Input, Policy
 from mosaic.graph.modes import Modes
 from mosaic.graph.source import where
@@ -82,10 +84,18 @@ def _(tensors: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
 class _Interpreter(fx.Interpreter):
     """Runs Dynamo's graph under the tracer; see the module's docstring."""
 
-    def __init__(self, module: fx.GraphModule, modes: Modes, policies: dict[int, Policy]):
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        modes: Modes,
+        policies: dict[int, Policy],
+        histories: dict[fx.Node, list[fx.Node]],
+    ):
         super().__init__(module, garbage_collect_values=False)  # a vmap asks for its operands late
         self.modes = modes
         self.policies = policies
+        self.histories = histories  # the tracer runs all twice, and knows of gradients at first
+        self.ambient = modes
         self.outer: list[Modes] = []
         self.mapped = Region()
 
@@ -96,9 +106,29 @@ class _Interpreter(fx.Interpreter):
             # A float attribute (LayerNorm.eps) under dynamic=True; with a guard on it.
             return float(n.meta["example_value"])
         # The tracer copies "custom" to every node that this one becomes.
-        n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
+        marks = n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
         with blamed_on(n):
-            return super().run_node(n)
+            hidden = [self.env[y] for y in self.histories.setdefault(n, self.hidden_write(n))]
+            marks["modes"] = replace(self.modes, grad=True)
+            before = [x.clone() for x in hidden]
+            marks["modes"] = self.modes
+            result = super().run_node(n)
+            marks["modes"] = replace(self.modes, grad=True)
+            for x, old in zip(hidden, before, strict=True):
+                x.copy_(with_history(old, x.detach()))
+            return result
+
+    def hidden_write(self, n: fx.Node) -> list[fx.Node]:
+        """The tensors with a history whose values this node changes, and autograd is not told: it
+        writes under no_grad, or into what is detached."""
+        into = self.env.get(n.args[0]) if n.args and writes_in_place(n) else None
+        if not self.ambient.grad or not isinstance(into, Tensor):
+            return []
+        if self.modes.grad and into.requires_grad:
+            return []
+        found = {y: x for y, x in self.env.items() if isinstance(x, Tensor) and x.requires_grad}
+        found = {y: x for y, x in found.items() if not x.is_leaf and is_alias(x, into)}
+        return [y for y, x in found.items() if not any(x._base is z for z in found.values())]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is tag_activation_checkpoint:
@@ -137,7 +167,7 @@ class _Interpreter(fx.Interpreter):
         return self.inner(body).run(*args)
 
     def inner(self, body: fx.GraphModule) -> _Interpreter:
-        return _Interpreter(body, self.modes, self.policies)
+        return _Interpreter(body, self.modes, self.policies, self.histories)
 
     def autograd_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What stays behind in the table are the bodies and the constants, not the traced tensors.
@@ -155,6 +185,16 @@ class _Interpreter(fx.Interpreter):
     def switch(self, modes: Modes) -> None:
         self.modes = modes
         modes.autocast_on()
+
+
+def writes_in_place(n: fx.Node) -> bool:
+    """Whether a node of Dynamo's writes into its first operand."""
+    if n.op not in ("call_function", "call_method"):
+        return False
+    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+    if getattr(n.target, "__module__", "") == "_operator":
+        return name == "setitem" or (name[0] == "i" and hasattr(operator, name[1:]))
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def written_to(out: Any, result: Any) -> Any:
@@ -212,10 +252,12 @@ def capture(module: fx.GraphModule) -> Captured:
 
     ambient = Modes.current()
     policies: dict[int, Policy] = {}
+    histories: dict[fx.Node, list[fx.Node]] = {}
 
     class Program(torch.nn.Module):
         def forward(self, *args: Any) -> Any:
-            return _Interpreter(module, ambient, policies).run(*regrouped(args, given))
+            run = _Interpreter(module, ambient, policies, histories).run
+            return run(*regrouped(args, given))
 
     traced: fx.GraphModule
     try:

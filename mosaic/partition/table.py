@@ -320,6 +320,8 @@ TABLE: dict[str, LocalForm] = {
     "unfold": windows.unfold,
     # randomness
     "dropout": randomness.dropout,
+    # written behind autograd's back
+    "mosaic::with_history": pointwise,
     # the user's own
     "mosaic::autograd_function": functions.autograd_function,
 }

@@ -113,10 +113,25 @@ def chunk(x: Tensor) -> Tensor:
     return x
 
 
+def under_no_grad(x: Tensor) -> Tensor:
+    y = x * 3
+    with torch.no_grad():
+        y[:, 2:4] = 1.0
+        y.mul_(2)
+    return y * x
+
+
+def detached(x: Tensor) -> Tensor:
+    y, w = x * 3, x.sin()
+    y.detach()[:, 3] = 1.0
+    w.view(4, 42).data.mul_(5)
+    return y * w
+
+
 PROGRAMS: tuple[Callable[[Tensor], Tensor], ...] = (
     a_row, a_row_of_a_row, a_view_reads_what_its_base_got, a_view_reads_what_another_got, a_chain,
     by_index, every_other, reshaped, permuted, masked, into_zeros, complex_numbers, diagonal,
-    another_look,
+    another_look, under_no_grad, detached,
 )  # fmt: skip
 #: Torch refuses these where a gradient is recorded.
 OF_MANY = (split, unbind, chunk)
