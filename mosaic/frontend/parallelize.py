@@ -106,6 +106,7 @@ class Owner:
     shares: bool  # where a unit is one graph, for FSDP2 to add up
     inputs: ModelInputs
     divisors: dict[nn.Module, int] = field(default_factory=dict)
+    shards_over_one: bool = False  # FSDP2's mesh shards over one rank, and replicates over all
 
     def planned(self, axes: Sequence[Axis]) -> None:
         """A graph of a unit was planned, and cuts these axes."""
@@ -143,7 +144,19 @@ class Owner:
                 "torch._dynamo.config.recompile_limit if Dynamo runs it eagerly",
             )
         if isinstance(unit, FSDPModule):
+            self.set_divisor(unit, divisor)
+
+    def set_divisor(self, unit: FSDPModule, divisor: int) -> None:
+        """Torch divides twice by a factor where a shard has one rank: there its own average over
+        all ranks is the right one."""
+        if not self.shards_over_one or divisor == 1:
             unit.set_gradient_divide_factor(float(divisor))
+        elif divisor != dist.get_world_size():
+            raise ShardingError(
+                "FSDP2's mesh shards over one rank, where torch divides gradients twice",
+                divisor=divisor,
+                fix="give it a mesh whose last dim has several ranks, or leave the mesh out",
+            )
 
 
 # --- units --------------------------------------------------------------------------------------
@@ -220,12 +233,13 @@ def shard_all(
             f"FSDP2's mesh leaves out ranks {sorted(missing)}",
             fix="give it all: leave the mesh out, or ranks.mesh['dp', 'sp'] for HSDP",
         )
+    owner.shards_over_one = mesh.ndim > 1 and mesh.size(mesh.ndim - 1) == 1
     for module in [*(unit for unit in units if unit is not model), model]:
         shard_parameters(module, mesh=mesh, **given)
         sums: Any = module
         if ranks.device.type == "cpu":  # gloo adds, and does no more
             sums.set_force_sum_reduction_for_comms(True)
-        sums.set_gradient_divide_factor(float(ranks.dp_size * sp_size(ranks)))
+        owner.set_divisor(sums, ranks.dp_size * sp_size(ranks))
 
 
 def mesh_of_all(ranks: MosaicContext) -> DeviceMesh:

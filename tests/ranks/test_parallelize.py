@@ -24,6 +24,7 @@ SUMS = ["gradients of whole tensors, in backward"]
         FULL(4, 1, "none", True, {}, SUMS),
         FULL(2, 2, "fsdp", True, {"micro": 2}, SUMS),
         FULL(1, 2, "fsdp", False, {}, NOTHING),
+        (1, 2, "hsdp", False, {"micro": 2}, NOTHING),
         FULL(1, 1, "fsdp", False, {}, NOTHING),
     ],
 )
