@@ -106,17 +106,29 @@ class _Interpreter(fx.Interpreter):
             # A float attribute (LayerNorm.eps) under dynamic=True; with a guard on it.
             return float(n.meta["example_value"])
         # The tracer copies "custom" to every node that this one becomes.
-        marks = n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
+        n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
         with blamed_on(n):
             hidden = [self.env[y] for y in self.histories.setdefault(n, self.hidden_write(n))]
-            marks["modes"] = replace(self.modes, grad=True)
-            before = [x.clone() for x in hidden]
-            marks["modes"] = self.modes
-            result = super().run_node(n)
-            marks["modes"] = replace(self.modes, grad=True)
-            for x, old in zip(hidden, before, strict=True):
-                x.copy_(with_history(old, x.detach()))
-            return result
+            return self.run_hidden(n, hidden) if hidden else super().run_node(n)
+
+    def run_hidden(self, n: fx.Node, written: list[Tensor]) -> Any:
+        """Run a write of which autograd is not told; what it changes keeps its history."""
+        marks, modes, into = n.meta["custom"], self.modes, self.env[n.args[0]]
+        marks["modes"] = replace(modes, grad=True)
+        before = [x.clone() for x in written]
+        marks["modes"] = modes
+        result = super().run_node(n)
+        if modes.grad and into.requires_grad:
+            raise UnsupportedError(
+                "what has a gradient is written into a detached tensor, in the memory of one that "
+                "has another",
+                sizes=list(into.shape),
+                fix="write into a copy: x.detach().clone()",
+            )
+        marks["modes"] = replace(modes, grad=True)
+        for x, old in zip(written, before, strict=True):
+            x.copy_(with_history(old, x.detach()))
+        return result
 
     def hidden_write(self, n: fx.Node) -> list[fx.Node]:
         """The tensors with a history whose values this node changes, and autograd is not told: it
@@ -124,10 +136,10 @@ class _Interpreter(fx.Interpreter):
         into = self.env.get(n.args[0]) if n.args and writes_in_place(n) else None
         if not self.ambient.grad or not isinstance(into, Tensor):
             return []
-        if self.modes.grad and into.requires_grad:
-            return []
         found = {y: x for y, x in self.env.items() if isinstance(x, Tensor) and x.requires_grad}
         found = {y: x for y, x in found.items() if not x.is_leaf and is_alias(x, into)}
+        if self.modes.grad:  # autograd knows of those that it takes for views of one tensor
+            found = {y: x for y, x in found.items() if base_of(x) is not base_of(into)}
         return [y for y, x in found.items() if not any(x._base is z for z in found.values())]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -185,6 +197,10 @@ class _Interpreter(fx.Interpreter):
     def switch(self, modes: Modes) -> None:
         self.modes = modes
         modes.autocast_on()
+
+
+def base_of(x: Tensor) -> Tensor:
+    return x if x._base is None else x._base
 
 
 def writes_in_place(n: fx.Node) -> bool:

@@ -50,6 +50,12 @@ def test_what_is_not_followed_is_refused(ranks, program) -> None:
     assert "writes into a tensor that is cut, and shares memory" in text
 
 
+def test_two_histories(ranks) -> None:
+    text = ranks(2).run(jobs.refused, 2, jobs.two_histories)[0]
+    assert "what has a gradient is written into a detached tensor" in text
+    assert "view_jobs.py" in text and "z.mul_(x)" in text
+
+
 def test_refused(ranks) -> None:
     assert_expected_inline(
         ranks(2).run(jobs.refused, 2, jobs.expanded)[0],

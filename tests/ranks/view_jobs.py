@@ -175,13 +175,23 @@ def refused(p: int, program: Any) -> str:
     x = mosaic.distribute(torch.ones(4, 7, 6, dtype=torch.float64).requires_grad_(), 1) * 2
     try:
         program(x)
-    except mosaic.MosaicError as error:
+    except (mosaic.MosaicError, torch._dynamo.exc.BackendCompilerFailed) as error:
         return str(error)
     raise AssertionError("it ran")
 
 
 def expanded(x: Tensor) -> Any:
     return x.expand(2, 4, 7, 6)[0, 0].add_(1)
+
+
+def two_histories(x: Tensor) -> Any:
+    def both(x: Tensor) -> Tensor:
+        y = x * 3
+        z = y.detach()
+        z.mul_(x)
+        return y + z
+
+    return compiled(both)(x)
 
 
 def turned_under_a_view(x: Tensor) -> Any:
