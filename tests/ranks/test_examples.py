@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,12 @@ def test_quickstart() -> None:
     off = [float(x) for x in re.findall(r"(?:loss|gradients) (\d\.\de[+-]\d+)", said)]
     assert len(off) == 2 and max(off) < 1e-10, said
     assert "\x1b" not in said  # plain in a pipe
+
+
+@pytest.mark.full
+@pytest.mark.skipif(find_spec("tabpfn") is None, reason="needs tabpfn")
+def test_tabpfn_table() -> None:
+    said = run("examples/tabpfn_table.py", "--ranks", "2", "--rows", "900")
+    needed, alone, budget, tried, _ = map(float, re.findall(r"(\d+\.\d) MiB", said))
+    assert needed < budget < tried <= alone and needed < 0.7 * alone, said
+    assert max(errors(said)) < 1e-5 and len(errors(said)) == 1, said
