@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from model_jobs import gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from walk import whole_activations
 
 import mosaic
 from mosaic.report.plan import plans
@@ -97,6 +98,7 @@ def decoder(p: int, how: str, breaks: bool, cut: bool = True) -> dict[str, Any]:
         "graphs": len(found),
         "gathered": [line for plan in found for line in plan.gathered],
         "axes": [plan.axis for plan in found],
+        "whole": whole_activations(found, 13) if p > 1 and cut else [],
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import table_models
 import torch
 from torch import Tensor
+from walk import whole_activations
 
 import mosaic
 from mosaic.frontend import user_warnings
@@ -16,8 +17,8 @@ MODES = {"train": torch.enable_grad, "no_grad": torch.no_grad, "inference": torc
 
 
 def run(p: int, name: str, how: str, mode: str, rows: int = 13) -> dict[str, Any]:
-    """Output, gradients, and what was gathered; ``how``: "compiled" or "eager". p = 0 is one
-    process without Mosaic."""
+    """Output, gradients, and what was gathered; ``how``: "compiled", where y is cut, too, or
+    "eager". p = 0 is one process without Mosaic."""
     torch._dynamo.reset()
     user_warnings._said.clear()
     table = table_models.MODELS[name](rows)
@@ -27,7 +28,8 @@ def run(p: int, name: str, how: str, mode: str, rows: int = 13) -> dict[str, Any
     called: Any = model
     if p:
         mosaic.init(sp_size=p)
-        inputs |= {n: mosaic.distribute(inputs[n], dim) for n, dim in table.rows.items()}
+        cut = table.rows | (table.train_rows if how == "compiled" else {})
+        inputs |= {n: mosaic.distribute(inputs[n], dim) for n, dim in cut.items()}
         if how == "compiled":
             called = torch.compile(model, backend="mosaic", options={"inner": "eager"})
     with MODES[mode](), plans() as found:
@@ -42,6 +44,7 @@ def run(p: int, name: str, how: str, mode: str, rows: int = 13) -> dict[str, Any
         "gradients": {n: x.grad for n, x in learned.items() if x.grad is not None},
         "rows are cut": cut_dims == [table.out_rows],
         "graphs": len(found),
+        "whole": whole_activations(found, rows),
         "gathered": gathered([line for plan in found for line in plan.gathered]),
     }
 

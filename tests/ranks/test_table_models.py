@@ -27,6 +27,9 @@ GATHERED = {
     "tabpfn_v3_chunked": {"aten.cat has an operand that is joined along another dim"},
 }
 
+#: Classes that there are: numbers of y, not of cells.
+OF_Y = {"aten._unique2 gives as many elements as its values say"}
+
 
 @pytest.mark.parametrize("p", [2, FULL(3), FULL(4)])
 @pytest.mark.parametrize(
@@ -47,7 +50,9 @@ def test_op_by_op(ranks, name: str, mode: str, p: int) -> None:
 @pytest.mark.parametrize("name", ["tabpfn_v2", *map(FULL, (*NAMES[1:], *VARIANTS))])
 @pytest.mark.parametrize("mode", [FULL("no_grad"), FULL("inference"), "train"])
 def test_compiled(ranks, name: str, mode: str, p: int) -> None:
-    assert all(got["graphs"] > 1 for got in check(ranks, p, name, "compiled", mode))
+    for got in check(ranks, p, name, "compiled", mode):
+        assert got["graphs"] > 1
+        assert name in GATHERED or got["whole"] == []  # nor is anything long in another graph
 
 
 def test_more_ranks_than_training_rows(ranks) -> None:
@@ -60,7 +65,7 @@ def check(ranks, p: int, name: str, how: str, mode: str, rows: int = 13) -> list
     for got in found:
         assert_close("output", got["out"], want["out"], 1e-12)
         assert got["rows are cut"]
-        assert set(got["gathered"]) <= GATHERED.get(name, set())
+        assert set(got["gathered"]) <= GATHERED.get(name, set()) | OF_Y
         if mode == "train":
             assert jobs.largest_difference(got["gradients"], want["gradients"]) < 1e-10
     return found
