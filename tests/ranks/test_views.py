@@ -10,12 +10,16 @@ from sampling import FULL
 
 
 @pytest.mark.parametrize("p", [2, FULL(1), FULL(3), FULL(4)])
-@pytest.mark.parametrize("how", ["eager", "compiled", "inside"])
+@pytest.mark.parametrize(
+    "how, mode",
+    [
+        ("eager", "grad"), ("eager", "inference"), ("compiled", "grad"), ("inside", "grad"),
+        FULL("eager", "no_grad"), FULL("compiled", "no_grad"), FULL("compiled", "inference"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("program", jobs.PROGRAMS, ids=lambda f: f.__name__)
-def test_a_write_is_seen_by_all_that_share_memory(ranks, program, how: str, p: int) -> None:
-    modes = ["grad"] if how == "inside" else ["grad", "no_grad", "inference"]
-    for mode in modes:
-        check(ranks, program, how, mode, p)
+def test_a_write_is_seen_by_all_that_share_memory(ranks, program, how, mode, p: int) -> None:
+    check(ranks, program, how, mode, p)
 
 
 @pytest.mark.parametrize("how", ["eager", FULL("compiled")])
