@@ -76,6 +76,12 @@ def refuse_called(node: fx.Node) -> None:
             fix="write what it does as a torch.autograd.Function, whose backward is run whole, "
             "or put the hook on a parameter or an input, outside of the compiled function",
         )
+    if node.op == "call_method" and name == "full_tensor":
+        raise UnsupportedError(
+            "x.full_tensor() inside of what is compiled, where every tensor is the whole one",
+            where=where(node),
+            fix="leave it out, or call it on what the compiled function gives",
+        )
     if target is tag_activation_checkpoint:
         refuse_contexts(node)
     if is_higher and target not in FOLLOWED:

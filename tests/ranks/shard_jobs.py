@@ -109,6 +109,20 @@ def refused_ranks(p: int) -> str:
     return "no error"
 
 
+def whole_inside(p: int) -> str:
+    """A hook of a module that is compiled in place is compiled with it."""
+    mosaic.init(sp_size=p)
+    model = nn.Identity()
+    model.register_forward_pre_hook(lambda _, args: (mosaic.distribute(args[0], 1),))
+    model.register_forward_hook(lambda _, args, out: out.full_tensor())
+    model.compile(backend="mosaic", options={"inner": "eager"})
+    try:
+        model(random(13).sin())
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        return str(error)
+    raise AssertionError("it ran")
+
+
 def compiled(model: nn.Module) -> Callable[..., Tensor]:
     return torch.compile(model, backend="mosaic", options={"inner": "eager"})
 

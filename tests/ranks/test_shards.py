@@ -37,6 +37,12 @@ a ShardedTensor is cut for 2 ranks, and mesh axis 'sp' has 1
     )
 
 
+def test_the_whole_inside_of_what_is_compiled(ranks) -> None:
+    text = ranks(2).run(jobs.whole_inside, 2)[0]
+    assert "x.full_tensor() inside of what is compiled, where every tensor is the whole one" in text
+    assert "shard_jobs.py" in text
+
+
 @pytest.mark.parametrize(
     "name", ["decided", "video", FULL("gpt"), FULL("llama"), FULL("table"), "hf_llama"]
 )
