@@ -36,6 +36,7 @@ def kept_whole(x: Tensor, w: Tensor) -> Tensor:
 
 
 add("autograd function", kept_whole, f(5, 4), f(4))
+add("with_history", lambda x, v: torch.ops.mosaic.with_history(x, v).sin(), f(5, 4), f(5, 4))
 
 add("whole used twice", lambda x, w: x * w + (x @ w.unsqueeze(1)), f(5, 4), f(4))
 add(
