@@ -422,8 +422,9 @@ def test_explain_leaves_other_functions_compiled() -> None:
 
 
 def test_nothing_is_kept_of_a_users_function() -> None:
+    before = set(AUTOGRAD_FUNCTIONS.calls)
     explain(lambda x: attend(Copies.apply(x)), X.clone().requires_grad_(), sp_size=2)
-    assert not AUTOGRAD_FUNCTIONS.calls
+    assert set(AUTOGRAD_FUNCTIONS.calls) == before
 
 
 def test_a_kernel_is_chosen_for_one_thread_only() -> None:
