@@ -108,7 +108,9 @@ class _Interpreter(fx.Interpreter):
         # The tracer copies "custom" to every node that this one becomes.
         n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
         with blamed_on(n):
-            hidden = [self.env[y] for y in self.histories.setdefault(n, self.hidden_write(n))]
+            if n not in self.histories:
+                self.histories[n] = self.hidden_write(n)
+            hidden = [self.env[y] for y in self.histories[n]]
             return self.run_hidden(n, hidden) if hidden else super().run_node(n)
 
     def run_hidden(self, n: fx.Node, written: list[Tensor]) -> Any:
