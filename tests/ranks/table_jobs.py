@@ -6,7 +6,6 @@ from typing import Any
 
 import table_models
 import torch
-from torch import Tensor
 from walk import whole_activations
 
 import mosaic
@@ -53,10 +52,3 @@ def gathered(planned: list[str]) -> list[str]:
     """Which ops, without lines of packages."""
     said = [text.partition("slow: ")[2] for text in user_warnings._said if "gathered" in text]
     return sorted({line.partition(" [")[0] for line in (*planned, *said)})
-
-
-def largest_difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Relative to the largest gradient of each parameter, or to 1."""
-    assert set(got) == set(want), set(got) ^ set(want)
-    pairs = [(got[n], want[n]) for n in want]
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in pairs)
