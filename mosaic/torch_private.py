@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
@@ -29,6 +30,7 @@ from torch._dynamo.eval_frame import reset_code
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as Restart
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESUMED
 from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.symbolic_convert import tls as dynamo_thread
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -135,6 +137,7 @@ __all__ = [
     "views_by_their_ops",
     "watch_all",
     "why_eager",
+    "with_composites",
     "without_cudnn",
     "without_effects",
     "without_modes",
@@ -244,6 +247,14 @@ def without_effects() -> Iterator[None]:
         yield
     finally:
         effect._effect = before
+
+
+@contextmanager
+def with_composites() -> Iterator[None]:
+    """Trace our composite ops as themselves, of which torch warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="At pre-dispatch tracing")
+        yield
 
 
 @contextmanager
@@ -421,6 +432,16 @@ def is_whole_function(is_compiled: bool) -> bool:
             return False
         frame = frame.f_back
     return frame is not None
+
+
+def inputs_that_dynamo_has() -> list[Any]:
+    """The values that stand for the inputs of the function that Dynamo compiles now, of those that
+    it has met so far."""
+    translator = getattr(dynamo_thread, "current_tx", None)
+    if translator is None:
+        return []
+    graph = translator.output.root_tracer.graph
+    return [n.meta.get("example_value") for n in graph.find_nodes(op="placeholder")]
 
 
 def break_after(module: fx.GraphModule) -> tuple[str, FrameSummary | None] | None:

@@ -25,7 +25,7 @@ from mosaic.graph.emit import drop_dead, insert
 from mosaic.masks.additive import INF, additive
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
-from mosaic.masks.op import PLAIN, STRUCTURED
+from mosaic.masks.op import ATTENTIONS, PLAIN, STRUCTURED
 from mosaic.masks.read import Mask, Reader, every_row_sees, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
@@ -50,7 +50,9 @@ def analyze_masks(graph: fx.Graph, context: Context) -> int:
         if said is not None:
             rewrite(node, call, said)
             count += 1
-        node.meta["mask"] = words(node)
+    for node in graph.nodes:
+        if node.target in ATTENTIONS:
+            node.meta["mask"] = words(node)
     drop_dead(graph)
     return count
 

@@ -219,3 +219,23 @@ def method_of(given: Any, *, mesh: str = "sp") -> Method:
         f"there is no method {given!r}",
         fix=f"use one of {', '.join(map(repr, NAMED))}, or an object such as mosaic.Mesh2D(2, 2)",
     )
+
+
+#: The methods that have been asked for, by what stands for them in a graph.
+_known: dict[str, Method] = {}
+
+
+@torch.compiler.assume_constant_result
+def key_of(method: str | Method) -> str:
+    """A string by which a method goes into a graph; modules keep it, as Dynamo of torch 2.11 takes
+    no frozen dataclass for a constant."""
+    if isinstance(method, str) and method in _known:
+        return method
+    found = method_of(method)
+    _known[repr(found)] = found
+    return repr(found)
+
+
+def method_named(key: str) -> Method:
+    """The method of a key that ``key_of`` gave."""
+    return _known[key]

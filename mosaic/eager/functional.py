@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mosaic.api.errors import ShardingError
-from mosaic.api.methods import Local, Method, method_of
+from mosaic.api.methods import Local, Method, key_of, method_named
 from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.op import calls_of, sharded_attention
 from mosaic.attention.plan import AttentionPlan
@@ -31,6 +31,7 @@ from mosaic.eager.operands import (
     four_dims,
 )
 from mosaic.eager.tensors import layout_text
+from mosaic.eager.whole import are_of_wholes, attention_of_wholes
 from mosaic.layout import Layout
 from mosaic.runtime.agreement import check_calls_alike, check_shards_alike
 from mosaic.runtime.collectives import enter, enter_together
@@ -80,6 +81,10 @@ def attention(
     key_layout: the same of the keys; None is ``layout``. A ``Layout.whole`` says that every rank
         has all of them, and then their gradient is whole, too.
 
+    Where a tensor is a ShardedTensor, or the compiled function that calls this was given one, all
+    of them stand for the whole program's: a mask has all rows, there are no layouts, and the loss
+    is that of one device.
+
     Raises ShardingError where tensors, sizes, layouts, the mesh axis and the method do not fit.
     """
     name = key_of(method)
@@ -108,28 +113,9 @@ class Request:
     key_layout: Layout | None = None
 
 
-#: The methods that have been asked for, by what stands for them in a graph.
-_methods: dict[str, Method] = {}
-
-
-@torch.compiler.assume_constant_result
-def key_of(method: str | Method) -> str:
-    """A string by which a method goes into a graph; modules keep it, as Dynamo of torch 2.11 takes
-    no frozen dataclass for a constant."""
-    if isinstance(method, str) and method in _methods:
-        return method
-    found = method_of(method)
-    _methods[repr(found)] = found
-    return repr(found)
-
-
 @torch.compiler.assume_constant_result
 def mesh_of(key: str) -> str:
-    return _methods[key].mesh
-
-
-def method_named(key: str) -> Method:
-    return _methods[key]
+    return method_named(key).mesh
 
 
 # --- nodes: what Dynamo does not look into -----------------------------------------------------
@@ -143,6 +129,10 @@ def attention_node(
     """``attention``, with a method and layouts as strings."""
     check_probability(dropout)
     check_scale(scale)
+    inputs = Inputs(mask, query_documents, key_documents)
+    if are_of_wholes(q, k, v, *inputs[:3]):
+        bounds, layouts = (causal, left, right), layout or key_layout
+        return attention_of_wholes(q, k, v, inputs, method, bounds, scale, dropout, layouts)
     request = Request(
         method_named(method),
         band_of(causal, left, right),
@@ -151,12 +141,17 @@ def attention_node(
         parsed(layout),
         parsed(key_layout),
     )
-    return carry_out(q, k, v, Inputs(mask, query_documents, key_documents), request)
+    return carry_out(q, k, v, inputs, request)
 
 
 @torch.compiler.allow_in_graph
-def parameters_node(parameters: list[Tensor], method: str, layout: str) -> list[Tensor]:
-    """Parameters for work on shards of this layout: their gradients are summed over the ranks."""
+def parameters_node(
+    parameters: list[Tensor], inputs: list[Tensor], method: str, layout: str
+) -> list[Tensor]:
+    """Parameters of a module with these inputs: gradients of those for shards of this layout are
+    summed over the ranks."""
+    if are_of_wholes(*inputs):
+        return list(parameters)
     found, world = parsed(layout), ranks_of(method_named(method))
     if world.size == 1 or not (found is None or found.is_cut):
         return list(parameters)

@@ -6,6 +6,9 @@ losses. Parameters are whole on every rank, and so is their gradient: it is summ
 backward (reducers that take the mean over ranks, such as DDP, leave it as it is). Of other layers
 in the model that work on shards (``nn.Linear``, ``nn.LayerNorm``) every rank has a share of the
 gradient: ``sum_gradients(model)`` sums those.
+
+A ShardedTensor knows what it is a part of: a module takes it as the whole tensor that it stands for
+(masks have all rows, layouts are left out), however it is cut, and gives one.
 """
 
 from __future__ import annotations
@@ -17,15 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from mosaic.api.errors import ShardingError
-from mosaic.api.methods import Composed, Folded, Hierarchical, Mesh2D, Method, Ulysses, method_of
+from mosaic.api.methods import (
+    Composed,
+    Folded,
+    Hierarchical,
+    Mesh2D,
+    Method,
+    Ulysses,
+    key_of,
+    method_named,
+    method_of,
+)
 from mosaic.attention.blocks import CAUSAL, FULL
 from mosaic.attention.visit import Inputs
 from mosaic.eager.functional import (
     Request,
     attention,
     carry_out,
-    key_of,
-    method_named,
     parsed,
     ranks_of,
 )
@@ -39,6 +50,7 @@ from mosaic.eager.projections import (
     grid_shape,
 )
 from mosaic.eager.tensors import gather, layout_text, shard_tensor
+from mosaic.eager.whole import are_of_wholes, attention_of_wholes
 from mosaic.layout import Layout
 from mosaic.runtime.agreement import check_shards_alike
 from mosaic.runtime.mesh import get_context
@@ -88,7 +100,7 @@ class MultiAxisAttention(Projected):
         rows = x.movedim(axis, -2)
         held = layout_text(layout or self.layout, x, axis, self.method.mesh)
         layers = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-        *projections, last = self.parameters_of(layers, held)
+        *projections, last = self.parameters_of(layers, [x], held)
         q, k, v = (self.heads_of(folded(rows), layer) for layer in projections)
         out = self.attended(q, k, v, folded_mask(mask, rows), held, held)
         return self.joined(out, last).reshape(rows.shape).movedim(-2, axis)
@@ -150,8 +162,9 @@ class CrossAxisAttention(Projected):
         held = layout_text(layout or self.layout, q_source, axis, self.method.mesh)
         keys_held = key_layout or self.key_layout
         held_keys = layout_text(keys_held, kv_source, kv_axis, self.method.mesh)
-        query, last = self.parameters_of((self.q_proj, self.out_proj), held)
-        key, value = self.parameters_of((self.k_proj, self.v_proj), held_keys)
+        sources = [q_source, kv_source]
+        query, last = self.parameters_of((self.q_proj, self.out_proj), sources, held)
+        key, value = self.parameters_of((self.k_proj, self.v_proj), sources, held_keys)
         q = self.heads_of(folded(rows), query)
         k, v = (self.heads_of(folded(keys), layer) for layer in (key, value))
         out = self.attended(q, k, v, folded_mask(mask, rows), held, held_keys)
@@ -204,7 +217,7 @@ class MultiAxisAttention2D(Projected):
         grid = x.movedim(axes, (-3, -2))
         tokens = grid.reshape(prod(grid.shape[:-3]), *grid.shape[-3:])
         layers = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-        *projections, last = self.parameters_of(layers, "")
+        *projections, last = self.parameters_of(layers, [x], "")
         q, k, v = (self.heads_of(tokens, layer) for layer in projections)
         given = layout or self.layout
         held = "" if given is None else str(checked_layout(given))
@@ -217,6 +230,11 @@ def grid_node(q, k, v, method: str, causal: bool, dropout: float, layout: str) -
     """Attention over dims 2 and 3 of (batch, heads, n1, n2, head_dim) as one axis."""
     found = method_named(method)
     assert isinstance(found, Mesh2D)
+    if are_of_wholes(q, k, v):
+        sizes, bounds = q.shape[2:4], (causal, None, None)
+        q, k, v = (x.flatten(2, 3) for x in (q, k, v))
+        out = attention_of_wholes(q, k, v, Inputs(), method, bounds, None, dropout, layout)
+        return out.unflatten(2, sizes)
     world, joint = ranks_of(found), parsed(layout)
     n1, n2 = int(q.shape[2]), int(q.shape[3])
     if joint is None and world.size > 1:

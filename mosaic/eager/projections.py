@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosaic.api.errors import ShardingError
-from mosaic.api.methods import Local, Mesh2D, Method, method_of
-from mosaic.eager.functional import attention_node, key_of, parameters_node
+from mosaic.api.methods import Local, Mesh2D, Method, key_of, method_of
+from mosaic.eager.functional import attention_node, parameters_node
 from mosaic.eager.operands import check_is_tensor, check_probability
 from mosaic.runtime.comm import all_reduce
 from mosaic.runtime.mesh import get_context
@@ -75,11 +75,12 @@ class Projected(nn.Module):
         return F.linear(out.movedim(1, -2).flatten(-2), *layer)
 
     def parameters_of(
-        self, layers: Sequence[nn.Linear], layout: str
+        self, layers: Sequence[nn.Linear], inputs: list[Tensor], layout: str
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """The layers' weights and biases, for rows of this layout: their gradients are summed."""
+        """The layers' weights and biases, where the module has these inputs, and a layer rows of
+        this layout: their gradients are summed."""
         given = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-        left = iter(parameters_node(given, self.key, layout))
+        left = iter(parameters_node(given, inputs, self.key, layout))
         return [(next(left), None if layer.bias is None else next(left)) for layer in layers]
 
 

@@ -153,7 +153,7 @@ def partitioned(
     if spec.gives_shares and world.size > 1:
         calls.check_one_graph(module, spec)
     first = shard_programs.first_call(module)
-    if first is not None:
+    if first is not None and not arriving:
         return shard_programs.passed_through(module, first, spec, world)
     refuse_unknown(module)
     worlds = [world_of(ranks, mesh) for mesh in meshes(spec, arriving)]

@@ -51,6 +51,7 @@ from mosaic.torch_private import (
     rename_afresh,
     set_grad_enabled,
     tag_activation_checkpoint,
+    with_composites,
     without_cudnn,
     without_effects,
 )
@@ -279,7 +280,10 @@ def capture(module: fx.GraphModule) -> Captured:
 
     traced: fx.GraphModule
     try:
-        with no_tracing_context(), preserve_node_meta(), without_effects(), without_cudnn():
+        with (
+            no_tracing_context(), preserve_node_meta(), with_composites(),
+            without_effects(), without_cudnn(),
+        ):  # fmt: skip
             traced, signature = aot_export_module(
                 Program(), fakes, trace_joint=False, pre_dispatch=True
             )

@@ -22,6 +22,7 @@ from mosaic.frontend.deferred import deferred
 from mosaic.frontend.op_program import learns, program_of, tensors_of
 from mosaic.frontend.user_warnings import gathered_at, user_frame
 from mosaic.graph.unexpected import DATA_DEPENDENT
+from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.runtime import sharded_tensor
 from mosaic.runtime.agreement import check_together
 from mosaic.runtime.deferred_tensor import DeferredTensor, flattened
@@ -189,10 +190,9 @@ def run_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def run_attention(*args: Any, **kwargs: Any) -> Any:
-    """``F.scaled_dot_product_attention``: cut by the quickest exact method, as in a compiled graph.
-    Its op has a backward of its own, on this rank's parts."""
-    func = aten.scaled_dot_product_attention.default
+def run_attention(*args: Any, op: Any = PLAIN, **kwargs: Any) -> Any:
+    """``F.scaled_dot_product_attention``, or ours: cut by the quickest exact method, as in a
+    compiled graph. Its op has a backward of its own, on this rank's parts."""
     mask = kwargs.get("attn_mask") if len(args) < 4 else args[3]
     if mask is not None and mask.ndim < 2:
         args, kwargs = (*args[:3], mask.unsqueeze(0), *args[4:]), {**kwargs}
@@ -200,10 +200,17 @@ def run_attention(*args: Any, **kwargs: Any) -> Any:
     if not are_cut(args, kwargs):  # written to until nothing was cut
         args, kwargs = pytree.tree_map_only(DeferredTensor, DeferredTensor.made, (args, kwargs))
         args, kwargs = pytree.tree_map_only(ShardedTensor, lambda x: x.local, (args, kwargs))
-        return func(*args, **kwargs)
-    program = program_of(func, args, kwargs)
+        return op(*args, **kwargs)
+    program = program_of(op, args, kwargs)
     tensors = tensors_of(args, kwargs)
     return program.run([x.local if isinstance(x, ShardedTensor) else x for x in tensors], wrapped)
+
+
+def run_structured(*args: Any, **kwargs: Any) -> Any:
+    """``mosaic.sdpa``, which names a method and a mask in words."""
+    if is_traced(args, kwargs):
+        return STRUCTURED(*args, **kwargs)
+    return run_attention(*args, op=STRUCTURED, **kwargs)
 
 
 def run_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -265,4 +272,4 @@ def without_writing(func: Any) -> Any:
     )
 
 
-sharded_tensor.RUN.update(op=run_op, attention=run_attention, meet=meet)
+sharded_tensor.RUN.update(op=run_op, attention=run_attention, structured=run_structured, meet=meet)

@@ -17,7 +17,7 @@ SCHEMA = (
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int? left=None, "
     "int? right=None, Tensor? query_documents=None, Tensor? key_documents=None, "
-    "Tensor[]? leaves=None, str tile='') -> Tensor"
+    "Tensor[]? leaves=None, str tile='', str method='') -> Tensor"
 )
 
 library = torch.library.Library("mosaic", "FRAGMENT")
@@ -40,6 +40,7 @@ def sdpa(
     key_documents: Tensor | None = None,
     leaves: Sequence[Tensor] | None = None,
     tile: str = "",
+    method: str = "",
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` in which query i sees key j only where
 
@@ -47,7 +48,8 @@ def sdpa(
     - query_documents[b, i] == key_documents[b, j]: int64, (batch|1, queries) and (batch|1, keys).
 
     ``attn_mask`` is boolean or added to the scores, as ever. In its place there may be a
-    ``TileProgram`` that makes it of ``leaves`` (``attention/tiles.py``).
+    ``TileProgram`` that makes it of ``leaves`` (``attention/tiles.py``). ``method``: the key of the
+    one that the call names, for an axis that is cut.
     """
     if tile:
         attn_mask = TileProgram.parse(tile)(*leaves or ())

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from mosaic.api.methods import Local, Method
+from mosaic.api.errors import ShardingError
+from mosaic.api.methods import Auto, Local, Method, method_named
 from mosaic.attention.blocks import FULL
 from mosaic.attention.problem import AttentionProblem
+from mosaic.graph.source import where
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
@@ -20,6 +22,7 @@ from mosaic.partition.emitter import DECIDED
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.values import Call, Value, map_values
 from mosaic.partition.views import viewed
+from mosaic.runtime.world import own_axes
 
 aten = torch.ops.aten
 QKV = ("query", "key", "value")
@@ -47,7 +50,7 @@ def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
     if band_of(c.bound) != FULL and max(map(len, rows.ranks)) > PIECES:
         return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
     k, v, keys = with_keys(s, c, place)
-    method = s.axis.method if k.place else Local(mesh=s.axis.mesh_axis)
+    method = method_for(s, c) if k.place else Local(mesh=s.axis.mesh_axis)
     mask = c["attn_mask"]
     if mask is not None:
         per_row = mask.ndim >= 2 and mask.shape[-2] == q.shape[-2] != 1
@@ -55,6 +58,23 @@ def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
     q = s.at(q, place)
     found = problem(s, c, method, rows, keys, None)
     return marked(s, c, found, place, (q, k, v, mask), whole_makings(s, c))
+
+
+def method_for(s: ShardingInterpreter, c: Call) -> Method:
+    """That which the call names, else that of the axis. Raises ShardingError for one of other
+    ranks than the axis is cut over."""
+    named = c.bound.get("method")
+    if not named or isinstance(method_named(named), (Auto, Local)):
+        return s.axis.method
+    found = method_named(named)
+    if own_axes(found.mesh) != own_axes(s.axis.mesh_axis):
+        raise ShardingError(
+            f"the attended axis is cut over mesh axis '{s.axis.mesh_axis}', and '{found.mesh}' is "
+            "asked for",
+            where=where(c.like),
+            fix=f"use a method with mesh='{s.axis.mesh_axis}', or leave the method out",
+        )
+    return found
 
 
 def makings(c: Call) -> dict[str, Any]:
@@ -152,7 +172,7 @@ def with_whole_queries(s: ShardingInterpreter, c: Call) -> Value:
     if mask is not None:
         mask = entered(s, s.gather_aloud(mask, "is a mask of whole queries"))
     query = Layout.whole(q.shape[-2], s.axis.p)
-    found = problem(s, c, s.axis.method, query, keys, None)
+    found = problem(s, c, method_for(s, c), query, keys, None)
     parts = map_values(lambda x: entered(s, x), whole_makings(s, c))
     return marked(s, c, found, None, (q, k, v, mask), parts, enter=False)
 

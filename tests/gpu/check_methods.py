@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mosaic
-from mosaic.api.methods import AllGather, Hierarchical, Mesh2D, Method, Ring, Ulysses
+from mosaic.api.methods import AllGather, Hierarchical, Mesh2D, Method, Ring, Ulysses, key_of
 from mosaic.attention import kernels
 from mosaic.attention.blocks import CAUSAL, FULL, Band
-from mosaic.eager.functional import key_of
 from mosaic.layout import Layout
 
 CUDA = torch.cuda.is_available()

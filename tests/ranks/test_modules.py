@@ -6,6 +6,7 @@ from __future__ import annotations
 import module_jobs as jobs
 import pytest
 import torch
+import whole_jobs
 from sampling import FULL
 
 import mosaic
@@ -27,6 +28,28 @@ def check(answers: list[dict[str, float]], tol: float = 1e-10) -> None:
 )
 def test_equals_one_process(ranks, job: str, p: int) -> None:
     check(ranks(p).run(getattr(jobs, job), p))
+
+
+@pytest.mark.parametrize("p", [2, FULL(3), FULL(4)])
+@pytest.mark.parametrize(
+    "job, compiler",
+    [
+        ("functional", None), ("modules", "mosaic"),
+        FULL("functional", "mosaic"), FULL("modules", None),
+    ],
+)  # fmt: skip
+def test_on_sharded_tensors(ranks, job: str, p: int, compiler: str | None) -> None:
+    check(ranks(p).run(getattr(whole_jobs, job), p, compiler))
+
+
+def test_a_sharded_tensor_is_no_shard(ranks) -> None:
+    for texts in ranks(2).run(whole_jobs.refused, 2):
+        layout, mesh, grid, gathered, cut = texts
+        assert "a ShardedTensor has its own" in layout
+        assert "is cut over mesh axis 'sp', and 'rows' is asked for" in mesh
+        assert "Mesh2D(3, 5) does not fit 2 ranks" in grid
+        assert "take x.full_tensor()" in gathered
+        assert "mosaic.distribute" in cut
 
 
 def test_two_mesh_axes_as_one(ranks) -> None:
