@@ -7,6 +7,7 @@ from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.ask_policies import ask_policies
 from mosaic.passes.assign_layouts import assign_layouts
 from mosaic.passes.choose_method import choose_method
+from mosaic.passes.defer_outputs import defer_outputs
 from mosaic.passes.infer_axes import infer_axes
 from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
@@ -23,6 +24,7 @@ PIPELINE = (
     normalize,
     raise_attention,  # from here on every attention is one node
     analyze_masks,  # what attention masks mean; most of them disappear
+    defer_outputs,  # masks that only other graphs read
     infer_axes,  # which axis, and where it begins
     propagate,  # where it is in every tensor
     assign_layouts,  # who holds which indices; places follow
@@ -33,7 +35,7 @@ PIPELINE = (
 
 #: Programs are right without these, only slower or larger: ``MOSAIC_OFF=overlap,analyze_masks``
 #: leaves these two out, to find a pass that goes wrong.
-OPTIONAL = (raise_attention, analyze_masks, overlap)
+OPTIONAL = (raise_attention, analyze_masks, defer_outputs, overlap)
 
 #: On the joint graph, before AOTAutograd's partitioner cuts it into forward and backward.
 JOINT = (ask_policies, pin_collectives)

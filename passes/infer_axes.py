@@ -176,10 +176,17 @@ def unbound(graph: fx.Graph, context: Context) -> ShardingError:
         for node, i in zip(placeholders, context.inputs, strict=True)
         if not i.is_state and isinstance(node.meta.get("val"), torch.Tensor)
     )
+    fix = "use these names (or paths such as batch['ids']) as keys of inputs"
+    if context.goes_on:
+        fix += (
+            "; a function that yours calls, and that breaks the graph, is compiled by itself and "
+            "has names of its own: pass mosaic.distribute(x, dim) in place of x, or use "
+            "mosaic.parallelize"
+        )
     return ShardingError(
         f"no tensor argument of the compiled function is called {names}",
         arguments=have or "none",
-        fix="use these names (or paths such as batch['ids']) as keys of inputs",
+        fix=fix,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mosaic.layout import Layout
 from mosaic.report.plan import Plan
 
 
@@ -19,6 +20,24 @@ def whole_activations(plans: Sequence[Plan], n: int) -> list[str]:
         if kind in ("forward", "backward")
         for node in graph.nodes
         if is_long(node.meta.get("val"), n) and not is_named(node.meta["val"], kind, plan)
+    ]
+
+
+def strips_of_masks(plans: Sequence[Plan], n: int, p: int) -> list[str]:
+    """Tensors of all keys of a rank's rows, or of more: a mask, or scores, that is not made by
+    blocks. Only of graphs that a rank runs."""
+    rows = {n, *Layout.even(n, p).lengths, *Layout.zigzag(n, p).lengths}
+    shapes = [
+        (kind, node, list(getattr(node.meta.get("val"), "shape", ())))
+        for plan in plans
+        for kind, graph in plan.graphs.items()
+        if kind != "global"
+        for node in graph.nodes
+    ]
+    return [
+        f"{kind} graph: {node} {node.target} {shape}"
+        for kind, node, shape in shapes
+        if n in shape and sum(size in rows for size in shape) > 1
     ]
 
 

@@ -25,11 +25,11 @@ from mosaic.frontend.sharded_inputs import (
     Output,
     arriving_shards,
     check_ranks,
+    made,
     mesh_axes,
     outputs_of,
     part_examples,
     parts_of,
-    wrapped_outputs,
     write_back,
 )
 from mosaic.frontend.user_warnings import announce, resumed_at
@@ -136,7 +136,7 @@ def compile_graph(
     for listener in LISTENERS:
         listener(plan)
     check = data_check(context, ranks, facts, any(lowering.sequences.values()))
-    return checked(compiled, context, outputs_of(module, plan.outputs), check)
+    return checked(compiled, context, outputs_of(module, plan), check)
 
 
 watch_all(mosaic, calls.watch)
@@ -270,9 +270,9 @@ def checked(
         given = flattened(args)
         if check is not None:
             check(given)
-        parts = parts_of(given, context.mutated)
-        found = compiled(*parts)
-        write_back(given, parts, context.mutated)
-        return wrapped_outputs(args, found, outputs)
+        mine = parts_of(given, context.mutated)
+        found = iter(compiled(*mine))
+        write_back(given, mine, context.mutated)
+        return [made(out, args, found) for out in outputs]
 
     return run

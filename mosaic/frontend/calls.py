@@ -30,7 +30,7 @@ from mosaic.frontend.model_inputs import replaced
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
 from mosaic.partition.values import Axis
-from mosaic.runtime.deferred_tensor import flattened
+from mosaic.runtime.deferred_tensor import DeferredTensor, flattened
 from mosaic.runtime.mesh import current_context
 from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
@@ -160,10 +160,13 @@ def as_promised(result: Any, spec: ShardingSpec, takes_cut: bool) -> Any:
         kept |= {id(x) for x in pytree.tree_leaves(found) if choice == "shards"}
 
     def promised(x: Any) -> Any:
+        if isinstance(x, DeferredTensor):
+            x = x.made()
         is_kept = id(x) in kept or not isinstance(x, ShardedTensor)
         return x if is_kept else x.full_tensor()
 
-    return pytree.tree_map(promised, result) if are_cut(result) else result
+    waits = any(isinstance(x, DeferredTensor) for x in pytree.tree_leaves(result))
+    return pytree.tree_map(promised, result) if waits or are_cut(result) else result
 
 
 def goes_on(module: fx.GraphModule) -> bool:

@@ -13,24 +13,18 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mosaic.graph.ops import is_pointwise
+from mosaic.graph.ops import makes_patterns
 from mosaic.runtime.deferred_tensor import NOTHING, DeferredTensor, Step, is_making, joined
 from mosaic.torch_private import pytree, without_modes
 
 aten = torch.ops.aten
-#: What patterns are made with, beside pointwise ops and views.
-ALSO = (
-    aten.index.Tensor, aten.cat.default, aten.cumsum.default, aten.diff.default,
-    aten.lift_fresh.default,
-    aten.new_ones.default, aten.new_zeros.default, aten.new_full.default,
-)  # fmt: skip
 
 
 def deferred(func: Any, args: Any, kwargs: dict[str, Any], is_view: bool) -> DeferredTensor | None:
     """What ``func`` gives as a program, if it is one that may wait; else None."""
     operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     known = [x for x in operands if isinstance(x, DeferredTensor)]
-    if is_making() or not (is_view or is_pointwise(func) or func in ALSO):
+    if is_making() or not (is_view or makes_patterns(func)):
         return None
     if not known and not is_boolean(func):
         return None

@@ -18,8 +18,8 @@ from torch import fx
 from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import backend, calls
+from mosaic.frontend.sharded_inputs import Output, outputs_of
 from mosaic.graph import pipeline
-from mosaic.layout import Place
 from mosaic.partition.context import Context
 from mosaic.report.plan import LISTENERS, Plan
 from mosaic.report.show import listing
@@ -94,11 +94,11 @@ def planning(compiled: list[CodeType], found: list[Plan]) -> Callable[..., Calla
         compiled.append(code_at_hand())
         backend.mosaic(module, example_inputs, options=options)
         nodes = module.graph.output_node().args[0]
-        outputs = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in nodes]
-        places = found[-1].outputs or [()] * len(outputs)
+        values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in nodes]
+        outputs = outputs_of(module, found[-1])
 
         def run(*args: Any) -> Any:
-            return [_zeros(x, cut) for x, cut in zip(outputs, places, strict=True)]
+            return [_zeros(x, out) for x, out in zip(values, outputs, strict=True)]
 
         return run
 
@@ -118,17 +118,26 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _zeros(value: Any, places: tuple[Place, ...]) -> Any:
-    """Zeros for a graph's output; cut where it stays cut."""
+def _zeros(value: Any, output: Output) -> Any:
+    """Zeros for a graph's output; cut where it stays cut, and deferred where it is."""
     if not isinstance(value, torch.Tensor):
         return value
-    shape = part = [int(n) for n in value.shape]
+    recipe = output.recipe
+    if recipe is not None:
+        leaves = zip(recipe.leaves, output.leaves, strict=True)
+        return recipe.of([_cut_zeros(x.dtype, value.device, out) for x, out in leaves])
+    return _cut_zeros(value.dtype, value.device, output, value.requires_grad)
+
+
+def _cut_zeros(
+    dtype: torch.dtype, device: torch.device, output: Output, requires_grad: bool = False
+) -> torch.Tensor:
+    shape, places = list(output.shape), output.places
+    part = shape
     for place in places:
         part = place.local_shape(part, mesh.get_context().rank(place.mesh_axis))
-    out = torch.zeros(part, dtype=value.dtype, device=value.device)
-    out.requires_grad_(value.requires_grad)
-    stride = [int(n) for n in value.stride()]
-    return wrapped(out, shape, places, stride) if places else out
+    out = torch.zeros(part, dtype=dtype, device=device, requires_grad=requires_grad)
+    return wrapped(out, shape, places, output.stride) if places else out
 
 
 @contextmanager

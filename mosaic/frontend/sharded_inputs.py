@@ -6,7 +6,7 @@ x: ShardedTensor f64[2, 13/sp, 8]     Dynamo sees     x: f64[2, 13, 8]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch import fx
 
 from mosaic.api.errors import ShardingError
 from mosaic.layout import Place
-from mosaic.runtime.deferred_tensor import flattened
+from mosaic.report.plan import Plan
+from mosaic.runtime.deferred_tensor import Recipe, flattened
 from mosaic.runtime.mesh import MosaicContext
 from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
 from mosaic.torch_private import is_alias
@@ -31,6 +32,23 @@ class Output(NamedTuple):
     places: tuple[Place, ...]  # where each mesh axis cuts it
     is_shared: bool  # another output, or an input, is in the same memory on one device
     given: int | None = None  # the number of the argument that it is, unchanged or written to
+    recipe: Recipe | None = None  # if it is deferred,
+    leaves: tuple[Output, ...] = ()  # and what stands for it
+
+
+def made(out: Output, args: Sequence[Any], parts: Iterator[Any]) -> Any:
+    """An output of a call with ``args``: a tensor of the whole program if it stays cut. Takes from
+    the compiled program's ``parts`` what it is made of."""
+    if out.recipe is not None:
+        return out.recipe.of([made(leaf, args, parts) for leaf in out.leaves])
+    part = next(parts)
+    if out.given is not None:
+        return args[out.given]
+    if not out.places:
+        return with_whole_gradient(part)
+    found = wrapped(part, out.shape, out.places, out.stride)
+    found.memory.is_shared = out.is_shared
+    return found
 
 
 def arriving_shards(module: fx.GraphModule) -> Arriving:
@@ -115,14 +133,22 @@ def holds_its_own(x: ShardedTensor) -> bool:
     return x.memory.view is None and not x.memory.is_shared and not x.requires_grad
 
 
-def outputs_of(module: fx.GraphModule, places: Sequence[tuple[Place, ...]]) -> list[Output]:
-    """What Dynamo's graph gives, and where that is cut."""
+def outputs_of(module: fx.GraphModule, plan: Plan) -> list[Output]:
+    """What Dynamo's graph gives: where that is cut, and what it is made of if it is deferred."""
     inputs = module.graph.find_nodes(op="placeholder")
     nodes = module.graph.output_node().args[0]
     held = {n: n.meta.get("example_value") for n in (*inputs, *nodes) if isinstance(n, fx.Node)}
     tensors = {n: x for n, x in held.items() if isinstance(x, torch.Tensor)}
 
-    def output(node: Any, where: tuple[Place, ...]) -> Output:
+    recipes = plan.recipes or [None] * len(nodes)
+    count = sum(1 if recipe is None else len(recipe.leaves) for recipe in recipes)
+    places = iter(plan.outputs or [()] * count)
+
+    def output(node: Any, recipe: Recipe | None) -> Output:
+        if recipe is not None:
+            leaves = tuple(Output(x.shape, x.stride, next(places), False) for x in recipe.leaves)
+            return Output((), (), (), False, None, recipe, leaves)
+        where = next(places)
         if node not in tensors:
             return Output((), (), where, False)
         x = tensors[node]
@@ -131,21 +157,4 @@ def outputs_of(module: fx.GraphModule, places: Sequence[tuple[Place, ...]]) -> l
         given = inputs.index(node) if isinstance(x, ShardedTensor) and node in inputs else None
         return Output(shape, stride, where, is_shared, given)
 
-    return [output(n, where) for n, where in zip(nodes, places or [()] * len(nodes), strict=True)]
-
-
-def wrapped_outputs(
-    args: Sequence[Any], parts: Sequence[Any], outputs: Sequence[Output]
-) -> list[Any]:
-    """Outputs that stay cut as the tensors of the whole program that they are parts of."""
-    found = []
-    for part, out in zip(parts, outputs, strict=True):
-        if out.given is not None:
-            found.append(args[out.given])
-            continue
-        if not out.places:
-            found.append(with_whole_gradient(part))
-            continue
-        found.append(wrapped(part, out.shape, out.places, out.stride))
-        found[-1].memory.is_shared = out.is_shared
-    return found
+    return [output(n, recipe) for n, recipe in zip(nodes, recipes, strict=True)]

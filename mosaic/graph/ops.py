@@ -30,6 +30,18 @@ def is_pointwise(target: Any) -> bool:
     return key(target) in POINTWISE or torch.Tag.pointwise in target.tags
 
 
+#: What patterns are made with, beside pointwise ops and views.
+ALSO = frozenset(
+    "index.Tensor cat cumsum diff lift_fresh new_ones new_zeros new_full tril triu".split()
+)
+
+
+def makes_patterns(target: Any) -> bool:
+    """Whether an op may stand in a program of positions and ids that makes a mask."""
+    is_view = any(r.alias_info is not None for r in target._schema.returns)
+    return is_pointwise(target) or is_view or key(target) in ALSO
+
+
 def is_effect(node: fx.Node) -> bool:
     """Whether a call has no result and is there for what it does: a check."""
     schema = getattr(node.target, "_schema", None)

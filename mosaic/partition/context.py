@@ -14,6 +14,7 @@ from mosaic.graph.modes import Modes
 from mosaic.layout import Place
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.values import Axis, Collective
+from mosaic.runtime.deferred_tensor import Recipe
 from mosaic.runtime.world import World, own_axes
 
 
@@ -54,6 +55,7 @@ class Context:
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
     decided: list[str] = field(default_factory=list)  # what else ranks must have in common
     output_shards: list[tuple[str, ...]] = field(default_factory=list)  # how each output is cut
+    recipes: list[Recipe | None] = field(default_factory=list)  # of the user's outputs, if any
     notes: list[str] = field(default_factory=list)
 
     def on(self, mesh_axis: str) -> World:

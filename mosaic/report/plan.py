@@ -18,6 +18,7 @@ from mosaic.layout import Place, Shard
 from mosaic.partition.context import Context
 from mosaic.partition.values import Collective
 from mosaic.report.show import diff
+from mosaic.runtime.deferred_tensor import Recipe
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Plan:
     gathered: list[str]
     notes: list[str]
     outputs: list[tuple[Place, ...]] = field(default_factory=list)  # how each of them is cut
+    recipes: list[Recipe | None] = field(default_factory=list)  # of outputs that are deferred
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
     steps: dict[str, tuple[str, str]] = field(default_factory=dict)  # pass: listings around it
 
@@ -144,6 +146,7 @@ def plan_of(context: Context, passes: list[PassReport]) -> Plan:
         gathered=[f"{why} [{line(node)}]" for why, node in context.gathered],
         notes=context.notes,
         outputs=[tuple(Shard.decode(x).place for x in shards) for shards in context.output_shards],
+        recipes=context.recipes,
     )
 
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,31 @@ class Step:
 
 Steps = tuple[Step, ...]
 Meta = tuple[Steps, torch.dtype, torch.device]
+
+
+class Leaf(NamedTuple):
+    """What is known of a leaf before it is there."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A deferred tensor without its leaves."""
+
+    steps: Steps
+    leaves: tuple[Leaf, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def of(self, leaves: Sequence[Tensor]) -> DeferredTensor:
+        found: DeferredTensor = DeferredTensor(
+            leaves or (NOTHING,), self.shape, (self.steps, self.dtype, self.device)
+        )
+        return found
 
 
 class DeferredTensor(torch.Tensor):

@@ -54,6 +54,13 @@ def table(x: Tensor) -> Tensor:
     return sdpa(rows[:, :, 6:], rows[:, :, :6], rows[:, :, :6])
 
 
+def broken(x: Tensor, ids: Tensor) -> Tensor:
+    same = ids[:, :, None] == ids[:, None]
+    x = sdpa(x, x, x, same)
+    torch._dynamo.graph_break()
+    return x.masked_fill(same.all(2)[..., None], 0)
+
+
 def differences(x: Tensor) -> Tensor:
     y = sdpa(x, x, x)
     return y[:, 1:] - y[:, :-1]
@@ -169,6 +176,25 @@ def test_raise_attention(planned, check):
 +where: f64[2, 1, 11, 5] = where(logical_not, mul, attention)
 +squeeze: f64[2, 11, 5] = squeeze(where, 1)
 +return [squeeze]
+""",
+    )
+
+
+def test_defer_outputs(planned, check):
+    """Behind the break the mask is ``ids`` and three steps: both are what the first graph gives."""
+    plan = planned(broken, random(2, 11, 8), torch.zeros(2, 11, dtype=torch.int64))
+    check(
+        plan.diffs["defer_outputs"],
+        """\
+ x: f64[2, 11, 8]
+-# same = ids[:, :, None] == ids[:, None]
+-unsqueeze: i64[2, 11, 1] = unsqueeze(ids, 2)
+-unsqueeze_1: i64[2, 1, 11] = unsqueeze(ids, 1)
+-eq: b8[2, 11, 11] = eq(unsqueeze, unsqueeze_1)
+ # x = sdpa(x, x, x, same)
+ sdpa: f64[2, 11, 8] = mosaic.sdpa(x, x, x, query_documents=ids, key_documents=ids)  # documents
+-return [sdpa, eq]
++return [sdpa, ids]
 """,
     )
 

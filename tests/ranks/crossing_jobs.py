@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from model_jobs import gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from walk import whole_activations
+from walk import strips_of_masks, whole_activations
 
 import mosaic
 from mosaic.report.plan import plans
@@ -275,3 +275,77 @@ def used(p: int, name: str) -> list[Tensor]:
     y.square().mean().backward()
     params = [w.grad for w in block.parameters() if w.grad is not None]
     return [full(one) for one in (y.detach(), leaf.grad, *params)]
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+def causal(ids: Tensor, n: int) -> Tensor:
+    return torch.arange(n)[None] <= torch.arange(n)[:, None]
+
+
+def documents(ids: Tensor, n: int) -> Tensor:
+    return causal(ids, n) & (ids[:, None, :, None] // 4 == ids[:, None, None, :] // 4)
+
+
+def padded(ids: Tensor, n: int) -> Tensor:
+    return causal(ids, n) & (ids != 3)[:, None, None]
+
+
+def added(ids: Tensor, n: int) -> Tensor:
+    return torch.where(causal(ids, n), 0.0, -torch.inf).double()
+
+
+def triangle(ids: Tensor, n: int) -> Tensor:
+    return torch.triu(torch.full((n, n), -torch.inf, dtype=torch.float64), 1)
+
+
+def learned(ids: Tensor, n: int) -> Tensor:
+    """Numbers, and no pattern: it stays a tensor."""
+    return causal(ids, n) & (ids.double().cos()[:, None, :, None].cumsum(2) < 5)
+
+
+MASKS = {fn.__name__: fn for fn in (causal, documents, padded, added, triangle, learned)}
+
+
+class Masked(nn.Module):
+    """A mask is made before the first break, used behind it by two blocks, and given."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.embed, self.mask = nn.Embedding(11, E), MASKS[kind]
+        self.blocks = nn.ModuleList(nn.Linear(E, 3 * E) for _ in range(2))
+
+    def attended(self, x: Tensor, layer: nn.Module, mask: Tensor) -> Tensor:
+        x = F.layer_norm(x, (E,))
+        torch._dynamo.graph_break()
+        q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in layer(x).chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        torch._dynamo.graph_break()
+        return x * 2
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        mask, x = self.mask(ids, ids.shape[1]), self.embed(ids)
+        x = self.attended(x, self.blocks[0], mask)
+        return self.attended(x, self.blocks[1], mask).square().mean(), mask
+
+
+def masks(p: int, kind: str) -> dict[str, Any]:
+    """Loss, gradients, the mask that is given, and what was planned."""
+    torch.manual_seed(0)
+    model, ids = Masked(kind).double(), tokens(13)[0]
+    ids[:, 0] = 1  # a row that sees no key would be NaN
+    called: Callable[..., tuple[Tensor, Tensor]] = model
+    if p:
+        mosaic.init(sp_size=p)
+        called = compiled(model, inputs={"ids": "batch tokens"}, axes={"tokens": "ring"})
+    with plans() as found:
+        loss, mask = called(ids)
+        loss.backward()
+    return {
+        "loss": loss.detach(),
+        "gradients": gradients(model),
+        "mask": mask,
+        "words": {a.mask for plan in found for a in plan.attentions},
+        "strips": strips_of_masks(found, 13, p or 1),
+    }

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from walk import strips_of_masks, whole_activations
 
 import mosaic
 
@@ -131,7 +132,7 @@ def said(call: Callable[[], Any]) -> str:
 
 
 def bare(name: str) -> str:
-    return name.removeprefix("module.")
+    return name.removeprefix("module.").removeprefix("_orig_mod.")
 
 
 def whole(x: Any) -> Any:
@@ -253,8 +254,12 @@ def broken(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def library(p: int, name: str, breaks: bool = False, n: int = 37) -> dict[str, Any]:
-    """Loss and gradients of the second step (the first one cuts evenly), and what was planned."""
+def library(
+    p: int, name: str, breaks: bool = False, how: str = "parallelize", n: int = 37
+) -> dict[str, Any]:
+    """Loss and gradients of the second step (the first one cuts evenly), and what was planned.
+    ``how``: by ``mosaic.parallelize``, or the whole is compiled and its inputs are ShardedTensors.
+    """
     torch.manual_seed(0)
     model, _, given = LIBRARY[name](n=n)
     if name != "mixtral":  # whose grouped product takes no float64
@@ -262,7 +267,11 @@ def library(p: int, name: str, breaks: bool = False, n: int = 37) -> dict[str, A
     for layer in model.model.layers if breaks else ():
         layer.self_attn.forward = broken(layer.self_attn.forward)
         layer.mlp.forward = broken(layer.mlp.forward)
-    if p:
+    if p and how == "whole":
+        mosaic.init(sp_size=p)
+        given = {key: mosaic.distribute(x, 1) for key, x in given.items()}
+        model = torch.compile(model, backend="mosaic", options={"inner": "eager"})
+    elif p:
         mosaic.init(sp_size=p)
         spec = mosaic.ShardingSpec(
             inputs=dict.fromkeys(given, "batch tokens"), axes={"tokens": "auto"}
@@ -277,10 +286,12 @@ def library(p: int, name: str, breaks: bool = False, n: int = 37) -> dict[str, A
             loss.backward()
     return {
         "loss": whole(loss.detach()),
-        "gradients": {n: whole(w.grad) for n, w in model.named_parameters()},
+        "gradients": {bare(n): whole(w.grad) for n, w in model.named_parameters()},
         "masks": sorted({a.mask for plan in plans for a in plan.attentions}),
         "gathered": sorted({line for plan in plans for line in plan.gathered}),
         "squares": [text for plan in plans for text in squares(plan, n)],
+        "strips": strips_of_masks(plans, n, p) if p else [],
+        "whole": whole_activations(plans, n) if p > 1 else [],
     }
 
 

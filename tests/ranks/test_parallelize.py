@@ -68,7 +68,30 @@ def test_models_of_transformers(ranks, name: str, breaks: bool, mask: str) -> No
         assert_close("loss", got["loss"], want["loss"], 1e-5)
         compare_gradients(want["gradients"], got["gradients"], 1e-3 if name == "mixtral" else 1e-5)
         assert got["masks"] == [mask]
-        assert got["gathered"] == [] and got["squares"] == []
+        assert got["gathered"] == got["squares"] == got["whole"] == []
+
+
+@pytest.mark.parametrize("p", [2, FULL(3), FULL(4)])
+@pytest.mark.parametrize(
+    "name, mask",
+    [
+        FULL("llama", "causal, documents"),
+        FULL("llama, padding", "causal, padding"),
+        ("llama, packed", "causal, documents"),
+        FULL("mistral", "causal, window 6, documents"),
+        FULL("bert", "padding"),
+    ],
+)
+def test_models_of_transformers_compiled_whole(ranks, name: str, mask: str, p: int) -> None:
+    """The model makes its masks, and breaks before each attention and each MLP."""
+    want = jobs.library(0, name)
+    for got in ranks(p).run(jobs.library, p, name, True, "whole"):
+        assert_close("loss", got["loss"], want["loss"], 1e-5)
+        compare_gradients(want["gradients"], got["gradients"], 1e-5)
+        assert got["masks"] == [mask]
+        assert got["gathered"] == got["strips"] == []
+        if name == "llama, packed":  # others make sines of whole positions in a graph by itself
+            assert got["whole"] == []
 
 
 @pytest.mark.parametrize("p, how, kind", [(3, "fsdp", "DTensor"), FULL(2, "none", "Tensor")])
