@@ -79,7 +79,6 @@ def test_models_of_transformers(ranks, name: str, breaks: bool, mask: str) -> No
         FULL("llama, padding", "causal, padding"),
         ("llama, packed", "causal, documents"),
         FULL("mistral", "causal, window 6, documents"),
-        FULL("bert", "padding"),
     ],
 )
 def test_models_of_transformers_compiled_whole(ranks, name: str, mask: str, p: int) -> None:
