@@ -182,6 +182,17 @@ class Reductions(nn.Module):
         return sum((p * (i + 1)).square().mean() for i, p in enumerate(parts))
 
 
+class Mean(nn.Module):
+    """Compiled soon: for tests of what is around the program."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.w = Attention(), nn.Linear(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w(x + self.attention(x)).square().mean()
+
+
 class GraphBreak(nn.Module):
     def __init__(self):
         super().__init__()

@@ -45,8 +45,8 @@ def test_paths_reach_into_arguments() -> None:
 
 def test_dims_of_the_only_tensor() -> None:
     spec = ShardingSpec(axes={1: "ring", 2: "local"})
-    assert axis(cc.Reductions(), X, spec=spec) == ("1", CUT)
-    assert axis(cc.Reductions(), X, spec=ShardingSpec(axes={-2: "ring"})) == ("-2", CUT)
+    assert axis(cc.Mean(), X, spec=spec) == ("1", CUT)
+    assert axis(cc.Mean(), X, spec=ShardingSpec(axes={-2: "ring"})) == ("-2", CUT)
 
 
 def test_the_longest_attended_axis_is_found() -> None:
@@ -66,7 +66,7 @@ def test_the_longest_attended_axis_is_found() -> None:
 
 def test_local_axes_stay_whole() -> None:
     spec = ShardingSpec(inputs={"x": "batch tokens features"}, axes={"tokens": "local"})
-    plan = mosaic.explain(cc.Reductions(), X, spec=spec, sp_size=3)
+    plan = mosaic.explain(cc.Mean(), X, spec=spec, sp_size=3)
     assert plan.axis == "" and plan.notes == ["every axis is 'local': nothing is cut"]
 
 
@@ -98,7 +98,7 @@ NAMES = {"x": "batch tokens features"}
 
 def test_of_two_axes_on_one_mesh_axis_the_longer_is_cut() -> None:
     spec = ShardingSpec(inputs=NAMES, axes={"tokens": "ring", "features": "ulysses"})
-    plan = mosaic.explain(cc.Reductions(), X, spec=spec, sp_size=3)
+    plan = mosaic.explain(cc.Mean(), X, spec=spec, sp_size=3)
     assert (plan.axis, plan.layout) == ("tokens", CUT)
     assert plan.notes == [
         "axis 'features' (8) stays whole: 'tokens' (13) is cut over mesh axis 'sp'"
@@ -108,5 +108,5 @@ def test_of_two_axes_on_one_mesh_axis_the_longer_is_cut() -> None:
 def test_an_axis_on_two_mesh_axes() -> None:
     spec = ShardingSpec(inputs=NAMES, axes={"tokens": mosaic.Ring(mesh="a,b")})
     world = {"mesh_shape": (2, 3), "mesh_axes": ("a", "b"), "rank": 4}
-    plan = mosaic.explain(cc.Reductions(), X, spec=spec, **world)
+    plan = mosaic.explain(cc.Mean(), X, spec=spec, **world)
     assert (plan.axis, plan.layout, plan.ranks) == ("tokens", "13=0:3|3:6|6:9|9:12|12:13|", 6)

@@ -30,9 +30,9 @@ def rank() -> int:
     return torch.distributed.get_rank()
 
 
-def model_and_input(n: int = 13) -> tuple:
+def model_and_input(n: int = 13, kind: type[torch.nn.Module] = cc.Mean) -> tuple:
     torch.manual_seed(0)
-    model, (x,), _ = cc.built(cc.Reductions, n=n)
+    model, (x,), _ = cc.built(kind, n=n)
     return model, x
 
 
@@ -235,7 +235,7 @@ def other_collectives(p: int) -> str:
         return steps[:-1] if rank() else steps
 
     backend.sequence = dropped
-    return message(p, model_and_input)
+    return message(p, lambda: model_and_input(kind=cc.Reductions))
 
 
 def one_fails_late(p: int) -> str:

@@ -9,7 +9,7 @@ import rank_api_jobs as jobs
 import torch
 from cases import gpt
 from compare import assert_close, compare_gradients
-from contract_cases import Encoder, Reductions, built
+from contract_cases import Encoder, Mean, built
 from expecttest import assert_expected_inline
 from model_jobs import run_model
 
@@ -52,7 +52,7 @@ def test_gradients_may_stay_shares(ranks, name: str) -> None:
 
 @pytest.mark.parametrize("what", ["class", "instance", "function"])
 def test_the_decorator(ranks, what: str) -> None:
-    want = run_model(partial(built, Reductions), None)
+    want = run_model(partial(built, Mean), None)
     want["gradients"].pop("input 0")
     for got in ranks(2).run(jobs.decorated, 2, what):
         same(got, want)
