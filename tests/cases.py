@@ -17,8 +17,8 @@ import mosaic
 Built = tuple[nn.Module, tuple, dict]
 
 
-def gpt(batch: int = 3, n: int = 37, **config) -> Built:
-    model = GPT(vocab=23, context=64, embed=24, heads=3, layers=2, **config).double()
+def gpt(batch: int = 3, n: int = 37, layers: int = 2, **config) -> Built:
+    model = GPT(vocab=23, context=64, embed=24, heads=3, layers=layers, **config).double()
     ids = torch.randint(0, 23, (batch, n))
     labels = ids.clone()
     labels[0, 5:9] = -100

@@ -20,8 +20,8 @@ def two() -> Iterator[FuzzRanks]:
     ranks.pool.close()
 
 
-def test_forty_wrong_calls(two) -> None:
-    fuzz(two, 40)
+def test_twenty_wrong_calls(two) -> None:
+    fuzz(two, 20)
 
 
 @pytest.mark.full

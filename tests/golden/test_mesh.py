@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -70,14 +68,6 @@ def test_a_world_that_shards_nothing_says_so(world_of_4, caplog):
 def test_shutdown_leaves_the_callers_group_open(world_of_4):
     mesh.init(sp_size=2).shutdown()
     assert mesh.current_context() is None and dist.is_initialized()
-
-
-def test_import_opens_nothing():
-    code = """
-import torch, mosaic, mosaic.runtime.mesh
-assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_world_of_one_needs_no_group():

@@ -86,7 +86,8 @@ def test_the_backend_is_known_without_an_import() -> None:
 
 def test_importing_mosaic_starts_nothing() -> None:
     code = (
-        "import mosaic, sys, torch; assert not torch.distributed.is_initialized(); "
+        "import mosaic, mosaic.runtime.mesh, sys, torch; "
+        "assert not torch.distributed.is_initialized(); "
         "assert not torch.cuda.is_initialized(); "
         "assert 'torch._inductor.compile_fx' not in sys.modules"
     )

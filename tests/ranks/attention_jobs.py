@@ -307,16 +307,21 @@ def dropout_cases() -> dict[str, float]:
 # --- compiled, then lowered -----------------------------------------------------------------------
 
 
-LOWERED = (
-    (Ring(stages=3), "causal", 0.0),
-    (Ring(stages=2), "float", 0.3),
-    (AllGather(), "causal", 0.0),
-    (Mesh2D(1, 3), "causal", 0.3),
-    (Ulysses(), "documents", 0.0),
-    (Mesh2D(1, 3), "tiles", 0.0),
-    (Ulysses(), "causal_tiles", 0.3),
-    ("local", "float", 0.0),
-)
+LOWERED = {
+    "few": (
+        (Ring(stages=3), "causal", 0.0),
+        (Ring(stages=2), "float", 0.3),
+        (Mesh2D(1, 3), "tiles", 0.0),
+        (Ulysses(), "causal_tiles", 0.3),
+        ("local", "float", 0.0),
+    ),
+    "others": (
+        (AllGather(), "causal", 0.0),
+        (Mesh2D(1, 3), "causal", 0.3),
+        (Ulysses(), "documents", 0.0),
+    ),
+    "one": ((Ring(stages=3), "causal", 0.0),),
+}
 
 
 class Compiled(NamedTuple):
@@ -325,12 +330,12 @@ class Compiled(NamedTuple):
     targets: dict[str, list[str]]
 
 
-def lowered_cases(inner: str) -> dict[str, Compiled]:
+def lowered_cases(inner: str, which: str) -> dict[str, Compiled]:
     """A small program around the op, through torch.compile, AOTAutograd and the lowering passes."""
     results = {}
     # Inductor's C++ takes long; with equal shards the ranks share what they compile.
-    chosen, n, m = (LOWERED, 11, 17) if inner == "eager" else (LOWERED[:1], 12, 12)
-    for method, mask, dropout in chosen:
+    n, m = (11, 17) if inner == "eager" else (12, 12)
+    for method, mask, dropout in LOWERED[which]:
         heads = HEADS if method == Ulysses() else 2
         case = Case(method, mask, heads, "zigzag", n, m, dropout)
         known = problem(case, group_name())

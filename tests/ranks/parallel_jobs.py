@@ -195,7 +195,7 @@ def two_streams(p: int, how: str = "fsdp") -> dict[str, Any]:
 # --- what a rank holds and sends ----------------------------------------------------------------
 
 
-def held(p: int, layers: int = 8, n: int = 256) -> dict[str, Any]:
+def held(p: int, layers: int = 4, n: int = 256) -> dict[str, Any]:
     """Bytes that a rank has of activations for backward, parameters and optimizer, and what its
     third step sends; p = 0 is one process without Mosaic."""
     torch.manual_seed(0)

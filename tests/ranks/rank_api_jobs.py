@@ -20,7 +20,7 @@ def sharded_outputs(p: int) -> dict:
     """The loss of logits that stay cut, by torch's own function, outside of the model."""
     mosaic.init(sp_size=p)
     torch.manual_seed(0)
-    model, (ids, _), _ = cases.gpt()
+    model, (ids, _), _ = cases.gpt(layers=1)
     spec = mosaic.ShardingSpec(outputs="shards")
     logits, _ = torch.compile(model, backend="mosaic", options={**EAGER, "spec": spec})(ids)
     loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum") / ids.numel()
@@ -37,7 +37,7 @@ def some_outputs(p: int) -> dict:
     """(logits, loss): the first stays cut. And names that no output has."""
     mosaic.init(sp_size=p)
     torch.manual_seed(0)
-    model, (ids, _), _ = cases.gpt()
+    model, (ids, _), _ = cases.gpt(layers=1)
     found = {}
     for outputs in ({0: "shards"}, {1: "shards"}, {"logits": "shards"}):
         spec = mosaic.ShardingSpec(outputs=outputs)
@@ -51,7 +51,7 @@ def some_outputs(p: int) -> dict:
 
 def whole_outputs() -> dict:
     torch.manual_seed(0)
-    model, (ids, _), _ = cases.gpt()
+    model, (ids, _), _ = cases.gpt(layers=1)
     logits, _ = model(ids)
     loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum") / ids.numel()
     loss.backward()
@@ -93,14 +93,14 @@ def three_lengths(p: int) -> list[dict]:
     """A second length makes Dynamo's sizes symbolic; each length is specialised."""
     mosaic.init(sp_size=p)
     torch.manual_seed(0)
-    model, _, _ = cases.gpt()
+    model, _, _ = cases.gpt(layers=1)
     compiled = torch.compile(model, backend="mosaic", options=EAGER)
     return [step(model, compiled, n) for n in (37, 20, 29, 37)]
 
 
 def three_lengths_plain() -> list[dict]:
     torch.manual_seed(0)
-    model, _, _ = cases.gpt()
+    model, _, _ = cases.gpt(layers=1)
     return [step(model, model, n) for n in (37, 20, 29, 37)]
 
 

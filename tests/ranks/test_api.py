@@ -12,6 +12,7 @@ from compare import assert_close, compare_gradients
 from contract_cases import Encoder, Mean, built
 from expecttest import assert_expected_inline
 from model_jobs import run_model
+from sampling import FULL
 
 from mosaic.passes import OPTIONAL
 
@@ -42,7 +43,7 @@ the function has no output 'logits'
     )
 
 
-@pytest.mark.parametrize("name", ["gpt", "vit"])
+@pytest.mark.parametrize("name", ["gpt", FULL("vit")])
 def test_gradients_may_stay_shares(ranks, name: str) -> None:
     build = jobs.cases.CASES[name][0]
     want = run_model(build, None)
@@ -88,7 +89,7 @@ def test_a_batch_of_one_gpt_on_four(ranks) -> None:
     assert torch.isfinite(want["loss"])
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [FULL(False), True])
 def test_the_fused_encoder_layer(ranks, padded: bool) -> None:
     want = jobs.fused_encoder(0, padded)
     for got in ranks(3).run(jobs.fused_encoder, 3, padded):
@@ -125,7 +126,9 @@ def test_a_float_attribute_with_dynamic_sizes(ranks) -> None:
         same(got, want)
 
 
-@pytest.mark.parametrize("off", [*(step.__name__ for step in OPTIONAL), "overlap, analyze_masks"])
+@pytest.mark.parametrize(
+    "off", [*(step.__name__ for step in OPTIONAL), FULL("overlap, analyze_masks")]
+)
 def test_programs_are_right_without_an_optional_pass(ranks, off: str) -> None:
     want = jobs.without_passes(0, "")
     for got in ranks(2).run(jobs.without_passes, 2, off):

@@ -42,9 +42,11 @@ def test_dropout_draws_what_one_process_draws(ranks, p: int) -> None:
     check(ranks(p).run(jobs.dropout_cases))
 
 
-@pytest.mark.parametrize("inner", ["eager", FULL("inductor")])
-def test_lowered_after_autograd(ranks, inner: str) -> None:
-    answers = ranks(3).run(jobs.lowered_cases, inner, timeout=150)
+@pytest.mark.parametrize(
+    "inner, which", [("eager", "few"), FULL("eager", "others"), FULL("inductor", "one")]
+)
+def test_lowered_after_autograd(ranks, inner: str, which: str) -> None:
+    answers = ranks(3).run(jobs.lowered_cases, inner, which, timeout=150)
     check([{case: result.error for case, result in answer.items()} for answer in answers])
     for case, result in answers[0].items():
         assert not any(t.startswith("mosaic.") for ts in result.targets.values() for t in ts), case

@@ -28,7 +28,7 @@ def check(ranks, name: str, spec: ShardingSpec, **mesh: int) -> None:
 
 
 @pytest.mark.parametrize("name", [FULL("Flattened"), FULL("FlattenedCausal"), "FlattenedMasked"])
-@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("axis", [FULL("rows"), "columns"])
 def test_a_flattened_axis(ranks, name: str, axis: str) -> None:
     """Columns are the inner factor: every rank holds a piece of every row."""
     check(ranks, name, spec_of(**{axis: Ring(mesh="s")}), s=3)
@@ -49,7 +49,8 @@ def test_two_axes(ranks, name: str, columns: int) -> None:
     check(ranks, name, BOTH, r=2, c=columns)
 
 
-@pytest.mark.parametrize("name", [FULL("Flattened"), FULL("FlattenedCausal"), "FlattenedMasked"])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["Flattened", "FlattenedCausal", "FlattenedMasked"])
 def test_two_axes_flattened(ranks, name: str) -> None:
     """One attention over all cells, its rows on one mesh axis and its columns on the other."""
     check(ranks, name, BOTH, r=2, c=2)
@@ -102,9 +103,13 @@ def test_dropout_does_not_depend_on_the_mesh(ranks) -> None:
         compare_gradients(want["gradients"], got["gradients"], 1e-10)
 
 
-def test_whole_queries_and_sharded_keys(ranks) -> None:
-    check(ranks, "Latents", spec_of(rows=Ring(mesh="s")), s=3)
-    check(ranks, "Latents", BOTH, r=2, c=2)
+@pytest.mark.parametrize(
+    "spec, mesh",
+    [FULL(spec_of(rows=Ring(mesh="s")), {"s": 3}), (BOTH, {"r": 2, "c": 2})],
+    ids=["rows", "both"],
+)
+def test_whole_queries_and_sharded_keys(ranks, spec: ShardingSpec, mesh: dict[str, int]) -> None:
+    check(ranks, "Latents", spec, **mesh)
 
 
 @pytest.mark.full

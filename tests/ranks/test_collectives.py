@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collective_jobs as jobs
 import pytest
+from sampling import FULL
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
@@ -12,7 +13,7 @@ def test_adjoint_pairs(ranks, p: int) -> None:
         assert not {case: error for case, error in errors.items() if not error < 1e-12}, rank
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", FULL("inductor")])
 def test_lowered_after_autograd(ranks, inner: str) -> None:
     for errors, targets in ranks(3).run(jobs.lowered, inner, timeout=90):
         assert not {case: error for case, error in errors.items() if not error < 1e-12}

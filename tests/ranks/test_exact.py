@@ -30,6 +30,8 @@ ALIKE = (
     "peaks, max",
     "peaks, max dim",
     "peaks, min",
+    "peaks, norm of infinity",
+    "peaks, softmax",
     "peaks, softmin",
     "scale -0.001, causal",
     "scale -0.001, full",
@@ -38,6 +40,8 @@ ALIKE = (
     "a deep mask",
     "a long accumulation",
     "a long way to a softmax",
+    "a mask that compares booleans",
+    "mask of int8",
 )
 
 

@@ -45,6 +45,7 @@ ELSEWHERE = (
     "gpt",
     "gpt_gather",
     "hf_bert",
+    "hf_llama",
     "hf_llama_checkpointing",
     "hf_llama_packed",
     "hf_llama_packed_auto",
@@ -68,7 +69,8 @@ def test_three_ranks(ranks, name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt", FULL("table")])
 def test_through_inductor(ranks, name: str) -> None:
     """Equal shards, which share their compiled kernels: uneven ones take thrice as long."""
-    check(ranks, name, 2, "inductor", **({"rows": 36} if name == "table" else {"n": 36}))
+    sizes = {"rows": 36} if name == "table" else {"n": 36, "layers": 1}
+    check(ranks, name, 2, "inductor", **sizes)
 
 
 @pytest.mark.full

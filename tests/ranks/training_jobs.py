@@ -26,7 +26,8 @@ SPEC = mosaic.ShardingSpec(inputs={"ids": "batch tokens"}, axes={"tokens": "ring
 def new_gpt(p: int | None, **config: float) -> tuple[nn.Module, nn.Module]:
     """The model, and the same compiled for p ranks (None: left as it is)."""
     torch.manual_seed(0)
-    model = GPT(vocab=31, context=256, embed=32, heads=4, layers=2, **config).double()
+    model = GPT(**{"vocab": 31, "context": 256, "embed": 32, "heads": 4, "layers": 2} | config)
+    model = model.double()
     if p is None:
         return model, model
     mosaic.init(sp_size=p)
