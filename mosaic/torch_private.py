@@ -60,7 +60,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import make_fx, snapshot_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
@@ -68,8 +68,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    autograd_would_have_decomposed,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import SAC_IGNORED_OPS as POLICIES_IGNORE
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -91,8 +95,10 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "Restart",
+    "TorchDispatchMode",
     "aot_export_module",
     "autograd_function_apply",
+    "autograd_would_have_decomposed",
     "averages",
     "bake_floats",
     "break_after",
@@ -132,6 +138,7 @@ __all__ = [
     "rename_afresh",
     "reset_dynamo",
     "set_grad_enabled",
+    "snapshot_fake",
     "tag_activation_checkpoint",
     "torch_version",
     "views_by_their_ops",

@@ -13,10 +13,10 @@ from torch.fx.node import map_arg
 
 from mosaic.graph.modes import modes_of
 from mosaic.graph.ops import is_effect
+from mosaic.graph.record import recorded
 from mosaic.torch_private import (
     decompositions_for_inductor,
     fake_mode_of,
-    make_fx,
     no_tracing_context,
     pytree,
     rename_afresh,
@@ -104,12 +104,10 @@ def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
             filled = [next(given) if isinstance(x, fx.Node) else x for x in flat]
             return fn(*pytree.tree_unflatten(filled, tree))
 
-        with no_tracing_context(), mode or nullcontext(), torch.no_grad():
+        with no_tracing_context(), mode or nullcontext():
             # Nodes that were written from one trace share its values; the tracer would mix them up.
             apart = [value.detach() for value in values]
-            made = make_fx(program, decomposition_table=decompositions_for_inductor())(*apart)
-        made.graph.eliminate_dead_code()
-        known[key] = made.graph
+            known[key] = recorded(program, apart, decompositions_for_inductor())
     return known[key]
 
 
