@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, overrides
+from torch import Tensor, fx, overrides
 from torch._C import DisableTorchFunctionSubclass as without_torch_function
 from torch._C import _functorch as functorch
 from torch._C import _set_grad_enabled as set_grad_enabled
@@ -64,6 +64,7 @@ from torch.fx.experimental.proxy_tensor import make_fx, snapshot_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -105,6 +106,7 @@ __all__ = [
     "code_at_hand",
     "compile_by_eager",
     "compile_by_inductor",
+    "compiled_by_inductor",
     "compiles_left",
     "decompose_op",
     "decompositions_for_inductor",
@@ -114,6 +116,9 @@ __all__ = [
     "exit_autocast",
     "fake_mode_of",
     "flattened",
+    "flex_backward",
+    "flex_blocks",
+    "flex_forward",
     "functorch_restored",
     "get_data",
     "has_contexts",
@@ -599,3 +604,88 @@ def compile_by_eager(
 def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+#: What ``torch.nn.attention.flex_attention`` tells its kernels itself.
+FLEX_OPTIONS = {
+    "BACKEND": "TRITON",  # not the one for few queries, which has other blocks
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": True,
+    "OUTPUT_MAX": False,
+}
+
+
+def flex_blocks(
+    lengths: tuple[int, int], lists: Sequence[Tensor], size: int, mask_mod: Callable[..., Tensor]
+) -> tuple[Any, ...]:
+    """A mask as the kernels take it. ``lists``: how many blocks, and which, of a row and of a
+    column in which a part is seen, then of those in which all is."""
+    counts, indices, column_counts, column_indices = lists[:4]
+    full_counts, full_indices, full_column_counts, full_column_indices = lists[4:]
+    return BlockMask(
+        lengths,
+        kv_num_blocks=counts,
+        kv_indices=indices,
+        full_kv_num_blocks=full_counts,
+        full_kv_indices=full_indices,
+        q_num_blocks=column_counts,
+        q_indices=column_indices,
+        full_q_num_blocks=full_column_counts,
+        full_q_indices=full_column_indices,
+        BLOCK_SIZE=(size, size),
+        mask_mod=mask_mod,
+    ).as_tuple()
+
+
+def _same_score(score: Tensor, *pair: Tensor) -> Tensor:
+    return score
+
+
+def _same_gradient(score: Tensor, *pair_and_gradient: Tensor) -> list[Tensor | None]:
+    return [pair_and_gradient[-1], None, None, None, None]
+
+
+def flex_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: tuple[Any, ...],
+    scale: float,
+    buffers: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """out and lse, to the base of 2. ``buffers``: what the mask's function takes after a pair."""
+    op = torch.ops.higher_order.flex_attention
+    out, lse, *_ = op(q, k, v, _same_score, mask, scale, FLEX_OPTIONS, (), buffers)
+    return out, lse
+
+
+def flex_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: tuple[Any, ...],
+    scale: float,
+    buffers: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of these keys, with the output and log-sum-exp of all."""
+    op = torch.ops.higher_order.flex_attention_backward
+    given = (q, k, v, out, lse, dout, torch.zeros_like(lse), _same_score, _same_gradient)
+    dq, dk, dv, *_ = op(*given, mask, scale, FLEX_OPTIONS, (), buffers)
+    return dq, dk, dv
+
+
+def compiled_by_inductor(
+    function: Callable[..., Any], inputs: Sequence[Tensor]
+) -> Callable[..., Any]:
+    """``function`` for inputs like these, without gradients."""
+    from torch._inductor.compile_fx import compile_fx
+
+    graph = make_fx(function, tracing_mode="fake")(*inputs)
+    compiled: Any = compile_fx(graph, list(inputs))
+    return compiled

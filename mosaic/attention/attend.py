@@ -29,9 +29,9 @@ def _keys(x: Tensor, piece: Piece) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, visit: Visit, before: Partial | None = None) -> Partial:
     """out and lse of all local rows, merged with what they saw ``before``; at least float32."""
     found: list[Rows] = [(0, q.shape[2], before or nothing(q, v))]
-    for piece in visit.parts(q, k, v):
+    for piece, options in visit.calls(q, k, v):
         k_piece, v_piece = _keys(k, piece), _keys(v, piece)
-        part = kernels.forward(_queries(q, piece), k_piece, v_piece, **visit.options(piece))
+        part = kernels.forward(_queries(q, piece), k_piece, v_piece, **options)
         found.append((piece.q_start, piece.q_stop, part))
     if before is None:
         found = _without_needless(found)
@@ -64,9 +64,9 @@ def attend_backward(
     dkv_rows: list[Rows] = [(0, k.shape[2], (zeros[1], zeros[2]))]
     mask = visit.mask if need_dmask else None
     dmask = None if mask is None else torch.zeros_like(mask, dtype=dtype)
-    for piece in visit.parts(q, k, v):
+    for piece, options in visit.calls(q, k, v):
         douts, queries, outs, lses = (_queries(x, piece) for x in (dout, q, out, lse))
-        options = {**visit.options(piece), "need_dmask": need_dmask}
+        options["need_dmask"] = need_dmask
         keys, values = _keys(k, piece), _keys(v, piece)
         dq, dk, dv, tile = kernels.backward(douts, queries, keys, values, outs, lses, **options)
         dq_rows.append((piece.q_start, piece.q_stop, (dq,)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from mosaic.attention import kernels
-from mosaic.attention.blocks import Piece, pieces, stretch
+from mosaic.attention.blocks import FULL, Piece, pieces, stretch
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.tiles import TileProgram
+from mosaic.attention.structure import (
+    Structure,
+    is_structure,
+    of_band,
+    of_documents,
+    of_keys,
+    positions,
+    together,
+)
+from mosaic.attention.tiles import TileProgram, part
 from mosaic.layout import Intervals, Layout, Place, Run, Shard
 from mosaic.runtime.comm import take_runs
 from mosaic.runtime.rng import global_indices, uniform_keep
@@ -21,24 +30,40 @@ from mosaic.runtime.rng import global_indices, uniform_keep
 
 @dataclass(frozen=True)
 class Visit:
-    """All that is known of some visiting keys: what is seen of them, their mask, their dropout."""
+    """All that is known of some visiting keys: what is seen of them, their mask, their dropout.
+
+    ``seen`` is what of the mask is structure, and ``mask`` the rest. ``pieces`` have the band in
+    them; ``band`` is its structure, if it has a bound.
+    """
 
     pieces: tuple[Piece, ...]
     scale: float
     mask: Tensor | None = None
     shift: Tensor | None = None
-    documents: tuple[Tensor, Tensor] | None = None
+    seen: Structure | None = None
+    band: Structure | None = None
     keep: Callable[[Piece], Tensor] | None = None
 
-    def parts(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Piece, ...]:
-        """The pieces, cut further for kernels that have no bands."""
+    def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Piece, dict[str, Any]]]:
+        """The calls of ``kernels.forward`` that do it all: the piece of each, and its options."""
         case = kernels.Case.of(q, k, v, self.mask, self.keep is not None)
-        if self.documents is not None and self.mask is None:
+        if self.seen is not None and self.mask is None:
+            if self.pieces and kernels.takes(case):
+                yield self.at_once(q, k)
+                return
             case = case._replace(mask=torch.bool)
-        return kernels.cut(case, self.pieces)
+        for piece in kernels.cut(case, self.pieces):
+            yield piece, self.options(piece)
+
+    def at_once(self, q: Tensor, k: Tensor) -> tuple[Piece, dict[str, Any]]:
+        """All rows and keys, with the band in the mask: a kernel leaves out what is not seen."""
+        mask = together([part for part in (self.seen, self.band) if part is not None])
+        whole = Piece(0, q.shape[2], 0, k.shape[2])
+        options = {"band": whole.band, "scale": self.scale, "mask": mask}
+        return whole, {**options, "keep": None, "shift": None}
 
     def options(self, piece: Piece) -> dict[str, Any]:
-        """The keyword arguments of ``kernels.forward`` for one piece."""
+        """The keyword arguments of ``kernels.forward`` for one piece, with a mask of its size."""
         mask = self.mask_of(piece)
         keep = None if self.keep is None else self.keep(piece)
         shift = None if self.shift is None else _tile(self.shift, piece)
@@ -46,19 +71,14 @@ class Visit:
         return {**options, "keep": keep, "shift": shift}
 
     def mask_of(self, piece: Piece) -> Tensor | None:
-        """(batch|1, heads|1, s|1, t|1): the mask's tile, where documents are the same."""
+        """(batch|1, heads|1, s|1, t|1): the mask's tile, where the structure sees a pair."""
         mask = None if self.mask is None else _tile(self.mask, piece)
-        if self.documents is None:
+        if self.seen is None:
             return mask
-        queries, keys = self.documents
-        queries, keys = (
-            queries[:, piece.q_start : piece.q_stop],
-            keys[:, piece.k_start : piece.k_stop],
-        )
-        same = (queries[:, :, None] == keys[:, None, :]).unsqueeze(1)
+        seen = self.seen.tile(piece)
         if mask is None:
-            return same
-        return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, float("-inf"))
+            return seen
+        return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
 
 
 class Inputs(NamedTuple):
@@ -88,23 +108,49 @@ def visit(
     """What the queries at global intervals ``rows`` see of the keys at ``keys``; ``shift`` is
     ``row_shift``'s, over all keys."""
     seen = pieces(rows, keys, plan.band)
-    mask = mask_at(plan, rows, keys, inputs) if seen else None
-    documents = None
-    if inputs.query_documents is not None and inputs.key_documents is not None:
-        documents = (
-            take_runs(inputs.query_documents, _runs(rows), 1),
-            take_runs(inputs.key_documents, _runs(keys), 1),
-        )
+    structure = structure_at(plan, rows, keys, inputs) if seen else None
+    mask = mask_at(plan, rows, keys, inputs) if seen and not is_read(plan, inputs) else None
+    band = None
+    if structure is not None and plan.band != FULL:
+        band = of_band(plan.band, *(positions(x, q.device) for x in (rows, keys)))
     keep = _keep(plan, rows, keys, q, inputs.seed) if plan.dropout else None
-    return Visit(seen, plan.scale, mask, shift, documents, keep)
+    return Visit(seen, plan.scale, mask, shift, structure, band, keep)
+
+
+def is_read(plan: AttentionPlan, inputs: Inputs) -> bool:
+    """Whether the mask, beside documents, is structure: a boolean program, or one of keys."""
+    if plan.tile:
+        return is_structure(TileProgram.parse(plan.tile))
+    mask = inputs.mask
+    return mask is not None and mask.dtype == torch.bool and mask.shape[2] == 1
+
+
+def structure_at(
+    plan: AttentionPlan, rows: Intervals, keys: Intervals, inputs: Inputs
+) -> Structure | None:
+    """What is seen of these keys, but for the band; None where nothing more is said."""
+    found = []
+    if inputs.query_documents is not None and inputs.key_documents is not None:
+        queries = take_runs(inputs.query_documents, _runs(rows), 1)
+        found.append(of_documents(queries, take_runs(inputs.key_documents, _runs(keys), 1)))
+    if is_read(plan, inputs) and plan.tile:
+        leaves = tuple(part(leaf, rows, keys) for leaf in inputs.leaves)
+        found.append(Structure(plan.tile, leaves))
+    elif inputs.mask is not None and is_read(plan, inputs):
+        found.append(of_keys(columns(inputs.mask, keys)))
+    return together(found) if found else None
 
 
 def mask_at(plan: AttentionPlan, rows: Intervals, keys: Intervals, inputs: Inputs) -> Tensor | None:
     """The mask's columns of these keys: made now where the plan knows how."""
     if plan.tile:
         return TileProgram.parse(plan.tile).tile(inputs.leaves, rows, keys)
-    mask = inputs.mask
-    return mask if mask is None or mask.shape[3] == 1 else take_runs(mask, _runs(keys), 3)
+    return None if inputs.mask is None else columns(inputs.mask, keys)
+
+
+def columns(mask: Tensor, keys: Intervals) -> Tensor:
+    """Those of these keys, or the one of all."""
+    return mask if mask.shape[3] == 1 else take_runs(mask, _runs(keys), 3)
 
 
 def key_blocks(plan: AttentionPlan, keys: Intervals) -> list[tuple[Run, Intervals]]:

@@ -11,7 +11,11 @@ import torch
 from torch import fx
 
 from mosaic.attention.cost import cost_of, size
+from mosaic.attention.kernels.flex import refused
+from mosaic.attention.kernels.kernel import STRUCTURE, Case, capability
 from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.structure import is_structure
+from mosaic.attention.tiles import TileProgram
 from mosaic.graph.pipeline import PassReport
 from mosaic.graph.source import code, line
 from mosaic.layout import Place, Shard
@@ -144,10 +148,45 @@ def plan_of(context: Context, passes: list[PassReport]) -> Plan:
         collectives=context.collectives,
         passes=passes,
         gathered=[f"{why} [{line(node)}]" for why, node in context.gathered],
-        notes=context.notes,
+        notes=[*context.notes, *mask_notes(context)],
         outputs=[tuple(Shard.decode(x).place for x in shards) for shards in context.output_shards],
         recipes=context.recipes,
     )
+
+
+def mask_notes(context: Context) -> list[str]:
+    """How a GPU's kernels get each mask that is more than a band; alike layers are said once."""
+    notes = []
+    for found, node in context.attentions:
+        out = node.meta["val"]
+        words, why = made_dense(found, out) if out.device.type == "cuda" else ("", "")
+        if words:
+            how = f"made dense: {why}" if why else "computed in the kernel (flex)"
+            notes.append(f"mask: {words}: {how} [{line(node)}]")
+    return list(dict.fromkeys(notes))
+
+
+#: Why a mask's last word is no structure.
+TENSORS = {
+    "dense boolean": "it is an input, or made in a way that is not read",
+    "dense float": "it is added to the scores",
+    "float by tiles": "it is added to the scores",
+    "bias of keys": "it is added to the scores",
+}
+
+
+def made_dense(found: AttentionProblem, out: torch.Tensor) -> tuple[str, str]:
+    """A mask in words ("" for a band alone), and why it is made for every query and key, if so."""
+    rest = found.mask.rpartition(", ")[2]
+    if rest in TENSORS:
+        return found.mask, TENSORS[rest]
+    if rest == "boolean by tiles" and not is_structure(TileProgram.parse(found.tile)):
+        return found.mask, "it looks up a table"
+    if rest not in ("documents", "padding", "boolean by tiles"):
+        return "", ""
+    empty = out.numel() == 0 or found.key.n == 0
+    sizes = (out.dtype, found.dim, found.v_dim, STRUCTURE, found.dropout > 0, empty)
+    return found.mask, refused(Case(out.device.type, capability(out.device), *sizes))
 
 
 def report(found: AttentionProblem, node: fx.Node) -> AttentionReport:

@@ -7,7 +7,8 @@ log-sum-exp, so that the gradients of blocks add up to the whole one's.
     out (batch, heads, s, e)   lse (batch, heads, s), natural log, float32 (float64 for float64)
 
 ``band`` is (lower, upper): row i sees key j where lower <= j - i <= upper, None is unbounded.
-``mask`` is (batch|1, heads|1, s|1, t|1), boolean (True attends) or added to the scores.
+``mask`` is (batch|1, heads|1, s|1, t|1), boolean (True attends) or added to the scores; or a
+``Structure``, where a kernel ``takes`` it.
 ``keep`` is a dropout mask, 0 or 1 / (1 - p). ``shift`` (batch|1, heads|1, s|1, 1) is taken off
 every score of a row, of all blocks alike. A row that sees no key has out 0, lse -inf and no
 gradient.
@@ -30,22 +31,25 @@ from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
 from mosaic.attention.kernels.flash_attn import FLASH_ATTN_3, FLASH_ATTN_4
-from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
+from mosaic.attention.kernels.flex import FLEX
+from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, FORWARD, quickest
 from mosaic.attention.merge import Partial
+from mosaic.attention.structure import Structure
 
-__all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "using"]
+__all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "takes", "using"]
 
 #: Which kernel does a block: the first that fits; the fastest stands first (for short sequences it
-#: is looked up). ``MATH`` is right for everything, and alone does dropout and blocks without rows
-#: or keys.
+#: is looked up). ``MATH`` is right for every mask that is a tensor, and alone does dropout and
+#: blocks without rows or keys.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
     FLASH_ATTN_3,  # cuda  16 bits       ... 256    none           any       Hopper
     CUDNN,  #        cuda  16 bits       ... 128    none           square    Hopper and later
     FLASH,  #        cuda  16 bits       ... 256    none           any       Ampere and later
+    FLEX,  #         cuda  16, 32 bits   16 ... 256 structure      in its mask   Ampere and later
     EFFICIENT,  #    cuda  16, 32 bits   any        bool, float    any, as a bias
     CPU_FLASH,  #    cpu   any           equal      none           square
     MATH,  #         any   any           any        bool, float    any, as scores
@@ -76,7 +80,7 @@ def forward(
     v,
     *,
     band: Bounds,
-    mask: Tensor | None,
+    mask: Tensor | Structure | None,
     scale: float,
     keep: Tensor | None,
     shift: Tensor | None = None,
@@ -98,7 +102,7 @@ def backward(
     lse,
     *,
     band: Bounds,
-    mask: Tensor | None,
+    mask: Tensor | Structure | None,
     scale: float,
     keep: Tensor | None,
     shift: Tensor | None = None,
@@ -129,6 +133,11 @@ def _times(x: Tensor, factor: float) -> Tensor:
 def _in_rows(x: Tensor) -> Tensor:
     """With head dims that lie side by side: some kernels read them so without a look at strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def takes(case: Case) -> bool:
+    """Whether a kernel does a block whose mask is a ``Structure``."""
+    return any(kernel.fits(case._replace(mask=STRUCTURE)) for kernel in _table())
 
 
 def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mosaic.attention.kernels.kernel import Gradients, Kernel
 from mosaic.attention.merge import Partial
+from mosaic.attention.structure import Structure
 
 
 def forward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Partial:
@@ -55,7 +56,10 @@ def batches(count: int, most: int | None) -> list[slice]:
 
 def options_of(options: dict[str, Any], part: slice) -> dict[str, Any]:
     """The options of some batches: tensors are (batch|1, ...)."""
-    return {
-        name: x[part] if isinstance(x, Tensor) and x.shape[0] > 1 else x
-        for name, x in options.items()
-    }
+
+    def of(x: Any) -> Any:
+        if isinstance(x, Structure):
+            return x.of_batches(part)
+        return x[part] if isinstance(x, Tensor) and x.shape[0] > 1 else x
+
+    return {name: of(x) for name, x in options.items()}

@@ -12,12 +12,17 @@ from torch import Tensor
 
 from mosaic.attention.blocks import Piece
 from mosaic.attention.merge import Partial
+from mosaic.attention.structure import Structure
 
 #: dq, dk, dv, and the gradient of a mask that needs one.
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 #: Row i sees key j where lower <= j - i <= upper.
 Bounds = tuple[int | None, int | None]
+
+
+#: A ``Case``'s mask that is no tensor but a ``Structure``.
+STRUCTURE = "structure"
 
 
 class Case(NamedTuple):
@@ -28,19 +33,21 @@ class Case(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     v_dim: int
-    mask: torch.dtype | None
+    mask: torch.dtype | str | None
     dropout: bool
     empty: bool
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: bool) -> Case:
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Structure | None, dropout: bool
+    ) -> Case:
         return cls(
             q.device.type,
             capability(q.device),
             q.dtype,
             q.shape[-1],
             v.shape[-1],
-            None if mask is None else mask.dtype,
+            STRUCTURE if isinstance(mask, Structure) else None if mask is None else mask.dtype,
             dropout,
             q.numel() == 0 or k.numel() == 0,
         )
@@ -72,15 +79,16 @@ MOST_BATCHES = 65535
 class Kernel(NamedTuple):
     """A line of the table.
 
-    ``bands``: "square" does all keys or the triangle of a square; "tile" does any band, at the cost
-    of rows x keys; "native" does any band, at the cost of what is seen; "short" does so with no
-    more rows than keys (flash attention 2 takes a right side as long as the keys for unbounded).
+    ``bands``: "none" has them in its mask; "square" does all keys or the triangle of a square;
+    "tile" does any band, at the cost of rows x keys; "native" does any band, at the cost of what is
+    seen; "short" does so with no more rows than keys (flash attention 2 takes a right side as long
+    as the keys for unbounded).
     ``most_batches``: in one call.
     """
 
     name: str
     fits: Callable[[Case], bool]
-    bands: Literal["square", "tile", "native", "short"]
+    bands: Literal["none", "square", "tile", "native", "short"]
     forward: Callable[..., Partial]
     backward: Callable[..., Gradients]
     most_batches: int | None = None
@@ -88,6 +96,8 @@ class Kernel(NamedTuple):
     def does(self, case: Case, piece: Piece) -> bool:
         if not self.fits(case):
             return False
+        if self.bands == "none":
+            return piece.band == (None, None)
         if self.bands == "square":
             several = piece.rows * piece.keys > 1  # cuDNN refuses one query with one key
             return several and (piece.causal or piece.band == (None, None))

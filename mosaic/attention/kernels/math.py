@@ -1,11 +1,12 @@
-"""Attention by plain matrix products, in float32 or float64: right for every block."""
+"""Attention by plain matrix products, in float32 or float64: right for every block whose mask is a
+tensor."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mosaic.attention.kernels.kernel import Bounds, Gradients, Kernel
+from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Gradients, Kernel
 from mosaic.attention.merge import Partial, accumulator, finite, nothing
 
 
@@ -85,4 +86,4 @@ def summed_to(x: Tensor, shape: torch.Size) -> Tensor:
     return x.sum(dims, keepdim=True) if dims else x
 
 
-MATH = Kernel("math", lambda case: True, "tile", _forward, _backward)
+MATH = Kernel("math", lambda case: case.mask != STRUCTURE, "tile", _forward, _backward)

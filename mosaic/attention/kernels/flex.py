@@ -1,0 +1,218 @@
+"""torch's flex attention kernels: on CUDA, a mask that is structure.
+
+They are called below ``torch.nn.attention.flex_attention``: its backward cannot be told the output
+and the log-sum-exp of all keys where the forward saw some. Whether a pair is seen is computed in
+the kernel, of the numbers at its query and its key; blocks without any such pair are left out, and
+those of nothing else are done without a look at the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib.util import find_spec
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mosaic.attention.kernels.kernel import MOST_BATCHES, STRUCTURE, Case, Gradients, Kernel
+from mosaic.attention.kernels.seen_blocks import BLOCK, blocks_of
+from mosaic.attention.merge import Partial, accumulator
+from mosaic.attention.structure import Structure
+from mosaic.attention.tiles import TileProgram
+from mosaic.torch_private import compiled_by_inductor, flex_backward, flex_blocks, flex_forward
+
+#: The kernels' log-sum-exp is one of powers of 2.
+LN2 = log(2)
+LISTS = 8
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+@lru_cache(maxsize=256)
+def lists_of(program: str, rows: int, keys: int) -> Function:
+    """The blocks that a structure sees, of its leaves: how many, and which, of each row and of each
+    column, first those that are seen in part and then the full ones."""
+
+    def lists(*leaves: Tensor) -> tuple[Tensor, ...]:
+        some, full = blocks_of(Structure(program, leaves), rows, keys)
+        ways = [way for blocks in (some & ~full, full) for way in (blocks, blocks.mT)]
+        return tuple(x for way in ways for x in listed(way))
+
+    return lists
+
+
+def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are True, and which: these first. int32"""
+    numbers = blocks.to(torch.int32).contiguous()
+    order = numbers.argsort(dim=-1, descending=True, stable=True)
+    return numbers.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+@lru_cache(maxsize=256)
+def forward_of(program: str, scale: float) -> Function:
+    """out and lse of q, k, v, the ``lists_of`` a structure, and its leaves."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        mask = block_mask(program, q, k, rest)
+        out, lse = flex_forward(q, k, v, mask, scale, buffers_of(rest))
+        return out.contiguous(), lse * LN2
+
+    return forward
+
+
+@lru_cache(maxsize=256)
+def backward_of(program: str, scale: float) -> Function:
+    """dq, dk and dv of dout, q, k, v, the global out and lse (to the base of 2), and as above."""
+
+    def backward(dout, q, k, v, out, lse, *rest: Tensor) -> tuple[Tensor, ...]:
+        mask = block_mask(program, q, k, rest)
+        grads = flex_backward(dout, q, k, v, out, lse, mask, scale, buffers_of(rest))
+        return tuple(grad.contiguous() for grad in grads)
+
+    return backward
+
+
+def block_mask(program: str, q: Tensor, k: Tensor, rest: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What the kernels know of a mask: lists of blocks, and the function of a pair."""
+    mod = mask_mod(Structure(program, tuple(rest[LISTS:])))
+    return flex_blocks((q.shape[2], k.shape[2]), rest[:LISTS], BLOCK, mod)
+
+
+def buffers_of(rest: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(leaf.squeeze() for leaf in rest[LISTS:])
+
+
+def mask_mod(mask: Structure) -> Callable[..., Tensor]:
+    """Whether a query sees a key, of their numbers and the leaves without dims of 1."""
+    program = TileProgram.parse(mask.program)
+    along = [[d for d, n in enumerate(leaf.shape) if n > 1] for leaf in mask.leaves]
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor, *leaves: Tensor) -> Tensor:
+        at = (batch, head, query, key)
+        found = (
+            torch.ops.aten.index.Tensor(leaf, [at[d] for d in dims]) if dims else leaf
+            for leaf, dims in zip(leaves, along, strict=True)
+        )
+        return program(*found)
+
+    return seen
+
+
+#: Compiled functions by what they were compiled for.
+_COMPILED: dict[Any, Function] = {}
+
+
+def run(function: Function, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """By Inductor, which has the kernels; on a CPU as plain math, pair by pair.
+
+    What the kernels read must come as ``tensors``: they take lists of blocks and log-sum-exps to be
+    contiguous, and Inductor pads what it computes itself (torch 2.11: another batch's rows are
+    read, silently).
+    """
+    device = tensors[0].device
+    if device.type == "cpu":
+        return afresh(device, function, *tensors)
+    shapes = [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+    key = (function, torch.get_float32_matmul_precision(), *shapes)
+    if key not in _COMPILED:
+        _COMPILED[key] = afresh(device, compiled_by_inductor, function, tensors)
+    return tuple(_COMPILED[key](*tensors))
+
+
+def afresh(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
+    """Call it in a thread of its own, where no mode, autocast or gradient of the caller's is on."""
+
+    def call() -> Any:
+        with torch.no_grad(), torch.accelerator.device_index(device.index):
+            return function(*args)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
+
+
+def with_lists(leaves: Sequence[Tensor], program: str, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """The lists of blocks, and the leaves."""
+    lists = run(lists_of(program, q.shape[2], k.shape[2]), leaves)
+    return (*(x.reshape(-1).view(x.shape) for x in lists), *leaves)
+
+
+@torch.library.custom_op(
+    "mosaic::flex",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor[] leaves, str program, float scale) "
+    "-> (Tensor, Tensor)",
+)
+def flex(q, k, v, leaves, program, scale):
+    """out and lse of the pairs that a structure sees."""
+    rest = with_lists(leaves, program, q, k)
+    out, lse = run(forward_of(program, scale), (q, k, v, *rest))
+    return out, lse
+
+
+@flex.register_fake
+def _(q, k, v, leaves, program, scale):
+    out = q.new_empty([*q.shape[:3], v.shape[3]])
+    return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+
+
+@torch.library.custom_op(
+    "mosaic::flex_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
+    "str program, float scale) -> (Tensor, Tensor, Tensor)",
+)
+def flex_backward_op(dout, q, k, v, out, lse, leaves, program, scale):
+    """dq, dk and dv, each shaped like its input."""
+    rest = with_lists(leaves, program, q, k)
+    dq, dk, dv = run(backward_of(program, scale), (dout, q, k, v, out, lse / LN2, *rest))
+    return dq, dk, dv
+
+
+@flex_backward_op.register_fake
+def _(dout, q, k, v, out, lse, leaves, program, scale):
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def written_out(x: Tensor) -> Tensor:
+    """Without a dim of stride 0: the backward kernel lays out gradients as it finds the inputs."""
+    return x.contiguous() if 0 in x.stride() else x
+
+
+def _forward(q, k, v, *, mask, scale, **_) -> Partial:
+    q, k, v = (written_out(x) for x in (q, k, v))
+    out, lse = torch.ops.mosaic.flex(q, k, v, list(mask.leaves), mask.program, scale)
+    return out, lse
+
+
+def _backward(dout, q, k, v, out, lse, *, mask, scale, **_) -> Gradients:
+    tensors = (written_out(x) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype)))
+    inputs = (*tensors, lse.contiguous())
+    op = torch.ops.mosaic.flex_backward
+    return (*op(*inputs, list(mask.leaves), mask.program, scale), None)
+
+
+def refused(case: Case) -> str:
+    """Why a structure is not run as it is; "" where it is."""
+    if case.device != "cuda" or case.capability < 8:
+        return "no GPU of Ampere's or later"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if case.dropout:
+        return "dropout"
+    if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return str(case.dtype).removeprefix("torch.")
+    if not 16 <= min(case.head_dim, case.v_dim) <= max(case.head_dim, case.v_dim) <= 256:
+        return f"head dims {case.head_dim} and {case.v_dim} are not in 16 ... 256"
+    return "nothing is attended to" if case.empty else ""
+
+
+def _fits(case: Case) -> bool:
+    return case.mask == STRUCTURE and not refused(case)
+
+
+#: A band is in the structure.
+FLEX = Kernel("flex", _fits, "none", _forward, _backward, MOST_BATCHES)

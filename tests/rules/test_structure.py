@@ -1,0 +1,246 @@
+"""Masks as structure: in torch's flex kernels (on a CPU their plain math), and the blocks they see.
+
+Each program of ``test_masks.py`` is read, and attended under by three simulated ranks in zigzag:
+visits of keys, merges, and a backward with the global output and log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gpu.check_masks import by_ranks
+from hypothesis import HealthCheck, given, settings
+from mask_programs import attended, attention_of, read
+from rules.test_masks import BOOLEAN, IDS, MASKS, REAL, TABLE, WRAPPING
+from torch import Tensor, arange, fx
+
+import mosaic
+from mosaic.attention import kernels
+from mosaic.attention.blocks import FULL, Band, Piece
+from mosaic.attention.kernels import flex as flex_module
+from mosaic.attention.kernels import seen_blocks
+from mosaic.attention.kernels.flex import FLEX, lists_of
+from mosaic.attention.kernels.kernel import STRUCTURE, Case
+from mosaic.attention.kernels.math import MATH
+from mosaic.attention.kernels.seen_blocks import Blocks, blocks_of
+from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.structure import Structure, of_band, of_documents, positions, together
+from mosaic.attention.visit import Inputs
+from mosaic.layout import Layout
+from mosaic.masks.words import band_of, tile_of
+from mosaic.partition.values import Call
+from mosaic.report import plan
+from mosaic.torch_private import FakeTensorMode, flex_blocks
+
+
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> list[Structure]:
+    """As if flex did all structures; the masks that it was given. Blocks are of 2 x 2 pairs."""
+    given = []
+
+    def forward(*tensors: Tensor, mask: Structure, **options: Any) -> Any:
+        given.append(mask)
+        return FLEX.forward(*tensors, mask=mask, **options)
+
+    able = FLEX._replace(fits=lambda case: case.mask == STRUCTURE, forward=forward, most_batches=1)
+    monkeypatch.setattr(kernels, "KERNELS", (able, MATH))
+    monkeypatch.setattr(seen_blocks, "BLOCK", 2)
+    return given
+
+
+class Until(fx.Interpreter):
+    """Keeps what an attention is called with."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n is attention_of(self.module):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self.call = Call(n.target, args, kwargs, n.meta["val"], n)
+        return super().run_node(n)
+
+
+def four_dims(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None else mask.reshape([1] * (4 - mask.ndim) + list(mask.shape))
+
+
+def by_call(call: Call, dout: Tensor) -> list[Tensor]:
+    """out, dq, dk, dv of what simulated ranks do for a call of sdpa."""
+    tensors = [call[name].detach() for name in ("query", "key", "value")]
+    ids = [call.bound.get(name) for name in ("query_documents", "key_documents")]
+    leaves = call.bound.get("leaves") or ()
+    inputs = Inputs(four_dims(call["attn_mask"]), *ids, None, leaves)
+    return by_ranks([*tensors, dout], inputs, band_of(call.bound), 0.5, tile_of(call.bound))
+
+
+def check(make: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """What ranks do under a mask is what one process does."""
+    program, tensors = attended(make)
+    reader = Until(read(program, *tensors, *inputs))
+    (want,) = reader.run(*tensors, *inputs)
+    dout = torch.randn_like(want).masked_fill(want.isnan(), 0)
+    grads = torch.autograd.grad(want, tensors, dout)
+    found = by_call(reader.call, dout)
+    for x, y in zip(found, (want, *grads), strict=True):
+        torch.testing.assert_close(x, y.detach().nan_to_num(0))
+
+
+BOOLEAN_MASKS = {
+    name: case
+    for name, case in {**MASKS, **WRAPPING}.items()
+    if "float" not in case[2] and "bias" not in case[2]
+}
+
+
+@pytest.mark.parametrize("name", BOOLEAN_MASKS)
+def test_programs(flex: list[Structure], name: str) -> None:
+    make, inputs, words = BOOLEAN_MASKS[name]
+    check(make, *inputs)
+    structures = ("documents", "padding", "boolean by tiles")
+    assert bool(flex) == ("dense" not in words and any(word in words for word in structures))
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(BOOLEAN)
+def test_any_boolean_mask(flex: list[Structure], make: Callable) -> None:
+    check(make, IDS, REAL, TABLE)
+
+
+# --- which blocks are seen ----------------------------------------------------------------------
+
+
+def pairs(mask: Structure, rows: int, keys: int) -> Tensor:
+    """(batch, heads, rows, keys) of a structure, boolean."""
+    tile = mask.tile(Piece(0, rows, 0, keys))
+    return tile.expand(*tile.shape[:2], rows, keys)
+
+
+def true_blocks(seen: Tensor, size: int) -> Blocks:
+    rows, keys = seen.shape[2:]
+    missing = [0, -keys % size, 0, -rows % size]
+    cut = F.pad(seen, missing).unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    return Blocks(cut.any(5).any(3), cut.all(5).all(3))
+
+
+@pytest.mark.parametrize("name", BOOLEAN_MASKS)
+def test_blocks_of_programs(flex: list[Structure], name: str) -> None:
+    """Nothing that is seen is left out, nothing that is hidden is in a full block."""
+    make, inputs, _ = BOOLEAN_MASKS[name]
+    check(make, *inputs)
+    for mask in flex:
+        rows, keys = (max([1, *(x.shape[d] for x in mask.leaves if x.ndim)]) for d in (2, 3))
+        found, want = blocks_of(mask, rows, keys), true_blocks(pairs(mask, rows, keys), 2)
+        assert (found.some | ~want.some).all() and (want.full | ~found.full).all()
+
+
+IN_ORDER = torch.tensor([[0] * 5 + [1] * 4 + [2] * 11, [3] * 20])
+BANDS = (Band(None, 0), Band(6, 0), Band(3, 2), Band(None, -1), Band(2, None), Band(-2, 4))
+
+
+@pytest.mark.parametrize("band", [FULL, *BANDS], ids=str)
+@pytest.mark.parametrize("ids", [None, IN_ORDER], ids=["", "documents"])
+@pytest.mark.parametrize("rows", [((0, 20),), ((0, 5), (15, 20)), ((3, 10),)], ids=str)
+def test_blocks_are_exact_of_a_band_or_documents_in_order(
+    monkeypatch: pytest.MonkeyPatch, band: Band, ids: Tensor | None, rows: Any
+) -> None:
+    monkeypatch.setattr(seen_blocks, "BLOCK", 4)
+    at = [positions(x, torch.device("cpu")) for x in (rows, ((0, 20),))]
+    parts = [] if band == FULL else [of_band(band, *at)]
+    parts += [] if ids is None else [of_documents(ids[:, at[0]], ids)]
+    for part in parts:
+        found = blocks_of(part, len(at[0]), 20)
+        want = true_blocks(pairs(part, len(at[0]), 20), 4)
+        assert torch.equal(found.full, want.full)
+        if len(rows) == 1:  # a block with a gap in it lies between far ends
+            assert torch.equal(found.some, want.some)
+
+
+def test_a_block_mask_is_torchs() -> None:
+    """The lists that kernels get, of 128 x 128 blocks, against ``create_block_mask``."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids = torch.arange(700)[None] // 150
+    at = positions(((0, 700),), torch.device("cpu"))
+    mask = together([of_documents(ids, ids), of_band(Band(None, 0), at, at)])
+    want = create_block_mask(
+        lambda b, h, i, j: (ids[0, i] == ids[0, j]) & (j <= i), None, None, 700, 700, device="cpu"
+    )
+    lists = lists_of(mask.program, 700, 700)(*mask.leaves)
+    blocks = flex_blocks((700, 700), lists, 128, lambda *_: None)
+    for got, known in zip(blocks[2:10], want.as_tuple()[2:10], strict=True):
+        if got.ndim == 3:
+            counts = known
+            assert torch.equal(got, known)
+            continue
+        listed = torch.arange(got.shape[3]) < counts[..., None]
+        assert torch.equal(got.masked_fill(~listed, 0), known.masked_fill(~listed, 0))
+
+
+# --- the choice, and what plans say of it ---------------------------------------------------------
+
+
+def problem(mask: str, **changed: Any) -> AttentionProblem:
+    whole = Layout.whole(64, 1)
+    found = AttentionProblem(whole, whole, 1, 4, 4, 64, 64, 2, mask=mask)
+    return replace(found, **changed)
+
+
+@pytest.mark.parametrize(
+    ("mask", "changed", "dtype", "why"),
+    [
+        ("causal", {}, torch.bfloat16, None),
+        ("causal, documents", {}, torch.bfloat16, ""),
+        ("documents, padding", {}, torch.float32, ""),
+        ("boolean by tiles", {"tile": "bool: eq.Tensor(%0, %1)"}, torch.float16, ""),
+        ("boolean by tiles", {"tile": "bool: index(%0, %1)"}, torch.float16, "looks up a table"),
+        ("causal, documents", {"dim": 8}, torch.bfloat16, "head dims 8 and 64"),
+        ("causal, documents", {"v_dim": 257}, torch.bfloat16, "head dims 64 and 257"),
+        ("causal, documents", {"dropout": 0.1}, torch.bfloat16, "dropout"),
+        ("causal, documents", {}, torch.float64, "float64"),
+        ("causal, dense boolean", {}, torch.bfloat16, "an input"),
+        ("documents, float by tiles", {}, torch.bfloat16, "added to the scores"),
+        ("causal, bias of keys", {}, torch.bfloat16, "added to the scores"),
+    ],
+)
+def test_plans_say_why_a_mask_is_dense(
+    monkeypatch: pytest.MonkeyPatch, mask: str, changed: dict, dtype: torch.dtype, why: str | None
+) -> None:
+    monkeypatch.setattr(plan, "capability", lambda device: 9)
+    monkeypatch.setattr(flex_module, "find_spec", lambda name: name)
+    with FakeTensorMode():
+        out = torch.empty(1, 4, 64, 64, dtype=dtype, device="cuda")
+    words, reason = plan.made_dense(problem(mask, **changed), out)
+    assert words == ("" if why is None else mask)
+    assert (why in reason) if why else reason == ""
+
+
+def test_only_flex_does_a_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex_module, "find_spec", lambda name: name)
+    case = Case("cuda", 9, torch.bfloat16, 64, 64, STRUCTURE, False, False)
+    assert [x.name for x in kernels.KERNELS if x.fits(case)] == ["flex"]
+    assert not any(x.fits(case._replace(device="cpu")) for x in kernels.KERNELS)
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather", "ulysses"])
+@pytest.mark.parametrize("mask", ["documents", "padding"])
+def test_no_rank_has_a_tensor_of_rows_x_keys(flex: list[Structure], mask: str, method: str) -> None:
+    """Neither of its rows and all keys, nor of those of one visit, forward or backward."""
+    n = 96
+
+    def program(x: Tensor, ids: Tensor) -> Tensor:
+        at = arange(n)
+        seen = (at <= at[:, None]) & (ids == ids[:, None] if mask == "documents" else ids > 1)
+        return F.scaled_dot_product_attention(x, x, x, seen)
+
+    x = torch.randn(1, 4, n, 1, requires_grad=True)
+    spec = mosaic.ShardingSpec(inputs={"x": "batch heads rows dim"}, axes={"rows": method})
+    found = mosaic.explain(program, x, arange(n) // 20, spec=spec, sp_size=4)
+    for graph in (found.graphs["forward"], found.graphs["backward"]):
+        vals = [
+            node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)
+        ]
+        assert max(val.numel() for val in vals) < 24 * 24 * 4
+        assert any("flex" in str(node.target) for node in graph.nodes)
