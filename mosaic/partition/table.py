@@ -322,6 +322,7 @@ TABLE: dict[str, LocalForm] = {
     "dropout": randomness.dropout,
     # written behind autograd's back
     "mosaic::with_history": pointwise,
+    "mosaic::counted_mask": pointwise,
     # the user's own
     "mosaic::autograd_function": functions.autograd_function,
 }

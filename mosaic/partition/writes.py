@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mosaic.layout import Place
+from mosaic.partition import masked_writes
 from mosaic.partition.empty import rows_of, spare_row
 from mosaic.partition.indexing import after_index, index_dims, rows_here
 from mosaic.partition.interpreter import ShardingInterpreter
@@ -26,7 +27,7 @@ def index_put(s: ShardingInterpreter, c: Call) -> Value:
     if any(i.val.dtype == torch.bool for i in lookups):
         if len(lookups) > 1:
             return s.gather_for(c, "writes by a mask, whose count depends on the data")
-        return masked(s, c, indices)
+        return masked_writes.put(s, c, indices)
     if any(i.place for i in lookups):
         return put_cut(s, c)
     x = c.x
@@ -42,34 +43,6 @@ def index_put(s: ShardingInterpreter, c: Call) -> Value:
         return s.gather_for(c, OF_OTHERS)
     indices[place.dim] = rows_here(s, c, indices[place.dim], place, spare=None)
     return spared(s, c, x, place, indices=indices)
-
-
-def masked(s: ShardingInterpreter, c: Call, indices: list[Value | None]) -> Value:
-    """``x[mask] = values``: a row for each element of the mask that is true, in turn, or one for
-    all of them."""
-    before, mask = next((d, i) for d, i in enumerate(indices) if i is not None)
-    x, behind = c.x, c.x.ndim - before - mask.ndim
-    rows = s.call(c, aten.reshape.default, c["values"], lifted(c["values"], before + 1 + behind))
-    count = rows.shape[before]
-    if count == 0:
-        return x
-    if count > 1:
-        flat = s.call(c, aten.reshape.default, mask, [-1])
-        number = s.call(c, aten.sub.Tensor, s.call(c, aten.cumsum.default, flat, 0), 1)
-        number = s.call(c, aten.clamp.default, number, 0)  # of those in front of the first
-        rows = s.call(c, aten.index_select.default, rows, before, number)
-    there = [*mask.shape] if count > 1 else [1] * mask.ndim
-    shape = [*rows.shape[:before], *there, *rows.shape[before + 1 :]]
-    rows = s.call(c, aten.reshape.default, rows, shape)
-    mask = s.call(c, aten.reshape.default, mask, [*mask.shape, *[1] * behind])
-    if c["accumulate"]:
-        rows = s.call(c, aten.add.Tensor, x, rows)
-    return s.call(c, aten.where.self, mask, rows, x)
-
-
-def lifted(x: Value, ndim: int) -> list[int]:
-    """x's shape with ones in front, as broadcasting has it."""
-    return [*[1] * (ndim - x.ndim), *x.shape]
 
 
 def put_cut(s: ShardingInterpreter, c: Call) -> Value:

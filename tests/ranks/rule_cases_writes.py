@@ -89,6 +89,20 @@ add(
     f(2, 5, 4),
     f(3, 4),
 )
+add(
+    "index_put rows by a mask that is cut",
+    lambda x, v, j: put(x, v, (j == 0) & turns()),  # j is 0 everywhere
+    f(5, 2),
+    f(3, 2),
+    i(1, 5),
+)
+add(
+    "index_put no row by a mask that is cut",
+    lambda x, v, j: put(x, v, j > 0),
+    f(5, 2),
+    f(0, 2),
+    i(1, 5),
+)
 add("index_put no row", lambda x, v: put(x, v, turns() & False), f(5, 2), f(0, 2))
 add("index_put mask of the last", lambda x, m: put(x, x.new_ones(1), None, m), f(5, 4), b(4))
 add("index_put mask accumulate", lambda x, v, m: put(x, v, m, accumulate=True), f(5, 2), f(1), b(5))

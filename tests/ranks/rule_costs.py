@@ -392,6 +392,8 @@ COSTS = {
     "index_put rows by a mask": ".. G.",
     "index_put rows by a mask of two": ".... .G.",
     "index_put rows by a mask, accumulate": "... G.",
+    "index_put rows by a mask that is cut": ".. G. w",
+    "index_put no row by a mask that is cut": ".. ww 1",
     "index_put no row": ".. ww",
     "index_put outer accumulate": ".. 1. 1",
     "searchsorted": "G ..",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import cases
@@ -115,6 +116,18 @@ def refusal(call: Any, whole: bool = False) -> str:
     except mosaic.MosaicError as error:
         return str(error) if whole else str(error).splitlines()[0]
     return ""
+
+
+def miscounted(p: int, rows: int) -> list[str]:
+    """What is said of so many rows for three trues: without a compiler, and with one."""
+    mosaic.init(sp_size=p)
+    x, mask = mosaic.distribute(torch.ones(5, 2), 0), torch.arange(5) % 2 == 0
+
+    def write(x: Tensor, mask: Tensor) -> Tensor:
+        return x.index_put((mask,), torch.zeros(rows, 2)).sin()
+
+    compiled = torch.compile(write, backend="mosaic", options={"inner": "eager"})
+    return [refusal(partial(f, x, mask), whole=True) for f in (write, compiled)]
 
 
 def on_one_rank(p: int, read: str) -> str:

@@ -45,6 +45,15 @@ def test_refused(ranks, name: str) -> None:
         assert refused and all("UnsupportedError: aten." in line for line in refused), refused
 
 
+@pytest.mark.parametrize("rows", [4, FULL(0), FULL(2)])
+def test_other_rows_than_the_mask_is_true(ranks, rows: int) -> None:
+    for without, compiled in ranks(2).run(jobs.miscounted, 2, rows):
+        title, *rest = without.splitlines()
+        assert title == f"a write by a mask has {rows} rows for 3 elements that are true"
+        assert len(rest) == 1 and rest[0].startswith("  fix  give one row for each")
+        assert compiled.startswith(f"{title}\n  tests/ranks/sharded_jobs.py:")
+
+
 def test_in_and_out(ranks) -> None:
     """Cut twice, made of parts, read, written to, refused."""
     for got in ranks(4).run(jobs.in_and_out):

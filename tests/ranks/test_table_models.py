@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import table_jobs as jobs
+import torch
 from compare import assert_close, compare_gradients
 from sampling import FULL
+from torch import Tensor
 
 NAMES = ("tabpfn_v2", "tabpfn_v2_5", "tabpfn_v2_6", "tabpfn_v3", "tabpfn_v3_5", "tabicl")
 VARIANTS = (
@@ -29,6 +31,9 @@ GATHERED = {
 
 #: Classes that there are: numbers of y, not of cells.
 OF_Y = {"aten._unique2 gives as many elements as its values say"}
+
+#: TabICL's encoders of y are float32 (table_models says why): sums of another order round there.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 @pytest.mark.parametrize("p", [2, FULL(3), FULL(4)])
@@ -67,5 +72,11 @@ def check(ranks, p: int, name: str, how: str, mode: str, rows: int = 13) -> list
         assert got["rows are cut"]
         assert set(got["gathered"]) <= GATHERED.get(name, set()) | OF_Y
         if mode == "train":
-            compare_gradients(want["gradients"], got["gradients"], 1e-12)
+            for dtype, tol in TOLERANCES.items():
+                pair = [of_dtype(side["gradients"], dtype) for side in (want, got)]
+                compare_gradients(*pair, tol)
     return found
+
+
+def of_dtype(found: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x for name, x in found.items() if x.dtype == dtype}
