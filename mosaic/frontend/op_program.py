@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
-from mosaic.frontend.user_warnings import gathered_at
+from mosaic.frontend.user_warnings import gathered_at, user_frame
 from mosaic.graph.emit import insert
 from mosaic.graph.modes import Modes
 from mosaic.layout import Place, Shard
@@ -26,8 +27,10 @@ from mosaic.passes.normalize import mark_gradients, undo_copies
 from mosaic.passes.partition import write
 from mosaic.passes.propagate import follow, note_places
 from mosaic.passes.rewrite_attention import rewrite_attention
+from mosaic.runtime.agreement import COMPARE_OPS, differing
 from mosaic.runtime.deferred_tensor import DeferredTensor, Step, flattened, run
 from mosaic.runtime.mesh import get_context
+from mosaic.runtime.rendezvous import SAME
 from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.runtime.world import world_of
 from mosaic.torch_private import FakeTensorMode, pytree
@@ -57,12 +60,29 @@ class Program:
     results: Any
     gathered: tuple[str, ...]
     waits_for: str  # the mesh axes whose ranks meet in it, if something whole comes of it
+    sends: str  # those whose ranks send each other something in it
+    text: str  # what they must have in common then: the op and its sizes
 
     def run(self, parts: Sequence[Tensor], wrap: Callable[..., Tensor] = ShardedTensor) -> Any:
         """On this rank's parts; ``wrap(part, shape, places, stride)`` makes a cut result."""
+        if self.sends:
+            self.check_alike()
         for why in self.gathered:
             gathered_at(why)
         return self.wrapped(self.graph(*parts), wrap)
+
+    def check_alike(self) -> None:
+        """Raise ShardingError where other ranks do not send what this one waits for; they are asked
+        once for each op and its sizes."""
+        said = differing(get_context(), self.sends, self.text, COMPARE_OPS)
+        if said:
+            frame = user_frame()
+            raise ShardingError(
+                "the ranks run different ops on tensors that are cut, or with other sizes",
+                where=None if frame is None else str(frame),
+                **{f"rank {rank}": text for rank, text in enumerate(said)},
+                fix=SAME,
+            )
 
     def wrapped(self, parts: Sequence[Tensor], wrap: Callable[..., Tensor] = ShardedTensor) -> Any:
         """The op's results, of this rank's parts of its outputs."""
@@ -88,8 +108,16 @@ def program_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prog
     if key not in programs:
         if len(programs) >= MOST_PROGRAMS:
             programs.clear()
-        programs[key] = planned(func, args, kwargs)
+        cuts = ", ".join(cut_text(x) for x in tensors_of(args, kwargs))
+        programs[key] = planned(func, args, kwargs, f"{str(func).removesuffix('.default')}({cuts})")
     return programs[key]
+
+
+def cut_text(x: Tensor) -> str:
+    """``[2, 7, 5] with dim 1 as 7=0:4|4:7``."""
+    places = x.places if isinstance(x, ShardedTensor) else ()
+    cuts = (f"dim {place.dim} as {place.layout}" for place in places)
+    return " with ".join([str(list(x.shape)), *cuts])
 
 
 def described(x: Any) -> Any:
@@ -106,8 +134,8 @@ def learns(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def planned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    """Write this rank's program of ``func(*args, **kwargs)``."""
+def planned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], text: str) -> Program:
+    """Write this rank's program of ``func(*args, **kwargs)``; ``text`` names it."""
     graph, cut = fx.Graph(), {}
     with FakeTensorMode(allow_non_fake_inputs=True):
 
@@ -136,15 +164,19 @@ def planned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program
         node = insert(graph, first, func, args, kwargs)
     val = node.meta["val"]
     if isinstance(val, Tensor):
-        return written(graph, [node], cut, 0)
+        return written(graph, [node], cut, 0, text)
     there = [i for i, x in enumerate(val) if isinstance(x, Tensor)]
     items = [insert(graph, node, operator.getitem, (node, i)) for i in there]
     numbers = (there.index(i) if i in there else None for i in range(len(val)))
-    return written(graph, items, cut, type(val)(numbers))
+    return written(graph, items, cut, type(val)(numbers), text)
 
 
 def written(
-    graph: fx.Graph, nodes: list[fx.Node], cut: dict[int, tuple[Place, ...]], results: Any
+    graph: fx.Graph,
+    nodes: list[fx.Node],
+    cut: dict[int, tuple[Place, ...]],
+    results: Any,
+    text: str,
 ) -> Program:
     vals = [node.meta["val"] for node in nodes]
     shapes, strides = [val.shape for val in vals], [val.stride() for val in vals]
@@ -152,12 +184,13 @@ def written(
     undo_copies(graph)
     mark_gradients(graph)
     context = context_of(graph, cut)
-    if any(node.target in ATTENTIONS for node in graph.nodes):
+    sends = any(node.target in ATTENTIONS for node in graph.nodes)
+    if sends:
         analyze_masks(graph, context)
         note_places(follow(graph, context), context)
         choose_method(graph, context)
     for number, axis in enumerate(context.axes):
-        write(graph, context, axis, number)
+        sends |= bool(write(graph, context, axis, number).collectives)
     rewrite_attention(graph, context)
     places = [tuple(Shard.decode(text).place for text in texts) for texts in context.output_shards]
     return Program(
@@ -166,6 +199,8 @@ def written(
         results,
         tuple(why for why, _ in context.gathered),
         waits_for(graph, context, places),
+        context.world.mesh_axis if sends else "",
+        text,
     )
 
 

@@ -139,6 +139,7 @@ def check_together(context: MosaicContext, mesh_axis: str, op: str) -> None:
 
 
 COMPARE, COMPARE_CALLS = "compare the sizes of its shards", "compare how it calls attention"
+COMPARE_OPS = "compare an op on tensors that are cut"
 
 
 def differing(context: MosaicContext, mesh_axis: str, text: str, doing: str) -> list[str]:

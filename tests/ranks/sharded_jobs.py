@@ -118,6 +118,13 @@ def refusal(call: Any, whole: bool = False) -> str:
     return ""
 
 
+def another_length(p: int) -> str:
+    """What is said where the last rank's tensor is shorter."""
+    ranks = mosaic.init(sp_size=p)
+    x = torch.ones(6 if ranks.rank() + 1 < p else 5, 2)
+    return refusal(lambda: mosaic.distribute(x, 0).cumsum(0), whole=True)
+
+
 def miscounted(p: int, rows: int) -> list[str]:
     """What is said of so many rows for three trues: without a compiler, and with one."""
     mosaic.init(sp_size=p)

@@ -45,6 +45,18 @@ def test_refused(ranks, name: str) -> None:
         assert refused and all("UnsupportedError: aten." in line for line in refused), refused
 
 
+def test_another_length_on_one_rank(ranks) -> None:
+    """A collective would hang, or send what does not belong together."""
+    for said in ranks(2).run(jobs.another_length, 2):
+        title, *rest = said.splitlines()
+        assert title == "the ranks run different ops on tensors that are cut, or with other sizes"
+        assert rest[0].startswith("  tests/ranks/sharded_jobs.py:")
+        assert rest[2:4] == [
+            "  rank 0  aten.cumsum([6, 2] with dim 0 as 6=0:3|3:6)",
+            "  rank 1  aten.cumsum([5, 2] with dim 0 as 5=0:3|3:5)",
+        ]
+
+
 @pytest.mark.parametrize("rows", [4, FULL(0), FULL(2)])
 def test_other_rows_than_the_mask_is_true(ranks, rows: int) -> None:
     for without, compiled in ranks(2).run(jobs.miscounted, 2, rows):

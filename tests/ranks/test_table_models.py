@@ -56,7 +56,7 @@ def test_op_by_op(ranks, name: str, mode: str, p: int) -> None:
 @pytest.mark.parametrize("mode", [FULL("no_grad"), FULL("inference"), "train"])
 def test_compiled(ranks, name: str, mode: str, p: int) -> None:
     for got in check(ranks, p, name, "compiled", mode):
-        assert got["graphs"] > 1
+        assert got["graphs"]
         assert name in GATHERED or got["whole"] == []  # nor is anything long in another graph
 
 
