@@ -120,11 +120,13 @@ def encoded(s: ShardingInterpreter, place: Place) -> str:
 
 
 def local_rows(rows: Tensor, spec: str, spare: int | None) -> Tensor:
-    """Indices that no rank has stay as they are: they are an error here as on one device."""
+    """Indices that no rank has are an error here as on one device: they stay outside, and one step
+    further, past a spare row behind all others."""
     shard = Shard.decode(spec)
     n, size = shard.place.size, shard.place.local_size(shard.rank)
     from_start = torch.where(rows < 0, rows + n, rows)
-    here = torch.where(held_of(from_start, 0, n), size if spare is None else spare, rows)
+    outside = torch.where(rows < 0, rows - 1, rows + 1)
+    here = torch.where(held_of(from_start, 0, n), size if spare is None else spare, outside)
     for start, stop, first in held_rows_of(shard):
         here = torch.where(held_of(from_start, start, stop), from_start - start + first, here)
     return here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -116,6 +117,28 @@ def refusal(call: Any, whole: bool = False) -> str:
     except mosaic.MosaicError as error:
         return str(error) if whole else str(error).splitlines()[0]
     return ""
+
+
+def outside(p: int) -> list[tuple[str, int]]:
+    """Writes by an index that no rank has, and that are no error."""
+    mosaic.init(sp_size=p)
+    x, passed = mosaic.distribute(torch.ones(5, 2), 0), []
+    for name, write in WRITES.items():
+        for index in (5, -6):
+            with suppress(IndexError, RuntimeError):
+                write(x, torch.tensor([index]))
+                passed.append((name, index))
+    return passed
+
+
+WRITES: dict[str, Any] = {
+    "index_put": lambda x, i: x.index_put((i,), torch.zeros(1, 2)),
+    "index_add": lambda x, i: x.index_add(0, i, torch.ones(1, 2)),
+    "index_copy": lambda x, i: x.index_copy(0, i, torch.zeros(1, 2)),
+    "index_fill": lambda x, i: x.index_fill(0, i, 0.0),
+    "scatter": lambda x, i: x.scatter(0, i[:, None], 0.0),
+    "scatter_add": lambda x, i: x.scatter_add(0, i[:, None], torch.ones(1, 1)),
+}
 
 
 def another_length(p: int) -> str:

@@ -57,6 +57,12 @@ def test_another_length_on_one_rank(ranks) -> None:
         ]
 
 
+@pytest.mark.parametrize("p", [1, FULL(2)])
+def test_writes_by_an_index_that_no_rank_has(ranks, p: int) -> None:
+    """Not into the spare row behind a rank's rows."""
+    assert ranks(p).run(jobs.outside, p) == [[]] * p
+
+
 @pytest.mark.parametrize("rows", [4, FULL(0), FULL(2)])
 def test_other_rows_than_the_mask_is_true(ranks, rows: int) -> None:
     for without, compiled in ranks(2).run(jobs.miscounted, 2, rows):
