@@ -31,6 +31,7 @@ from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole, wrapped
 from mosaic.torch_private import (
     FakeTensorMode,
+    FunctionalTensor,
     fake_mode_of,
     is_composite,
     no_dispatch,
@@ -62,6 +63,7 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An op of ATen of which some tensors are cut."""
     if is_traced(args, kwargs):
         return run_on_shapes(func, args, kwargs)
+    refuse_other_compilers(args, kwargs)
     if func._schema.is_mutable:
         return run_in_place(func, args, kwargs)
     if func in SAME_MEMORY and isinstance(args[0], ShardedTensor):
@@ -93,6 +95,18 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = tensors_of(args, kwargs)
     out = program.run([x._local if isinstance(x, ShardedTensor) else x for x in tensors])
     return viewed(out, func, args, kwargs) if is_view(func) else out
+
+
+def refuse_other_compilers(*arguments: Any) -> None:
+    """They look at the ops that work on parts, and know nothing of ranks. Raises UnsupportedError
+    where AOTAutograd calls."""
+    parts = (x._local for x in pytree.tree_leaves(arguments) if isinstance(x, ShardedTensor))
+    if any(isinstance(x, FunctionalTensor) for x in parts):
+        raise UnsupportedError(
+            "a tensor that is cut was given to torch.compile with another backend than Mosaic's",
+            fix='compile with backend="mosaic" (options={"inner": "inductor"} is its default), or '
+            "do not compile this part",
+        )
 
 
 def viewed(out: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -193,6 +207,7 @@ def run_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def run_attention(*args: Any, op: Any = PLAIN, **kwargs: Any) -> Any:
     """``F.scaled_dot_product_attention``, or ours: cut by the quickest exact method, as in a
     compiled graph. Its op has a backward of its own, on this rank's parts."""
+    refuse_other_compilers(args, kwargs)
     mask = kwargs.get("attn_mask") if len(args) < 4 else args[3]
     if mask is not None and mask.ndim < 2:
         args, kwargs = (*args[:3], mask.unsqueeze(0), *args[4:]), {**kwargs}

@@ -141,6 +141,29 @@ WRITES: dict[str, Any] = {
 }
 
 
+def another_compiler(p: int) -> list[str]:
+    """What is said where AOTAutograd is given a tensor that is cut, which has run these ops."""
+    mosaic.init(sp_size=p)
+    said = []
+    for name, program in PROGRAMS.items():
+        x = mosaic.distribute(torch.ones(2, 5, 4, requires_grad="learns" in name), 1)
+        program(x)
+        try:
+            torch.compile(program, backend="aot_eager")(x)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            said.append(str(error.inner_exception).splitlines()[0])
+    return said
+
+
+PROGRAMS: dict[str, Any] = {
+    "pointwise": lambda x: x * 2,
+    "sums, and learns": lambda x: x.sum(1),
+    "in place": lambda x: (x + 1).add_(x),
+    "view": lambda x: x.transpose(1, 2),
+    "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+}
+
+
 def another_length(p: int) -> str:
     """What is said where the last rank's tensor is shorter."""
     ranks = mosaic.init(sp_size=p)

@@ -58,6 +58,13 @@ def test_another_length_on_one_rank(ranks) -> None:
 
 
 @pytest.mark.parametrize("p", [1, FULL(2)])
+def test_another_compiler(ranks, p: int) -> None:
+    why = "a tensor that is cut was given to torch.compile with another backend than Mosaic's"
+    for said in ranks(p).run(jobs.another_compiler, p):
+        assert said == [why] * len(jobs.PROGRAMS)
+
+
+@pytest.mark.parametrize("p", [1, FULL(2)])
 def test_writes_by_an_index_that_no_rank_has(ranks, p: int) -> None:
     """Not into the spare row behind a rank's rows."""
     assert ranks(p).run(jobs.outside, p) == [[]] * p
