@@ -51,7 +51,10 @@ def counted(s: ShardingInterpreter, c: Call, mask: Value, count: int) -> Value:
     return s.call(c, torch.ops.mosaic.counted_mask.default, mask, total, count, line)
 
 
-@torch.library.custom_op("mosaic::counted_mask", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+TAGS = (torch.Tag.cudagraph_unsafe,)  # torch 2.11 takes no tag by itself
+
+
+@torch.library.custom_op("mosaic::counted_mask", mutates_args=(), tags=TAGS)
 def counted_mask(mask: Tensor, total: Tensor, count: int, line: str) -> Tensor:
     """Waits for the number of trues, as PyTorch's own write by a mask does."""
     if int(total) != count:
