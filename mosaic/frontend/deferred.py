@@ -40,7 +40,8 @@ def deferred(func: Any, args: Any, kwargs: dict[str, Any], is_view: bool) -> Def
     steps, leaves = joined(func, args, kwargs)
     device = kwargs.get("device") or operands[0].device
     out = DeferredTensor(leaves, like.shape, (steps, like.dtype, device))
-    out.is_view = is_view
+    if is_view and isinstance(operands[0], DeferredTensor):
+        out.look_at(operands[0])
     return out
 
 

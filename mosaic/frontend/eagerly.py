@@ -68,7 +68,7 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return run_in_place(func, args, kwargs)
     if func in SAME_MEMORY and isinstance(args[0], ShardedTensor):
         return args[0].bare()
-    waits = deferred(func, args, kwargs, is_view(func))
+    waits = deferred(func, args, kwargs, is_view(func) or func in SAME_MEMORY)
     if waits is not None:
         return waits
     if has_deferred(args, kwargs):
@@ -232,7 +232,7 @@ def run_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """``x.add_(y)`` is ``x + y``, written into what this rank holds of x."""
     target = args[0]
     is_look = torch.Tag.inplace_view in func.tags
-    if isinstance(target, DeferredTensor) and target.is_view and not is_look:
+    if isinstance(target, DeferredTensor) and target.has_others and not is_look:
         raise lost(func, target)
     if is_look and isinstance(target, ShardedTensor) and target.memory.is_viewed and learns(target):
         raise lost(func, target)  # autograd makes views again, by their ops, of other sizes now

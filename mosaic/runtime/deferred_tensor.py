@@ -11,6 +11,7 @@ a compiled program takes its steps and leaves in its place, and reads what they 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class DeferredTensor(torch.Tensor):
 
     steps: Steps
     leaves: tuple[Tensor, ...]
-    is_view: bool = False
+    base: DeferredTensor | None = None  # of a view
+    views: list[weakref.ref[DeferredTensor]]
 
     @staticmethod
     def __new__(
@@ -90,6 +92,17 @@ class DeferredTensor(torch.Tensor):
 
     def __init__(self, leaves: Sequence[Tensor], shape: Sequence[int], meta: Meta):
         self.set(meta[0], leaves)
+        self.views = []
+
+    def look_at(self, other: DeferredTensor) -> None:
+        """This is a view of the other one, as it is now."""
+        self.base = other if other.base is None else other.base
+        self.base.views.append(weakref.ref(self))
+
+    @property
+    def has_others(self) -> bool:
+        """Whether a write to it would be seen by others: what it is a view of, or views of it."""
+        return self.base is not None or any(view() is not None for view in self.views)
 
     def set(self, steps: Steps, leaves: Sequence[Tensor]) -> None:
         """Another program for the same tensor: it was written to."""

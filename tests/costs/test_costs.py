@@ -31,6 +31,7 @@ def test_two_layers_on_1024_ranks():
     assert max(map(len, "\n".join(plan.diffs.values()).splitlines())) < 5000
 
 
+@pytest.mark.full
 def test_each_layer_is_searched_once_for_axes(monkeypatch):
     """Where the axis of the last attention begins is known from the first one's search."""
     probes = []

@@ -201,3 +201,27 @@ READS: dict[str, Any] = {
     "full": lambda x: x.full_tensor(),
     "text": repr,
 }
+
+
+def written_patterns(p: int) -> tuple[list[bool], list[str]]:
+    """A mask that waits is written to: nobody else looks at it; then a view does."""
+    mosaic.init(sp_size=p)
+    ids = mosaic.distribute(torch.arange(12).reshape(2, 6) // 4, 1)
+
+    def same() -> Tensor:
+        return ids[:, :, None] == ids[:, None]
+
+    mask = same()
+    before = mask[:, :3] & True  # its view is gone
+    mask |= True
+    seen = [bool(mask.all()), bool(before.all())]
+    said = []
+    for view in (lambda x: x[:, :3], lambda x: x.detach(), lambda x: x[:, None][:, 0]):
+        for written in (0, 1):
+            mask = same()
+            pair = (mask, view(mask))
+            try:
+                pair[written].logical_or_(torch.tensor(True))
+            except mosaic.MosaicError as error:
+                said.append(str(error).splitlines()[0])
+    return seen, said

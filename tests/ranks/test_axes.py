@@ -68,14 +68,14 @@ THREE = ShardingSpec(
 )
 
 
-@pytest.mark.parametrize("name", ["Video", FULL("Volume")])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["Video", "Volume"])
 def test_three_axes(ranks, name: str) -> None:
     """3 times, 4 rows, 5 columns, each over 2 ranks; rows and columns flattened, or all three."""
     check(ranks, name, THREE, t=2, r=2, c=2)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["Video", "Volume"])
+@pytest.mark.parametrize("name", ["Video", FULL("Volume")])
 def test_three_axes_of_which_two_have_one_rank(ranks, name: str) -> None:
     """A rank then has a single time; nothing of that may be taken for another axis's dim."""
     check(ranks, name, THREE, c=1, t=3, r=1)
@@ -105,7 +105,7 @@ def test_dropout_does_not_depend_on_the_mesh(ranks) -> None:
 
 @pytest.mark.parametrize(
     "spec, mesh",
-    [FULL(spec_of(rows=Ring(mesh="s")), {"s": 3}), (BOTH, {"r": 2, "c": 2})],
+    [(spec_of(rows=Ring(mesh="s")), {"s": 3}), FULL(BOTH, {"r": 2, "c": 2})],
     ids=["rows", "both"],
 )
 def test_whole_queries_and_sharded_keys(ranks, spec: ShardingSpec, mesh: dict[str, int]) -> None:
@@ -141,11 +141,13 @@ def test_a_users_function_runs_whole(ranks) -> None:
     check(ranks, "UsersFunction", replace(BOTH, on_gather="warn"), r=2, c=2)
 
 
+@pytest.mark.full
 def test_too_many_pieces_for_a_causal_mask_are_gathered(ranks) -> None:
     check(ranks, "ManyRows", replace(BOTH, on_gather="warn"), r=2, c=2)
 
 
-@pytest.mark.parametrize("name", [FULL("InTurnFlat"), "Everything"])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["InTurnFlat", "Everything"])
 def test_gradients_may_stay_shares(ranks, name: str) -> None:
     """Their sum over the ranks of both axes is the gradient."""
     check(ranks, name, replace(BOTH, gradients="shares"), r=2, c=2)

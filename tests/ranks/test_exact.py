@@ -39,6 +39,7 @@ ALIKE = (
     "scale 0.0, causal",
     "a deep mask",
     "a long accumulation",
+    "a long recipe",
     "a long way to a softmax",
     "a mask that compares booleans",
     "mask of int8",

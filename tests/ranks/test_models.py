@@ -50,6 +50,7 @@ ELSEWHERE = (
     "hf_llama_packed",
     "hf_llama_packed_auto",
     "hf_mistral",
+    "hf_qwen3_next",
     "hf_t5",
     "hf_mixtral",
     "llama",
@@ -66,7 +67,8 @@ def test_three_ranks(ranks, name: str) -> None:
     check(ranks, name, 3)
 
 
-@pytest.mark.parametrize("name", ["gpt", FULL("table")])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gpt", "table"])
 def test_through_inductor(ranks, name: str) -> None:
     """Equal shards, which share their compiled kernels: uneven ones take thrice as long."""
     sizes = {"rows": 36} if name == "table" else {"n": 36, "layers": 1}
@@ -127,11 +129,11 @@ def check_method(ranks, name: str, p: int, method: str) -> None:
         FULL("table", "ring(stages=4)"),
         FULL("llama", "ulysses(4)"),
         ("llama", "ulysses(2) x ring(stages=2)"),
-        ("llama", "hierarchical(2, ulysses, ring)"),
+        FULL("llama", "hierarchical(2, ulysses, ring)"),
         FULL("llama", "auto"),
         FULL("window", "ring(stages=4)"),
         FULL("documents", "mesh2d(2, 2)"),
-        ("relative", "ulysses(4)"),
+        FULL("relative", "ulysses(4)"),
     ],
 )
 def test_methods(ranks, name: str, method: str) -> None:

@@ -76,7 +76,7 @@ KINDS = [*FEW, "heads", "cross", "nodes"]
 
 
 @pytest.mark.parametrize(
-    "compiler, kinds", [FULL("aot_eager", KINDS), FULL("mosaic", KINDS), ("mosaic", FEW)]
+    "compiler, kinds", [FULL("aot_eager", KINDS), FULL("mosaic", KINDS), FULL("mosaic", FEW)]
 )
 def test_each_module_is_one_graph(ranks, compiler: str, kinds: list[str]) -> None:
     options = {"options": {"inner": "eager"}} if compiler == "mosaic" else {}

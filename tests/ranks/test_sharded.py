@@ -31,7 +31,7 @@ def test_every_op_on_three_ranks(ranks, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("p", [FULL(1), 3, FULL(4)])
-@pytest.mark.parametrize("name", ["gpt", FULL("llama"), FULL("vit"), "table"])
+@pytest.mark.parametrize("name", ["gpt", FULL("llama"), FULL("vit"), FULL("table")])
 def test_models_without_a_compiler(ranks, name: str, p: int) -> None:
     want = jobs.model(name, 0)
     for got in ranks(p).run(jobs.model, name, p, timeout=120):
@@ -77,6 +77,13 @@ def test_other_rows_than_the_mask_is_true(ranks, rows: int) -> None:
         assert title == f"a write by a mask has {rows} rows for 3 elements that are true"
         assert len(rest) == 1 and rest[0].startswith("  fix  give one row for each")
         assert compiled.startswith(f"{title}\n  tests/ranks/sharded_jobs.py:")
+
+
+def test_writes_to_masks_that_wait(ranks) -> None:
+    """A view that was taken before would not see it."""
+    for seen, said in ranks(2).run(jobs.written_patterns, 2):
+        assert seen == [True, False]
+        assert len(said) == 6 and all("shares memory in a way that is not" in x for x in said)
 
 
 def test_in_and_out(ranks) -> None:

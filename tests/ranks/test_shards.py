@@ -44,7 +44,7 @@ def test_the_whole_inside_of_what_is_compiled(ranks) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["decided", "video", FULL("gpt"), FULL("llama"), FULL("table"), "hf_llama"]
+    "name", ["decided", "video", FULL("gpt"), FULL("llama"), FULL("table"), FULL("hf_llama")]
 )
 def test_models_that_take_parts(ranks, name: str) -> None:
     want, tol = jobs.model_on_parts(0, name), 1e-4 if name.startswith("hf_") else 1e-10

@@ -60,6 +60,7 @@ def test_compiled(ranks, name: str, mode: str, p: int) -> None:
         assert name in GATHERED or got["whole"] == []  # nor is anything long in another graph
 
 
+@pytest.mark.full
 def test_more_ranks_than_training_rows(ranks) -> None:
     check(ranks, 4, "tabpfn_v2", "eager", "train", 5)
 

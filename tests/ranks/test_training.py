@@ -19,6 +19,7 @@ def test_the_loss_curve_is_that_of_one_process(ranks) -> None:
             compare_gradients(theirs, ours, tol=1e-8)
 
 
+@pytest.mark.full
 def test_a_rank_keeps_its_share_of_the_activations(ranks) -> None:
     (alone,) = ranks(1).run(jobs.kept_bytes, 1)
     for kept in ranks(4).run(jobs.kept_bytes, 4):
