@@ -13,7 +13,7 @@ from crossing_jobs import Block, Decoder, E
 from measure import kept_for_backward
 from model_jobs import loss_of
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -35,12 +35,12 @@ def tokens(n: int, seed: int) -> tuple[Tensor, Tensor]:
 FSDP: dict[str, Any] = {"fsdp": True, "none": False, "ddp": False}
 
 
-def parallelized(model: nn.Module, how: str, **options: Any) -> nn.Module:
-    """``how``: fsdp, hsdp, ddp or none."""
+def parallelized(model: nn.Module, how: str, as_one: bool = False, **options: Any) -> nn.Module:
+    """``how``: fsdp, hsdp, ddp or none; ``as_one``: the whole model is one unit, and one graph."""
     mesh = mosaic.get_context().mesh
     fsdp = FSDP.get(how, {"mesh": mesh and mesh["dp", "sp"]})
     spec = mosaic.ShardingSpec(**SPEC)
-    options = {"inner": "eager"} | options
+    options = {"inner": "eager", "blocks": [model] if as_one else None} | options
     model = mosaic.parallelize(model, spec, fully_shard=fsdp, **options)
     return DistributedDataParallel(model) if how == "ddp" else model
 
@@ -86,7 +86,7 @@ def trained(
 
 def accumulating(model: Any, how: str, is_last: bool) -> AbstractContextManager[Any]:
     """Leave out the exchange of gradients of all but the last batch of a step."""
-    if how in ("fsdp", "hsdp"):
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
     return model.no_sync() if how == "ddp" and not is_last else nullcontext()
 

@@ -11,12 +11,15 @@ from sampling import FULL
 #: What the units of a model send beside their attentions.
 NOTHING: list[str] = []
 SUMS = ["gradients of whole tensors, in backward"]
+LOSS = ["sum of the losses", "sum over the axis"]  # in the graph, where that is the whole model
 
 
 @pytest.mark.parametrize(
     "p, dp, how, breaks, options, sent",
     [
         (2, 2, "fsdp", False, {"micro": 2}, NOTHING),
+        (2, 1, "fsdp", False, {"as_one": True}, LOSS),
+        FULL(2, 2, "hsdp", False, {"as_one": True, "micro": 2}, LOSS),
         FULL(2, 1, "fsdp", True, {}, SUMS),
         FULL(3, 1, "fsdp", False, {"checkpoint": True}, NOTHING),
         FULL(2, 2, "hsdp", False, {"micro": 2}, NOTHING),
