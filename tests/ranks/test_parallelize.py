@@ -71,7 +71,9 @@ def test_models_of_transformers(ranks, name: str, breaks: bool, mask: str) -> No
         assert_close("loss", got["loss"], want["loss"], 1e-5)
         compare_gradients(want["gradients"], got["gradients"], 1e-3 if name == "mixtral" else 1e-5)
         assert got["masks"] == [mask]
-        assert got["gathered"] == got["squares"] == got["whole"] == []
+        assert got["gathered"] == got["squares"] == []
+        if name != "bert":  # whose token types are a whole buffer, and so is their embedding
+            assert got["whole"] == []
 
 
 @pytest.mark.parametrize("p", [2, FULL(3), FULL(4)])
