@@ -22,7 +22,7 @@ from mosaic.graph.emit import drop_dead
 from mosaic.graph.ops import differentiable, makes_patterns
 from mosaic.partition.context import Context, Output
 from mosaic.passes.normalize import is_random
-from mosaic.runtime.deferred_tensor import Leaf, Recipe, Ref, Step, frozen
+from mosaic.runtime.deferred_tensor import Leaf, Recipe, Ref, Step, step_of
 from mosaic.torch_private import is_alias
 
 
@@ -85,9 +85,8 @@ def recipe_of(node: Any, steps: set[fx.Node]) -> tuple[Recipe, list[fx.Node]] | 
     for step in node.graph.nodes:
         if step in inside:
             args, kwargs = map_arg((step.args, step.kwargs), refs.__getitem__)
-            named = tuple(sorted((k, frozen(v)) for k, v in kwargs.items()))
             refs[step] = Ref(max(len(leaves), 1) + len(program))  # what has no leaf gets one
-            program.append(Step(step.target, frozen(args), named))
+            program.append(step_of(step.target, args, kwargs))
     known = tuple(Leaf(tuple(x.shape), tuple(x.stride()), x.dtype) for x in vals)
     return Recipe(tuple(program), known, tuple(val.shape), val.dtype, val.device), list(leaves)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mosaic.api.errors import ShardingError
-from mosaic.eager.whole import refuse_wholes
+from mosaic.eager.whole import refuse_whole
 from mosaic.layout import Layout, Place, Shard
 from mosaic.runtime.agreement import check_shards_alike
 from mosaic.runtime.collectives import slice_to
@@ -84,7 +84,7 @@ def gather(
 @torch.compiler.allow_in_graph
 def gather_node(x: Tensor, dim: int, layout: str, mesh_axis: str) -> Tensor:
     """``gather`` along a dim from the front, with its layout as text."""
-    refuse_wholes(x, fix="take x.full_tensor()")
+    refuse_whole(x, fix="take x.full_tensor()")
     context = get_context()
     n, p, rank = int(x.shape[dim]), context.size(mesh_axis), context.rank(mesh_axis)
     if not layout:
@@ -112,7 +112,7 @@ def shard_tensor(
     """
     context = get_context()
     dim, p = dim_of(x, dim), context.size(mesh_axis)
-    refuse_wholes(x, fix="cut another dim with mosaic.distribute, or start from x.full_tensor()")
+    refuse_whole(x, fix="cut another dim with mosaic.distribute, or start from x.full_tensor()")
     layout = layout_for(x, dim, layout, p, may_be_whole=True)
     place = Place(layout, dim, mesh_axis=mesh_axis)
     shard = Shard(place, context.rank(mesh_axis), context.group_name(mesh_axis))

@@ -25,9 +25,9 @@ def are_of_wholes(*tensors: Any) -> bool:
     return any(isinstance(x, ShardedTensor) for x in inputs_that_dynamo_has())
 
 
-def refuse_wholes(*tensors: Any, fix: str) -> None:
-    """Raise ShardingError for ShardedTensors where a shard is wanted."""
-    if are_of_wholes(*tensors):
+def refuse_whole(x: Tensor, fix: str) -> None:
+    """Raise ShardingError for a ShardedTensor where a shard is wanted."""
+    if are_of_wholes(x):
         raise ShardingError("a ShardedTensor is of the whole program, and no shard", fix=fix)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -225,12 +225,17 @@ def joined(op: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Steps, list[Tens
         return Ref(numbers[id(x)]) if isinstance(x, Tensor) else x
 
     def add(step: Step, args: Any, kwargs: Any) -> Ref:
-        new = Step(step.op, frozen(args), tuple(sorted((k, frozen(v)) for k, v in kwargs.items())))
+        new = step_of(step.op, args, kwargs)
         return Ref(steps.setdefault(new, len(leaves) + len(steps)))
 
     args, kwargs = pytree.tree_map(place, (args, kwargs))
     add(Step(op, ()), args, kwargs)
     return tuple(steps), leaves
+
+
+def step_of(op: Any, args: Any, kwargs: Mapping[str, Any]) -> Step:
+    """A call of ``op`` whose tensors are ``Ref``s already."""
+    return Step(op, frozen(args), tuple(sorted((k, frozen(v)) for k, v in kwargs.items())))
 
 
 def frozen(x: Any) -> Any:

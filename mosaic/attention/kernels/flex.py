@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mosaic.attention.kernels.kernel import MOST_BATCHES, STRUCTURE, Case, Gradients, Kernel
 from mosaic.attention.kernels.seen_blocks import BLOCK, blocks_of
-from mosaic.attention.merge import Partial, accumulator
+from mosaic.attention.merge import Partial, unwritten
 from mosaic.attention.structure import Structure
 from mosaic.attention.tiles import TileProgram
 from mosaic.torch_private import compiled_by_inductor, flex_backward, flex_blocks, flex_forward
@@ -154,8 +154,7 @@ def flex(q, k, v, leaves, program, scale):
 
 @flex.register_fake
 def _(q, k, v, leaves, program, scale):
-    out = q.new_empty([*q.shape[:3], v.shape[3]])
-    return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return unwritten(q, v)
 
 
 @torch.library.custom_op(
