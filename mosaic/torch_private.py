@@ -554,20 +554,26 @@ class JointPass(CustomGraphPass):
 
 
 def compile_by_inductor(
-    module: fx.GraphModule, inputs: Sequence[Any], lower: Lower
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    lower: Lower,
+    shorten: Callable[[fx.GraphModule], fx.GraphModule],
 ) -> Callable[..., Any]:
-    """AOTAutograd, our lowering of both graphs, Inductor.
+    """AOTAutograd, our lowering of both graphs, Inductor. ``shorten`` makes a graph one that takes
+    less time to compile; Inductor's wrapper in C++ knows no subgraphs.
 
     AOTAutograd's cache does not see our lowering (another rank's code came out of it) and is off;
     Inductor's own cache is keyed on the lowered graph, rank and all. Reordering for peak memory
     goes by local sizes, which differ between ranks, so it is off too.
     """
+    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(graph: fx.GraphModule, examples: Sequence[Any], **kwargs: Any) -> Any:
         lower(graph.graph, "backward" if kwargs.get("is_backward") else "forward")
         graph.recompile()
-        return compile_fx_inner(graph, examples, **kwargs)
+        program = graph if inductor_config.cpp_wrapper else shorten(graph)
+        return compile_fx_inner(program, examples, **kwargs)
 
     patches = {"reorder_for_peak_memory": False, "joint_custom_pre_pass": JointPass(lower)}
     with functorch_config.patch(AOT_CONFIG):

@@ -13,6 +13,7 @@ from torch import fx
 from mosaic.attention import heads
 from mosaic.attention.op import backward_program, forward_program
 from mosaic.graph.emit import splice
+from mosaic.graph.regions import REGION
 
 
 def lower_attention(graph: fx.Graph, context: Any) -> int:
@@ -27,7 +28,8 @@ def lower_attention(graph: fx.Graph, context: Any) -> int:
     }
     found = [node for node in graph.nodes if node.target in programs]
     for node in found:
-        results = splice(graph, node, programs[node.target], node.args, dict(node.kwargs))
+        meta = {**node.kwargs, REGION: node.name}
+        results = splice(graph, node, programs[node.target], node.args, meta)
         for user in list(node.users):
             if user.target is not operator.getitem:
                 raise AssertionError(f"{node} is used as a tuple by {user}")

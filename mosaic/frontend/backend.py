@@ -36,6 +36,7 @@ from mosaic.frontend.user_warnings import announce, resumed_at
 from mosaic.graph.modes import Modes
 from mosaic.graph.pipeline import run_passes, without_those_off
 from mosaic.graph.real_strides import heeding_strides
+from mosaic.graph.regions import repeats_once
 from mosaic.graph.sequence import sequence
 from mosaic.graph.unexpected import ours
 from mosaic.partition.context import Context
@@ -58,7 +59,7 @@ from mosaic.torch_private import (
 
 WHOLE = ShardingSpec()
 INNER: dict[str, Callable[..., Callable[..., Any]]] = {
-    "inductor": compile_by_inductor,
+    "inductor": partial(compile_by_inductor, shorten=repeats_once),
     "eager": partial(compile_by_eager, guard=heeding_strides),
 }
 
