@@ -24,6 +24,19 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, n, e))
 
 
+class TwoLayers(nn.Module):
+    """Two equal attentions, of which the graphs differ in nothing but what they read."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+
 class WrongButTheUsers(torch.autograd.Function):
     """A backward that is not the derivative of forward: only the user's gives these gradients."""
 

@@ -48,6 +48,11 @@ def test_collectives_stay_apart_by_inductor(ranks) -> None:
     check(ranks, partial(cc.built, cc.EqualOnOneRank), 3, 1e-10, "inductor")
 
 
+@pytest.mark.full
+def test_layers_share_what_inductor_compiles(ranks) -> None:
+    check(ranks, partial(cc.built, cc.TwoLayers), 2, 1e-10, "inductor")
+
+
 def test_inner_autocast_rounds_where_eager_does(ranks) -> None:
     """The region computes in bfloat16 and nothing else does: the loss agrees far closer than
     bfloat16's 4e-3. Its own weights' gradients are bfloat16 sums, cut in p."""

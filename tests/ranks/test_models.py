@@ -71,7 +71,7 @@ def test_three_ranks(ranks, name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt", "table"])
 def test_through_inductor(ranks, name: str) -> None:
     """Equal shards, which share their compiled kernels: uneven ones take thrice as long."""
-    sizes = {"rows": 36} if name == "table" else {"n": 36, "layers": 1}
+    sizes = {"rows": 36} if name == "table" else {"n": 36, "layers": 2}
     check(ranks, name, 2, "inductor", **sizes)
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx_inner
 
 from mosaic.graph import regions
 from mosaic.graph.regions import REGION, repeats_once
+from mosaic.torch_private import FakeTensorMode
 
 aten = torch.ops.aten
 
@@ -82,6 +85,22 @@ invoke_subgraph_1 = invoke_subgraph(region_1, 'region_0', sin_default, x1)
 getitem_1 = <built-in function getitem>(invoke_subgraph_1, 0)
 output = output((getitem_1,),)""",
     )
+
+
+def test_inductor_compiles_a_subgraph(program):
+    q, k = program.given
+    second = attention(program, attention(program, q, k, "a"), k, "b")
+    module = program.module(second)
+    (want,) = module(*program.inputs)
+    mode = FakeTensorMode()
+    for node in module.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = mode.from_tensor(node.meta["val"])
+    examples = [node.meta["val"] for node in program.given]
+    with tracing(TracingContext(mode)):
+        compiled = compile_fx_inner(repeats_once(module), examples)
+    (found,) = compiled([*program.inputs])
+    torch.testing.assert_close(found, want)
 
 
 @pytest.mark.parametrize("why", ["another number", "one only"])
