@@ -9,13 +9,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from costs.decoder import Decoder, explained
+from sampling import FULL
 from torch import fx
 
 from mosaic.passes import infer_axes
 from mosaic.report.show import listing
 
 
-@pytest.mark.parametrize("method", ["ring", "all_gather"])
+@pytest.mark.parametrize("method", [FULL("ring"), "all_gather"])
 def test_programs_are_as_long_for_256_ranks_as_for_8(method):
     few, many = (explained(1, p, method).graphs for p in (8, 256))
     for kind in ("local", "forward", "backward"):

@@ -33,8 +33,8 @@ def fuzz_ranks() -> Iterator[Callable[[str], FuzzRanks]]:
         ranks.pool.close()
 
 
-@pytest.mark.parametrize(("mesh", "count"), [("2", 5), ("3", 3), ("2x2", 2)])
-def test_ten_programs(fuzz_ranks, mesh: str, count: int) -> None:
+@pytest.mark.parametrize(("mesh", "count"), [("2", 3), ("3", 2), ("2x2", 1)])
+def test_six_programs(fuzz_ranks, mesh: str, count: int) -> None:
     fuzz(fuzz_ranks(mesh), mesh, count)
 
 

@@ -96,6 +96,7 @@ def test_one_of_two_axes_on_two_mesh_axes(ranks) -> None:
     check(ranks, "Flattened", spec, a=2, c=1, b=2)
 
 
+@pytest.mark.full
 def test_dropout_does_not_depend_on_the_mesh(ranks) -> None:
     want = ranks(1).run(jobs.run, "Dropped", BOTH, (1, 1), ("r", "c"))[0]
     for got in ranks(4).run(jobs.run, "Dropped", BOTH, (2, 2), ("r", "c")):
