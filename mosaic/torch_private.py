@@ -81,7 +81,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mosaic.api.errors import UnsupportedError
 
+from torch._dynamo._trace_wrapped_higher_order_op import mod_index as flex_index  # isort: skip
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
+from torch._higher_order_ops.flex_attention import create_fw_bw_graph  # isort: skip
 
 __all__ = [
     "DATA_DEPENDENT",
@@ -121,6 +123,7 @@ __all__ = [
     "flex_backward",
     "flex_blocks",
     "flex_forward",
+    "flex_index",
     "functorch_restored",
     "get_data",
     "has_contexts",
@@ -656,17 +659,23 @@ def _same_gradient(score: Tensor, *pair_and_gradient: Tensor) -> list[Tensor | N
     return [pair_and_gradient[-1], None, None, None, None]
 
 
+#: The function of a pair, or a mask with it, and its buffers.
+FlexMod = tuple[Any, tuple[Tensor, ...]]
+
+
 def flex_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: tuple[Any, ...],
+    mask: FlexMod,
     scale: float,
-    buffers: tuple[Tensor, ...],
+    change: FlexMod,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse, to the base of 2. ``buffers``: what the mask's function takes after a pair."""
+    """out and lse, to the base of 2. ``mask``: of ``flex_blocks``; ``change``: the function of a
+    score, or None. Each with what its function takes after a pair."""
     op = torch.ops.higher_order.flex_attention
-    out, lse, *_ = op(q, k, v, _same_score, mask, scale, FLEX_OPTIONS, (), buffers)
+    given = (change[0] or _same_score, mask[0], scale, FLEX_OPTIONS, change[1], mask[1])
+    out, lse, *_ = op(q, k, v, *given)
     return out, lse
 
 
@@ -677,15 +686,27 @@ def flex_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: tuple[Any, ...],
+    mask: FlexMod,
     scale: float,
-    buffers: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of these keys, with the output and log-sum-exp of all."""
+    change: FlexMod,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """dq, dk, dv of these keys, with the output and log-sum-exp of all; and the gradients of the
+    buffers of ``change`` that require one."""
     op = torch.ops.higher_order.flex_attention_backward
-    given = (q, k, v, out, lse, dout, torch.zeros_like(lse), _same_score, _same_gradient)
-    dq, dk, dv, *_ = op(*given, mask, scale, FLEX_OPTIONS, (), buffers)
-    return dq, dk, dv
+    mods = (_same_score, _same_gradient) if change[0] is None else _with_gradient(q, *change)
+    given = (q, k, v, out, lse, dout, torch.zeros_like(lse), *mods)
+    grads: Any = op(*given, mask[0], scale, FLEX_OPTIONS, change[1], mask[1])
+    return grads
+
+
+def _with_gradient(
+    q: Tensor, change: Callable[..., Tensor], buffers: tuple[Tensor, ...]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The function of a score, and that of its gradients."""
+    pair = (q.new_zeros((), dtype=torch.int) for _ in range(4))
+    with torch.enable_grad():
+        score = q.new_zeros((), requires_grad=True)
+        return create_fw_bw_graph(change, (score, *pair), buffers)
 
 
 def compiled_by_inductor(

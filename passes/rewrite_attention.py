@@ -77,6 +77,7 @@ def plan_of(node: fx.Node, context: Context) -> AttentionPlan:
         batch=cut[0],
         heads=cut[1],
         tile=found.tile,
+        scores=found.scores,
     )
 
 

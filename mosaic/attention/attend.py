@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,22 @@ from mosaic.attention import kernels
 from mosaic.attention.blocks import Piece
 from mosaic.attention.kernels import Gradients
 from mosaic.attention.merge import Partial, accumulator, merge, nothing
+from mosaic.attention.scores import unlearned
+from mosaic.attention.structure import Structure
 from mosaic.attention.visit import Visit
 
 #: Rows [start, stop) along dim 2, and the tensors that belong to them.
 Rows = tuple[int, int, tuple[Tensor, ...]]
+
+
+class VisitGradients(NamedTuple):
+    """Of q, k and v, of a mask that is added, and of learned leaves by their numbers."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    leaves: dict[int, Tensor]
 
 
 def _queries(x: Tensor, piece: Piece) -> Tensor:
@@ -56,26 +69,53 @@ def attend_backward(
     lse: Tensor,
     visit: Visit,
     need_dmask: bool,
-) -> Gradients:
-    """This visit's dq, dk, dv, and the gradient of ``visit.mask``; in float32 or float64."""
+) -> VisitGradients:
+    """This visit's dq, dk, dv; with ``need_dmask`` those of ``visit.mask``, where it is added, and
+    of its learned leaves, each in its shape here; in float32 or float64."""
     dtype = accumulator(q.dtype)
     zeros = [torch.zeros_like(x, dtype=dtype) for x in (q, k, v)]
     dq_rows: list[Rows] = [(0, q.shape[2], (zeros[0],))]
     dkv_rows: list[Rows] = [(0, k.shape[2], (zeros[1], zeros[2]))]
-    mask = visit.mask if need_dmask else None
+    mask = visit.mask if need_dmask and visit.adds_mask else None
     dmask = None if mask is None else torch.zeros_like(mask, dtype=dtype)
+    dleaves: dict[int, Tensor] = {}
     for piece, options in visit.calls(q, k, v):
         douts, queries, outs, lses = (_queries(x, piece) for x in (dout, q, out, lse))
-        options["need_dmask"] = need_dmask
+        options = with_needed(options, need_dmask)
         keys, values = _keys(k, piece), _keys(v, piece)
-        dq, dk, dv, tile = kernels.backward(douts, queries, keys, values, outs, lses, **options)
-        dq_rows.append((piece.q_start, piece.q_stop, (dq,)))
-        dkv_rows.append((piece.k_start, piece.k_stop, (dk, dv)))
-        if dmask is not None and tile is not None:
-            dmask = dmask + _spread_tile(tile, dmask, piece)
+        grads = kernels.backward(douts, queries, keys, values, outs, lses, **options)
+        dq_rows.append((piece.q_start, piece.q_stop, (grads.q,)))
+        dkv_rows.append((piece.k_start, piece.k_stop, (grads.k, grads.v)))
+        if dmask is not None and grads.mask is not None:
+            dmask = dmask + _spread_tile(grads.mask, dmask, piece)
+        if need_dmask:
+            add_leaves(dleaves, visit, piece, options, grads)
     (dq,) = by_rows(_without_needless(dq_rows), _added)
     dk, dv = by_rows(_without_needless(dkv_rows), _added)
-    return dq, dk, dv, dmask
+    return VisitGradients(dq, dk, dv, dmask, dleaves)
+
+
+def with_needed(options: dict[str, Any], need_dmask: bool) -> dict[str, Any]:
+    """The options of a call, of which only those have gradients that are needed."""
+    mask, scores = options["mask"], options["scores"]
+    is_added = isinstance(mask, Tensor) and mask.is_floating_point()
+    scores = scores if need_dmask else unlearned(scores)
+    return {**options, "scores": scores, "need_dmask": need_dmask and is_added}
+
+
+def add_leaves(
+    found: dict[int, Tensor], visit: Visit, piece: Piece, options: dict[str, Any], grads: Gradients
+) -> None:
+    """Adds what a piece's gradients are of the visit's leaves."""
+    scores: Structure | None = options["scores"]
+    parts = [*zip(scores.parsed.learned, grads.leaves, strict=True)] if scores else []
+    if visit.bias is not None and grads.mask is not None:
+        of_tile = visit.bias.parsed.gradients(visit.bias.of_piece(piece).leaves, grads.mask)
+        parts += of_tile.items()
+    for number, grad in parts:
+        leaf = visit.leaves[number]
+        whole = _spread_tile(grad, leaf, piece) if leaf.ndim == 4 else grad
+        found[number] = found[number] + whole if number in found else whole
 
 
 def _added(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

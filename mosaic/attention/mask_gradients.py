@@ -1,55 +1,65 @@
-"""The gradient of a mask, added up visit by visit: of its rows, or of what makes its tiles."""
+"""The gradients of a mask, of what makes its tiles and of what changes scores, added up visit by
+visit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.tiles import TileProgram
+from mosaic.attention.tiles import of_part
 from mosaic.attention.visit import Inputs
 from mosaic.layout import Interval, Intervals, placed
 
 
-class MaskGradients(Protocol):
-    """What becomes of a visit's part (batch|1, heads|1, seq|1, keys|1) for the keys at ``keys``."""
+@dataclass(frozen=True)
+class MaskGradients:
+    """First that of a mask that is added to the scores, if there is one, then one for each leaf."""
 
-    def add(self, keys: Intervals, part: Tensor) -> None: ...
+    rows: OfRows | None
+    leaves: OfLeaves
 
-    def total(self) -> list[Tensor]: ...
+    def add(self, keys: Intervals, dmask: Tensor | None, dleaves: dict[int, Tensor]) -> None:
+        """A visit's of the mask's columns (batch|1, heads|1, seq|1, keys|1) at ``keys``, and of the
+        leaves there."""
+        if self.rows is not None and dmask is not None:
+            self.rows.add(keys, dmask)
+        self.leaves.add(keys, dleaves)
+
+    def total(self) -> list[Tensor]:
+        return [*(self.rows.total() if self.rows else ()), *self.leaves.total()]
 
 
 def mask_gradients(plan: AttentionPlan, rows: Intervals, inputs: Inputs) -> MaskGradients:
-    if inputs.mask is None:
-        return OfLeaves(TileProgram.parse(plan.tile), rows, inputs)
-    return OfRows(inputs.mask, plan.key.n)
+    mask = inputs.mask
+    is_added = mask is not None and mask.is_floating_point()
+    of_rows = OfRows(mask, plan.key.n) if mask is not None and is_added else None
+    return MaskGradients(of_rows, OfLeaves(plan.learned, rows, inputs))
 
 
 @dataclass
 class OfLeaves:
     """One for each leaf, of no element for those that get none."""
 
-    program: TileProgram
+    learned: tuple[int, ...]
     rows: Intervals
     inputs: Inputs
     found: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, keys: Intervals, part: Tensor) -> None:
-        new = self.program.gradients(self.inputs.leaves, self.rows, keys, part)
-        for i, grad in zip(self.program.learned, new, strict=True):
-            grad = grad.to(accumulator(grad.dtype))
+    def add(self, keys: Intervals, parts: dict[int, Tensor]) -> None:
+        for i, part in parts.items():
+            grad = of_part(part, self.inputs.leaves[i], self.rows, keys)
             self.found[i] = self.found[i] + grad if i in self.found else grad
 
     def total(self) -> list[Tensor]:
         return [self._gradient(i, leaf) for i, leaf in enumerate(self.inputs.leaves)]
 
     def _gradient(self, number: int, leaf: Tensor) -> Tensor:
-        if number not in self.program.learned:
+        if number not in self.learned:
             return leaf.new_empty([0])
         found = self.found.get(number)
         return torch.zeros_like(leaf) if found is None else found.to(leaf.dtype)

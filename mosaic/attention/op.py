@@ -17,7 +17,7 @@ from mosaic.attention import program
 from mosaic.attention.heads import exchange_of
 from mosaic.attention.merge import unwritten
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.tiles import TileProgram, of_heads
+from mosaic.attention.tiles import of_heads
 from mosaic.attention.visit import Inputs
 from mosaic.runtime.comm import fresh
 
@@ -90,7 +90,7 @@ def attention(q, k, v, mask, query_documents, key_documents, seed, leaves, plan,
     v_dim): local shards. ``mask`` (batch|1, heads|1, seq|1, all keys|1): this rank's rows, boolean
     or added to the scores. ``query_documents`` (batch|1, all queries) and ``key_documents``
     (batch|1, all keys): ids, equal ones attend. ``seed``: int64 scalar, for dropout. ``leaves``:
-    those of the plan's ``TileProgram``, in place of a mask. ``plan``: an encoded ``AttentionPlan``.
+    those of the plan's programs. ``plan``: an encoded ``AttentionPlan``.
     Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
     """
     inputs = (q, k, v, mask, query_documents, key_documents, seed, leaves)
@@ -110,8 +110,8 @@ def _(q, k, v, *rest, number=0):
     "bool need_dmask, *, int number=0) -> Tensor[]",
 )
 def attention_backward(dout, q, k, v, *rest, number=0):
-    """dq, dk, dv, each like its input; with ``need_dmask`` that of the mask, or one for each leaf
-    (of no element where it is not learned)."""
+    """dq, dk, dv, each like its input; with ``need_dmask`` that of a mask that is added, and one
+    for each leaf (of no element where it is not learned)."""
     mask, query_documents, key_documents, seed, leaves, out, lse, _, _ = rest
     given = (dout, q, k, v, mask, query_documents, key_documents, seed, *leaves, out, lse)
     return list(fresh(backward_program(dout, q, k, v, *rest), given))
@@ -123,11 +123,10 @@ def _(dout, q, k, v, mask, *rest, number=0):
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     if not need_dmask:
         return grads
-    if mask is not None:
-        return [*grads, mask.new_empty(mask.shape)]
-    learned = TileProgram.parse(decode(plan).tile).learned
-    shapes = (x.shape if i in learned else [0] for i, x in enumerate(leaves))
-    return [*grads, *(x.new_empty(shape) for x, shape in zip(leaves, shapes, strict=True))]
+    if mask is not None and mask.is_floating_point():
+        grads.append(mask.new_empty(mask.shape))
+    learned = decode(plan).learned
+    return [*grads, *(x.new_empty(x.shape if i in learned else [0]) for i, x in enumerate(leaves))]
 
 
 def _setup(ctx, inputs, keyword_only_inputs, output) -> None:
@@ -143,20 +142,18 @@ def _backward(ctx, dout, dlse):
     no_leaves = [None] * len(leaves)
     if dout is None:
         return (*[None] * 7, no_leaves, None)
-    mask, learned = inputs[3], TileProgram.parse(decode(ctx.plan).tile).learned if leaves else ()
+    mask, learned = inputs[3], decode(ctx.plan).learned if leaves else ()
     needed = ctx.needs_input_grad
-    need_dmask = any(needed[7][i] for i in learned) or (
-        mask is not None and mask.is_floating_point() and needed[3]
-    )
-    dq, dk, dv, *dmasks = torch.ops.mosaic.attention_backward(
+    is_added = mask is not None and mask.is_floating_point()
+    need_dmask = any(needed[7][i] for i in learned) or (is_added and needed[3])
+    dq, dk, dv, *rest = torch.ops.mosaic.attention_backward(
         dout, *inputs, leaves, out, lse, ctx.plan, need_dmask
     )
     if not need_dmask:
         return dq, dk, dv, *[None] * 4, no_leaves, None
-    if mask is not None:
-        return dq, dk, dv, dmasks[0], None, None, None, no_leaves, None
-    dleaves = [grad if i in learned else None for i, grad in enumerate(dmasks)]
-    return dq, dk, dv, None, None, None, None, dleaves, None
+    dmask = rest.pop(0) if is_added else None
+    dleaves = [grad if i in learned else None for i, grad in enumerate(rest)]
+    return dq, dk, dv, dmask, None, None, None, dleaves, None
 
 
 attention.register_autograd(_backward, setup_context=_setup)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
+import torch
+
 from mosaic.api.errors import UnsupportedError
 from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.schedule import head_group, same_heads
 from mosaic.attention.strategy import Strategy
+from mosaic.attention.tiles import TileProgram
 from mosaic.attention.transfer import Side
 from mosaic.layout import Layout, Place, Shard
 
@@ -21,7 +24,7 @@ class AttentionPlan:
     group (all ``world`` of them where it is empty); ``rank`` is this one's number among them. Query
     i sees keys i - band.left ... i + band.right. ``batch`` and ``heads`` are encoded ``Shard``s
     where that dim of q is cut, and "" where it is whole: dropout needs global indices. ``tile`` is
-    the ``TileProgram`` of a dense mask, if it has one.
+    the ``TileProgram`` of a dense mask, and ``scores`` one that changes scores, if it has one.
     """
 
     strategy: Strategy
@@ -36,6 +39,7 @@ class AttentionPlan:
     batch: str = ""
     heads: str = ""
     tile: str = ""
+    scores: str = ""
     members: tuple[int, ...] = ()
     world: int = 0
 
@@ -52,6 +56,17 @@ class AttentionPlan:
     @property
     def p(self) -> int:
         return self.key.p
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the program of its mask makes what is added to the scores."""
+        return bool(self.tile) and TileProgram.parse(self.tile).dtype != torch.bool
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """The leaves of its programs that get a gradient."""
+        programs = [TileProgram.parse(text) for text in (self.tile, self.scores) if text]
+        return tuple(sorted({i for program in programs for i in program.learned}))
 
     @property
     def side(self) -> Side:

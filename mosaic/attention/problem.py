@@ -21,9 +21,10 @@ class AttentionProblem:
     q is (batch, heads, query.n, dim), k (batch, kv_heads, key.n, dim), v (batch, kv_heads, key.n,
     v_dim), of numbers with ``itemsize`` bytes. ``query`` and ``key`` say which positions each rank
     of ``mesh`` holds; query i sees keys i - band.left ... i + band.right. ``has_rows``: a dense
-    mask has a row for each query; ``tile``: the program that makes one tile by tile; ``mask``: all
-    of it in words. ``axes``: the sharded axes that are attended over; an axis that cuts batches or
-    heads is in ``batch_cut`` or ``heads_cut``, and ``batch`` and ``heads`` are what it leaves.
+    mask has a row for each query; ``tile``: the program that makes one tile by tile; ``scores``:
+    one that changes scores; ``mask``: all of it in words. ``axes``: the sharded axes that are
+    attended over; an axis that cuts batches or heads is in ``batch_cut`` or ``heads_cut``, and
+    ``batch`` and ``heads`` are what it leaves.
     """
 
     query: Layout
@@ -38,6 +39,7 @@ class AttentionProblem:
     documents: bool = False
     has_rows: bool = False
     tile: str = ""
+    scores: str = ""
     mask: str = ""
     scale: float = 1.0
     dropout: float = 0.0

@@ -103,7 +103,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, plan: AttentionPlan
     """out (batch, heads, seq, v_dim) and lse (batch, heads, seq) of this rank's queries."""
     route = route_of(plan)
     (rows,) = route.queries.finish(route.queries.start((q,)), (q,))
-    shift = shift_of(plan, route.rows, rows, inputs)
+    shift = shift_of(plan, route.rows, rows, (k, v), inputs)
     found: Partial | None = None
     for stop, held in visits(route, (k, v)):
         for at, (keys, values) in portions(stop, held, plan):
@@ -155,24 +155,22 @@ def backward(
     plan: AttentionPlan,
     need_dmask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """dq, dk, dv of this rank; and the gradient of its mask rows, or those of a mask's leaves."""
+    """dq, dk, dv of this rank; and the gradients of its mask rows and of leaves."""
     route = route_of(plan)
     douts, rows, outs, lses = gathered((dout, q, out, lse), route)
     returns = Returns((k, v), plan.strategy.grad_dtype)
     dq = torch.zeros_like(rows, dtype=accumulator(q.dtype))
-    shift = shift_of(plan, route.rows, rows, inputs)
+    shift = shift_of(plan, route.rows, rows, (k, v), inputs)
     gradients = mask_gradients(plan, route.rows, inputs) if need_dmask else None
     for stop, held in visits(route, (k, v)):
         dkvs = []
         for at, (keys, values) in portions(stop, held, plan):
             here = visit(plan, route.rows, at, rows, inputs, shift)
-            part, dk, dv, dmask = attend_backward(
-                douts, rows, keys, values, outs, lses, here, need_dmask
-            )
-            dq = dq + part
-            dkvs.append((dk, dv))
-            if gradients and dmask is not None:
-                gradients.add(at, dmask)
+            grads = attend_backward(douts, rows, keys, values, outs, lses, here, need_dmask)
+            dq = dq + grads.q
+            dkvs.append((grads.k, grads.v))
+            if gradients:
+                gradients.add(at, grads.mask, grads.leaves)
         returns.send(stop, tuple(joined(grads, 2) for grads in zip(*dkvs, strict=True)))
     dk, dv = returns.total()
     dq = all_reduce(dq, plan.group) if plan.strategy.everywhere else home_gradient(dq, q, route)

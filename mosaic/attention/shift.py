@@ -18,21 +18,28 @@ from mosaic.attention.blocks import FULL, Band, Piece
 from mosaic.attention.kernels.math import outside
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.tiles import TileProgram
-from mosaic.attention.visit import Inputs, Visit, key_blocks, visit
+from mosaic.attention.visit import Inputs, Visit, is_in_kernel, key_blocks, visit
 from mosaic.layout import Interval, Intervals
 
 
-def shift_of(plan: AttentionPlan, rows: Intervals, q: Tensor, inputs: Inputs) -> Tensor | None:
+def shift_of(
+    plan: AttentionPlan,
+    rows: Intervals,
+    q: Tensor,
+    held: tuple[Tensor, Tensor],
+    inputs: Inputs,
+) -> Tensor | None:
     """(batch|1, heads|1, seq|1, 1) for q (batch, heads, seq, head_dim), the queries at ``rows``; 0
-    where there is nothing to take off, None where the mask is boolean."""
+    where there is nothing to take off, None where no bias is added, or a kernel computes a mild
+    one. ``held``: keys and values like those that visit."""
     mask = inputs.mask
+    if not plan.has_bias and (mask is None or mask.dtype == torch.bool):
+        return None
     if mask is not None and inputs.query_documents is None:
-        return None if mask.dtype == torch.bool else row_shift(mask, plan.band, rows)
-    if mask is None and not plan.tile:
+        return row_shift(mask, plan.band, rows)
+    if mask is None and is_in_kernel(plan, q, *held):
         return None
     dtype = TileProgram.parse(plan.tile).dtype if mask is None else mask.dtype
-    if dtype == torch.bool:
-        return None
     unseen = q.new_full([*q.shape[:3], 1], float("-inf"), dtype=dtype)
     found: list[Rows] = [(0, q.shape[2], (unseen,))]
     for _, keys in key_blocks(plan, (Interval(0, plan.key.n),)):

@@ -1,4 +1,4 @@
-"""A boolean mask as structure: whether a query sees a key is computed from vectors, pair by pair.
+"""A mask as structure: whether a query sees a key is computed from vectors, pair by pair.
 
 Documents, padding, a band of positions and boolean programs of the user's are one conjunction, as
 a ``TileProgram``. A kernel that computes it for the pairs at hand needs no mask of rows x keys; for
@@ -23,21 +23,32 @@ import torch
 from torch import Tensor
 
 from mosaic.attention.blocks import Band, Piece
-from mosaic.attention.tiles import SPECIAL, Ref, Step, TileProgram
+from mosaic.attention.tiles import Ref, Step, TileProgram
 
 
 class Structure(NamedTuple):
-    """A boolean ``TileProgram``, and its leaves at a block's queries and keys: vectors (batch|1,
-    heads|1, queries|1, keys|1), along one of both at most, and numbers ()."""
+    """A ``TileProgram``, and its leaves at a block's queries and keys: vectors (batch|1, heads|1,
+    queries|1, keys|1), along one of both at most, tables (entries, heads|1) and numbers ().
+
+    Boolean ones are masks. Others are a bias, or change the scores (``attention/scores.py``).
+    """
 
     program: str
     leaves: tuple[Tensor, ...]
 
-    def tile(self, piece: Piece) -> Tensor:
-        """(batch|1, heads|1, rows|1, keys|1), for a kernel that wants a tensor."""
+    @property
+    def parsed(self) -> TileProgram:
+        return TileProgram.parse(self.program)
+
+    def of_piece(self, piece: Piece) -> Structure:
+        """For some of the rows and keys alone."""
         rows, keys = (piece.q_start, piece.q_stop), (piece.k_start, piece.k_stop)
         leaves = (part_of(part_of(leaf, 2, *rows), 3, *keys) for leaf in self.leaves)
-        return TileProgram.parse(self.program)(*leaves)
+        return self._replace(leaves=tuple(leaves))
+
+    def tile(self, piece: Piece) -> Tensor:
+        """(batch|1, heads|1, rows|1, keys|1), for a kernel that wants a tensor."""
+        return self.parsed(*self.of_piece(piece).leaves)
 
     def of_batches(self, some: slice) -> Structure:
         """For these batches alone."""
@@ -46,14 +57,9 @@ class Structure(NamedTuple):
 
 
 def part_of(leaf: Tensor, dim: int, start: int, stop: int) -> Tensor:
-    """A vector's part along a dim; as it is where it has no more than 1 there."""
-    broadcasts = leaf.ndim == 0 or leaf.shape[dim] == 1
+    """A vector's part along a dim; as it is where it has no more than 1 there, or is none."""
+    broadcasts = leaf.ndim < 4 or leaf.shape[dim] == 1
     return leaf if broadcasts else leaf.narrow(dim, start, stop - start)
-
-
-def is_structure(program: TileProgram) -> bool:
-    """Whether it can be computed pair by pair: it is boolean and looks nothing up in a table."""
-    return program.dtype == torch.bool and not any(step.op in SPECIAL for step in program.steps)
 
 
 def of_documents(queries: Tensor, keys: Tensor) -> Structure:
@@ -64,6 +70,11 @@ def of_documents(queries: Tensor, keys: Tensor) -> Structure:
 def of_keys(seen: Tensor) -> Structure:
     """The keys that all queries see: boolean (batch|1, heads|1, 1, keys|1)."""
     return Structure("bool: ne.Scalar(%0, 0)", (seen,))
+
+
+def of_all(like: Tensor) -> Structure:
+    """Every query sees every key."""
+    return of_keys(like.new_ones([1, 1, 1, 1], dtype=torch.bool))
 
 
 def of_band(band: Band, queries: Tensor, keys: Tensor) -> Structure:

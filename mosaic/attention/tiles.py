@@ -17,7 +17,7 @@ tensor([[[[ 0, -1, -2],
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mosaic.attention.merge import accumulator
 from mosaic.layout import Intervals, Run
 from mosaic.runtime.comm import take_runs
 
@@ -57,33 +58,44 @@ class Step:
         args = tuple(_parsed(word) for name, _, word in words if not name)
         return cls(op, args, tuple((name, _parsed(word)) for name, _, word in words if name))
 
-    def __call__(self, known: Sequence[Tensor]) -> Tensor:
-        args: list[Any] = [known[x.number] if isinstance(x, Ref) else x for x in self.args]
-        if self.op == "filled":
-            number, dtype = args
-            return torch.full([1, 1, 1, 1], number, dtype=dtype, device=known[0].device)
-        if self.op in LOOKUPS:
-            return looked_up(self.op, *args)
+    def __call__(self, known: Sequence[Tensor], special: Special) -> Tensor:
+        if self.op in special:
+            return special[self.op](self, known)
+        args = self.given(known)
         name, _, overload = self.op.partition(".")
         return getattr(getattr(torch.ops.aten, name), overload or "default")(
             *args, **dict(self.kwargs)
         )
 
+    def given(self, known: Sequence[Tensor]) -> list[Any]:
+        return [known[x.number] if isinstance(x, Ref) else x for x in self.args]
 
+
+#: How steps are done that are no call of ATen's op of that name.
+Special = Mapping[str, Callable[[Step, Sequence[Tensor]], Tensor]]
 #: ``index(table, i)`` and ``embedding(table, i, padding_idx)``.
 LOOKUPS = ("index", "embedding")
-#: What is not a call of ATen's op of that name; ``filled(number, dtype)`` is the same everywhere.
-SPECIAL = (*LOOKUPS, "filled")
 
 
-def looked_up(op: str, table: Tensor, index: Tensor, *padding: int) -> Tensor:
+def filled(step: Step, known: Sequence[Tensor]) -> Tensor:
+    """``filled(number, dtype)`` is the same everywhere."""
+    number, dtype = step.args
+    return torch.full([1, 1, 1, 1], number, dtype=dtype, device=known[0].device)
+
+
+def looked_up(step: Step, known: Sequence[Tensor]) -> Tensor:
     """(entries, heads|1) at (batch|1, heads|1, s, t), of which one has heads at most."""
     aten = torch.ops.aten
-    if op == "index":
+    table, index, *padding = step.given(known)
+    if step.op == "index":
         found = aten.index.Tensor(table, [index])
     else:
         found = aten.embedding.default(table, index, *padding)
     return found.squeeze(4) if table.shape[1] == 1 else found.squeeze(1).movedim(3, 1)
+
+
+#: Of a whole tile.
+OF_TILES: Special = {"filled": filled, **dict.fromkeys(LOOKUPS, looked_up)}
 
 
 def _parsed(word: str) -> Any:
@@ -99,45 +111,46 @@ def _parsed(word: str) -> Any:
 @dataclass(frozen=True)
 class TileProgram:
     """``steps``, one after the other; the last one's result is the tile, of this ``dtype``.
-    ``learned``: the numbers of the leaves that get a gradient."""
+    ``learned``: the numbers of the leaves that get a gradient. ``mild``: no finite number of it is
+    so low that it hides a key, as ``finfo.min`` does."""
 
     steps: tuple[Step, ...]
     dtype: torch.dtype
     learned: tuple[int, ...] = ()
+    mild: bool = False
 
     def __str__(self) -> str:
         head = [str(self.dtype).removeprefix("torch."), *(f"d%{i}" for i in self.learned)]
+        head += ["mild"] if self.mild else []
         return f"{' '.join(head)}: {'; '.join(map(str, self.steps))}"
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def parse(text: str) -> TileProgram:
         head, _, steps = text.partition(": ")
-        dtype, *learned = head.split(" ")
+        dtype, *facts = head.split(" ")
         found = tuple(Step.parse(step) for step in steps.split("; "))
-        return TileProgram(found, getattr(torch, dtype), tuple(int(x[2:]) for x in learned))
+        learned = tuple(int(x[2:]) for x in facts if x.startswith("d%"))
+        return TileProgram(found, getattr(torch, dtype), learned, "mild" in facts)
 
-    def __call__(self, *leaves: Tensor) -> Tensor:
+    def __call__(self, *leaves: Tensor, special: Special = OF_TILES) -> Tensor:
         known = list(leaves)
         for step in self.steps:
-            known.append(step(known))
+            known.append(step(known, special))
         return known[-1]
 
-    def tile(self, leaves: Sequence[Tensor], rows: Intervals, keys: Intervals) -> Tensor:
-        """(batch|1, heads|1, rows, keys) at these global positions."""
-        return self(*(part(leaf, rows, keys) for leaf in leaves))
-
-    def gradients(
-        self, leaves: Sequence[Tensor], rows: Intervals, keys: Intervals, dtile: Tensor
-    ) -> list[Tensor]:
-        """What a tile's gradient is for each of the ``learned`` leaves."""
+    def gradients(self, leaves: Sequence[Tensor], dtile: Tensor) -> dict[int, Tensor]:
+        """What a tile's gradient is for each of the ``learned`` leaves, by their numbers."""
 
         def tile(*learned: Tensor) -> Tensor:
             given = dict(zip(self.learned, learned, strict=True))
-            return self.tile([given.get(i, x) for i, x in enumerate(leaves)], rows, keys)
+            return self(*(given.get(i, x) for i, x in enumerate(leaves)))
 
-        made, pull, *_ = torch.func.vjp(tile, *(leaves[i] for i in self.learned))
-        return list(pull(dtile.to(made.dtype)))
+        exact = (leaves[i].to(accumulator(leaves[i].dtype)) for i in self.learned)
+        made, pull, *_ = torch.func.vjp(tile, *exact)
+        return dict(
+            zip(self.learned, pull(dtile.sum_to_size(made.shape).to(made.dtype)), strict=True)
+        )
 
 
 def part(leaf: Tensor, rows: Intervals, keys: Intervals) -> Tensor:
@@ -148,6 +161,14 @@ def part(leaf: Tensor, rows: Intervals, keys: Intervals) -> Tensor:
         if leaf.shape[dim] != 1:
             leaf = take_runs(leaf, [Run(*interval) for interval in intervals], dim)
     return leaf
+
+
+def of_part(grad: Tensor, leaf: Tensor, rows: Intervals, keys: Intervals) -> Tensor:
+    """The gradient of a leaf of that of its ``part``."""
+    if leaf.ndim < 4 or leaf.shape[2] == leaf.shape[3] == 1:
+        return grad
+    _, pull, *_ = torch.func.vjp(lambda x: part(x, rows, keys), leaf.to(grad.dtype))
+    return pull(grad)[0]
 
 
 def of_heads(leaf: Tensor, start: int, stop: int) -> Tensor:

@@ -13,9 +13,10 @@ from mosaic.attention import kernels
 from mosaic.attention.blocks import FULL, Piece, pieces, stretch
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.scores import with_bias
 from mosaic.attention.structure import (
     Structure,
-    is_structure,
+    of_all,
     of_band,
     of_documents,
     of_keys,
@@ -32,7 +33,8 @@ from mosaic.runtime.rng import global_indices, uniform_keep
 class Visit:
     """All that is known of some visiting keys: what is seen of them, their mask, their dropout.
 
-    ``seen`` is what of the mask is structure, and ``mask`` the rest. ``pieces`` have the band in
+    ``seen`` is what of the mask is structure, ``bias`` a float program that is added to the scores,
+    and ``mask`` the rest. ``scores``: what changes the scores before. ``pieces`` have the band in
     them; ``band`` is its structure, if it has a bound.
     """
 
@@ -43,36 +45,66 @@ class Visit:
     seen: Structure | None = None
     band: Structure | None = None
     keep: Callable[[Piece], Tensor] | None = None
+    bias: Structure | None = None
+    scores: Structure | None = None
+
+    @property
+    def is_structure(self) -> bool:
+        """Whether there is more than a band, and a kernel may compute all of it pair by pair."""
+        rest = (self.seen, self.bias, self.scores)
+        is_mild = self.bias is None or self.bias.parsed.mild
+        return self.mask is None and is_mild and any(part is not None for part in rest)
+
+    @property
+    def adds_mask(self) -> bool:
+        return self.mask is not None and self.mask.is_floating_point()
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Of its programs that may have learned some."""
+        program = self.bias or self.scores
+        return program.leaves if program else ()
 
     def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Piece, dict[str, Any]]]:
         """The calls of ``kernels.forward`` that do it all: the piece of each, and its options."""
-        case = kernels.Case.of(q, k, v, self.mask, self.keep is not None)
-        if self.seen is not None and self.mask is None:
-            if self.pieces and kernels.takes(case):
-                yield self.at_once(q, k)
-                return
-            case = case._replace(mask=torch.bool)
-        for piece in kernels.cut(case, self.pieces):
+        case = kernels.Case.of(q, k, v, self.mask, self.keep is not None, self.scores)
+        if self.is_structure and self.pieces and kernels.takes(case):
+            yield self.at_once(q, k)
+            return
+        for piece in kernels.cut(case._replace(mask=self.dtype), self.pieces):
             yield piece, self.options(piece)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of a piece's mask that is a tensor."""
+        if self.mask is not None:
+            return self.mask.dtype
+        if self.bias is not None:
+            return self.bias.parsed.dtype
+        return None if self.seen is None else torch.bool
 
     def at_once(self, q: Tensor, k: Tensor) -> tuple[Piece, dict[str, Any]]:
         """All rows and keys, with the band in the mask: a kernel leaves out what is not seen."""
-        mask = together([part for part in (self.seen, self.band) if part is not None])
+        parts = [part for part in (self.seen, self.band) if part is not None]
+        mask = together(parts) if parts else of_all(q)
         whole = Piece(0, q.shape[2], 0, k.shape[2])
         options = {"band": whole.band, "scale": self.scale, "mask": mask}
-        return whole, {**options, "keep": None, "shift": None}
+        scores = with_bias(self.scores, self.bias)
+        return whole, {**options, "keep": None, "shift": None, "scores": scores}
 
     def options(self, piece: Piece) -> dict[str, Any]:
         """The keyword arguments of ``kernels.forward`` for one piece, with a mask of its size."""
         mask = self.mask_of(piece)
         keep = None if self.keep is None else self.keep(piece)
         shift = None if self.shift is None else _tile(self.shift, piece)
+        scores = None if self.scores is None else self.scores.of_piece(piece)
         options = {"band": piece.band, "scale": self.scale, "mask": mask}
-        return {**options, "keep": keep, "shift": shift}
+        return {**options, "keep": keep, "shift": shift, "scores": scores}
 
     def mask_of(self, piece: Piece) -> Tensor | None:
         """(batch|1, heads|1, s|1, t|1): the mask's tile, where the structure sees a pair."""
         mask = None if self.mask is None else _tile(self.mask, piece)
+        mask = mask if self.bias is None else self.bias.tile(piece)
         if self.seen is None:
             return mask
         seen = self.seen.tile(piece)
@@ -86,8 +118,7 @@ class Inputs(NamedTuple):
 
     mask (batch|1, heads|1, seq|1, all keys|1): this rank's rows and every key's column, boolean or
     added to the scores. ``documents``: ids of all queries (batch|1, n) and of all keys, equal ones
-    attend. seed: int64 scalar, for dropout. leaves: those of the plan's ``TileProgram``, all whole,
-    in place of a mask.
+    attend. seed: int64 scalar, for dropout. leaves: those of the plan's programs, all whole.
     """
 
     mask: Tensor | None = None
@@ -108,21 +139,30 @@ def visit(
     """What the queries at global intervals ``rows`` see of the keys at ``keys``; ``shift`` is
     ``row_shift``'s, over all keys."""
     seen = pieces(rows, keys, plan.band)
-    structure = structure_at(plan, rows, keys, inputs) if seen else None
-    mask = mask_at(plan, rows, keys, inputs) if seen and not is_read(plan, inputs) else None
+    if not seen:
+        return Visit(seen, plan.scale, shift=shift)
+    structure, mask = structure_at(plan, rows, keys, inputs), None
+    if inputs.mask is not None and not is_of_keys(inputs.mask):
+        mask = columns(inputs.mask, keys)
+    leaves = tuple(part(leaf, rows, keys) for leaf in inputs.leaves)
+    bias = Structure(plan.tile, leaves) if plan.has_bias else None
+    scores = Structure(plan.scores, leaves) if plan.scores else None
     band = None
-    if structure is not None and plan.band != FULL:
+    if plan.band != FULL and (structure or bias or scores):
         band = of_band(plan.band, *(positions(x, q.device) for x in (rows, keys)))
     keep = _keep(plan, rows, keys, q, inputs.seed) if plan.dropout else None
-    return Visit(seen, plan.scale, mask, shift, structure, band, keep)
+    return Visit(seen, plan.scale, mask, shift, structure, band, keep, bias, scores)
 
 
-def is_read(plan: AttentionPlan, inputs: Inputs) -> bool:
-    """Whether the mask, beside documents, is structure: a boolean program, or one of keys."""
-    if plan.tile:
-        return is_structure(TileProgram.parse(plan.tile))
-    mask = inputs.mask
-    return mask is not None and mask.dtype == torch.bool and mask.shape[2] == 1
+def is_in_kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a kernel computes the bias of a plan's program pair by pair."""
+    case = kernels.Case.of(q, k, v, None, bool(plan.dropout))
+    return TileProgram.parse(plan.tile).mild and kernels.takes(case)
+
+
+def is_of_keys(mask: Tensor) -> bool:
+    """Whether a mask says of each key, to all queries, that it is seen."""
+    return mask.dtype == torch.bool and mask.shape[2] == 1
 
 
 def structure_at(
@@ -133,19 +173,12 @@ def structure_at(
     if inputs.query_documents is not None and inputs.key_documents is not None:
         queries = take_runs(inputs.query_documents, _runs(rows), 1)
         found.append(of_documents(queries, take_runs(inputs.key_documents, _runs(keys), 1)))
-    if is_read(plan, inputs) and plan.tile:
+    if plan.tile and not plan.has_bias:
         leaves = tuple(part(leaf, rows, keys) for leaf in inputs.leaves)
         found.append(Structure(plan.tile, leaves))
-    elif inputs.mask is not None and is_read(plan, inputs):
+    if inputs.mask is not None and is_of_keys(inputs.mask):
         found.append(of_keys(columns(inputs.mask, keys)))
     return together(found) if found else None
-
-
-def mask_at(plan: AttentionPlan, rows: Intervals, keys: Intervals, inputs: Inputs) -> Tensor | None:
-    """The mask's columns of these keys: made now where the plan knows how."""
-    if plan.tile:
-        return TileProgram.parse(plan.tile).tile(inputs.leaves, rows, keys)
-    return None if inputs.mask is None else columns(inputs.mask, keys)
 
 
 def columns(mask: Tensor, keys: Intervals) -> Tensor:

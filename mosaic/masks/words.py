@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mosaic.attention.blocks import Band
+from mosaic.attention.tiles import TileProgram
 
 
 def band_of(bound: Mapping[str, Any]) -> Band:
@@ -31,20 +32,44 @@ def tile_of(bound: Mapping[str, Any]) -> str:
     return bound.get("tile") or ""
 
 
-def mask_words(band: Band, documents: bool, mask: Tensor | None, tile: str = "") -> str:
+def scores_of(bound: Mapping[str, Any]) -> str:
+    """The program that changes scores; "" where there is none."""
+    return bound.get("scores") or ""
+
+
+def mask_words_of(bound: Mapping[str, Any], mask: Tensor | None) -> str:
+    """All that a call says; ``mask``: an example of its ``attn_mask``."""
+    band, documents = band_of(bound), bool(documents_of(bound))
+    return mask_words(band, documents, mask, tile_of(bound), scores_of(bound))
+
+
+def mask_words(
+    band: Band, documents: bool, mask: Tensor | None, tile: str = "", scores: str = ""
+) -> str:
     """
     >>> mask_words(Band(4095, 0), True, None)
     'causal, window 4096, documents'
     >>> mask_words(Band(None, None), False, None, "float32: sub.Tensor(%0, %1)")
     'float by tiles'
+    >>> mask_words(Band(None, 0), False, None, "", "float32: tanh(%0); mul.Tensor(%1, 50.0)")
+    'softcap 50, causal'
     """
-    words = [word for word in (str(band), "documents" if documents else "") if word]
+    words = [score_words(scores)] if scores else []
+    words += [word for word in (str(band), "documents" if documents else "") if word]
     if mask is not None:
         of_keys = mask.ndim < 2 or mask.shape[-2] == 1
         words.append(TENSORS[of_keys, mask.dtype == torch.bool])
     if tile:
         words.append("boolean by tiles" if tile.startswith("bool") else "float by tiles")
     return ", ".join(words)
+
+
+def score_words(scores: str) -> str:
+    """``cap * tanh(score)`` is a softcap; anything else a program."""
+    first, *rest = TileProgram.parse(scores).steps
+    if first.op == "tanh" and [step.op for step in rest] == ["mul.Tensor"]:
+        return f"softcap {rest[0].args[1]:g}"
+    return "scores by a program"
 
 
 #: (one row for all queries, boolean)

@@ -17,7 +17,7 @@ from mosaic.attention.problem import AttentionProblem
 from mosaic.graph.source import where
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import PLAIN, STRUCTURED
-from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
+from mosaic.masks.words import band_of, documents_of, mask_words_of, scores_of, tile_of
 from mosaic.partition.emitter import DECIDED
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.values import Call, Value, map_values
@@ -235,7 +235,6 @@ def problem(
 ) -> AttentionProblem:
     """What this axis makes of the attention; ``cut``: where it is in q, if not in the rows."""
     q, v, mask = c["query"], c["value"], c["attn_mask"]
-    band, documents = band_of(c.bound), bool(documents_of(c.bound))
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
     return AttentionProblem(
         query=query,
@@ -246,11 +245,12 @@ def problem(
         dim=q.shape[-1],
         v_dim=v.shape[-1],
         itemsize=v.val.element_size(),
-        band=band,
-        documents=documents,
+        band=band_of(c.bound),
+        documents=bool(documents_of(c.bound)),
         has_rows=mask is not None and mask.shape[-2] > 1,
         tile=tile_of(c.bound),
-        mask=mask_words(band, documents, None if mask is None else mask.val, tile_of(c.bound)),
+        scores=scores_of(c.bound),
+        mask=mask_words_of(c.bound, None if mask is None else mask.val),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once

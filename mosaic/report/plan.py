@@ -14,7 +14,6 @@ from mosaic.attention.cost import cost_of, size
 from mosaic.attention.kernels.flex import refused
 from mosaic.attention.kernels.kernel import STRUCTURE, Case, capability
 from mosaic.attention.problem import AttentionProblem
-from mosaic.attention.structure import is_structure
 from mosaic.attention.tiles import TileProgram
 from mosaic.graph.pipeline import PassReport
 from mosaic.graph.source import code, line
@@ -170,19 +169,23 @@ def mask_notes(context: Context) -> list[str]:
 TENSORS = {
     "dense boolean": "it is an input, or made in a way that is not read",
     "dense float": "it is added to the scores",
-    "float by tiles": "it is added to the scores",
     "bias of keys": "it is added to the scores",
 }
 
 
+#: The last words of what is computed pair by pair.
+STRUCTURES = ("documents", "padding", "boolean by tiles", "float by tiles")
+
+
 def made_dense(found: AttentionProblem, out: torch.Tensor) -> tuple[str, str]:
-    """A mask in words ("" for a band alone), and why it is made for every query and key, if so."""
+    """A mask and a change of scores in words ("" for a band alone), and why they are made for every
+    query and key, if so."""
     rest = found.mask.rpartition(", ")[2]
     if rest in TENSORS:
         return found.mask, TENSORS[rest]
-    if rest == "boolean by tiles" and not is_structure(TileProgram.parse(found.tile)):
-        return found.mask, "it looks up a table"
-    if rest not in ("documents", "padding", "boolean by tiles"):
+    if rest == "float by tiles" and not TileProgram.parse(found.tile).mild:
+        return found.mask, "it may hide all keys of a row by a low number in place of -inf"
+    if rest not in STRUCTURES and not found.scores:
         return "", ""
     empty = out.numel() == 0 or found.key.n == 0
     sizes = (out.dtype, found.dim, found.v_dim, STRUCTURE, found.dropout > 0, empty)

@@ -366,4 +366,5 @@ def attention_plan(plan: AttentionPlan) -> str:
     words.append(f"scale={plan.scale:.4g}")
     words += [f"dropout={plan.dropout:.4g}"] if plan.dropout else []
     words += [f"tile=({plan.tile})"] if plan.tile else []
+    words += [f"scores=({plan.scores})"] if plan.scores else []
     return f"plan({' '.join(words)})"

@@ -165,7 +165,7 @@ def by_kernel(check: Check, mask: Tensor | None) -> list[Tensor]:
         for keys, visit in zip(columns, visits, strict=True):
             block = (dout, q, k[:, :, keys], v[:, :, keys], *partial)
             parts.append(attend_backward(*block, visit, need_dmask))
-        dq, dk, dv, dmask = zip(*parts, strict=True)
+        dq, dk, dv, dmask, _ = zip(*parts, strict=True)
         grads = [dq[0] + dq[1], torch.cat(dk, 2), torch.cat(dv, 2)]
         return [partial[0], *grads, *([torch.cat(dmask, 3)] if need_dmask else [])]
 

@@ -36,7 +36,9 @@ from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.kernels.flex import FLEX
 from mosaic.attention.kernels.kernel import STRUCTURE
 from mosaic.attention.kernels.math import MATH
+from mosaic.attention.mask_gradients import OfLeaves
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.shift import shift_of
 from mosaic.attention.strategy import LOCAL
 from mosaic.attention.visit import Inputs, visit
 from mosaic.layout import Layout
@@ -56,31 +58,45 @@ def say(words: str = "") -> None:
 
 
 def by_ranks(
-    tensors: list[Tensor], inputs: Inputs, band: Band, scale: float, tile: str = "", ranks: int = 3
+    tensors: list[Tensor],
+    inputs: Inputs,
+    band: Band,
+    scale: float,
+    tile: str = "",
+    scores: str = "",
+    ranks: int = 3,
 ) -> list[Tensor]:
-    """out, dq, dk and dv for q, k, v and dout of what ranks do, one after the other."""
+    """out, dq, dk, dv and those of learned leaves, for q, k, v and dout, of what ranks do, one
+    after the other."""
     q, k, v, dout = tensors
     layouts = [Layout.zigzag(x.shape[2], ranks) for x in (q, k)]
     queries, keys = ([list(layout.indices(r)) for r in range(ranks)] for layout in layouts)
-    out, dq, dk, dv = (torch.zeros_like(x, dtype=torch.float64) for x in (dout, q, k, v))
+    whole = AttentionPlan(LOCAL, 0, "", *layouts, band, scale, tile=tile, scores=scores)
+    given = (dout, q, k, v, *(inputs.leaves[i] for i in whole.learned))
+    out, dq, dk, dv, *dleaves = (torch.zeros_like(x, dtype=torch.float64) for x in given)
     for rank, at in enumerate(queries):
-        plan = AttentionPlan(LOCAL, rank, "", *layouts, band, scale, tile=tile)
+        plan = replace(whole, rank=rank)
         mask = inputs.mask
         has_rows = mask is not None and mask.shape[2] > 1
         here = inputs._replace(mask=mask[:, :, at] if has_rows else mask)
         mine, dmine, known = q[:, :, at], dout[:, :, at], None
         rows = layouts[0].ranks[rank]
-        visits = [visit(plan, rows, chunk, mine, here) for chunk in layouts[1].ranks]
+        shift = shift_of(plan, rows, mine, (k, v), here)
+        visits = [visit(plan, rows, chunk, mine, here, shift) for chunk in layouts[1].ranks]
+        home = OfLeaves(plan.learned, rows, here)
         for there, found in zip(keys, visits, strict=True):
             known = attend(mine, k[:, :, there], v[:, :, there], found, known)
         out[:, :, at] = known[0].double()
-        for there, found in zip(keys, visits, strict=True):
+        for there, chunk, found in zip(keys, layouts[1].ranks, visits, strict=True):
             block = (mine, k[:, :, there], v[:, :, there], *known)
-            grads = attend_backward(dmine, *block, found, False)
-            dq[:, :, at] += grads[0]
-            dk[:, :, there] += grads[1]
-            dv[:, :, there] += grads[2]
-    return [out, dq, dk, dv]
+            grads = attend_backward(dmine, *block, found, bool(plan.learned))
+            dq[:, :, at] += grads.q
+            dk[:, :, there] += grads.k
+            dv[:, :, there] += grads.v
+            home.add(chunk, grads.leaves)
+        for i, grad in zip(plan.learned, dleaves, strict=True):
+            grad += home.total()[i]
+    return [out, dq, dk, dv, *dleaves]
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def test_blocks_of_a_band_add_up(layout: Layout, band: Band) -> None:
         torch.testing.assert_close(partial[0], want[:, :, rows].detach())
         for here, columns in zip(visits, cuts, strict=True):
             visiting = (q_here, k[:, :, columns], v[:, :, columns])
-            dq, dk, dv, _ = attend_backward(dout_here, *visiting, *partial, here, False)
+            dq, dk, dv, *_ = attend_backward(dout_here, *visiting, *partial, here, False)
             found[0][:, :, rows] += dq
             found[1][:, :, columns] += dk
             found[2][:, :, columns] += dv

@@ -188,6 +188,10 @@ def problem(mask: str, **changed: Any) -> AttentionProblem:
     return replace(found, **changed)
 
 
+SOFTCAP = "float32: tanh(%0); mul.Tensor(%1, 50.0)"
+TABLE_BIAS = "float32 d%2 mild: sub.Tensor(%1, %0); abs(%3); index(%2, %4)"
+
+
 @pytest.mark.parametrize(
     ("mask", "changed", "dtype", "why"),
     [
@@ -195,13 +199,17 @@ def problem(mask: str, **changed: Any) -> AttentionProblem:
         ("causal, documents", {}, torch.bfloat16, ""),
         ("documents, padding", {}, torch.float32, ""),
         ("boolean by tiles", {"tile": "bool: eq.Tensor(%0, %1)"}, torch.float16, ""),
-        ("boolean by tiles", {"tile": "bool: index(%0, %1)"}, torch.float16, "looks up a table"),
+        ("boolean by tiles", {"tile": "bool: index(%0, %1)"}, torch.float16, ""),
         ("causal, documents", {"dim": 8}, torch.bfloat16, "head dims 8 and 64"),
         ("causal, documents", {"v_dim": 257}, torch.bfloat16, "head dims 64 and 257"),
         ("causal, documents", {"dropout": 0.1}, torch.bfloat16, "dropout"),
         ("causal, documents", {}, torch.float64, "float64"),
         ("causal, dense boolean", {}, torch.bfloat16, "an input"),
-        ("documents, float by tiles", {}, torch.bfloat16, "added to the scores"),
+        ("documents, float by tiles", {"tile": TABLE_BIAS}, torch.bfloat16, ""),
+        ("float by tiles", {"tile": TABLE_BIAS.replace(" mild", "")}, torch.float16, "low number"),
+        ("softcap 50, causal", {"scores": SOFTCAP}, torch.bfloat16, ""),
+        ("softcap 50, dense float", {"scores": SOFTCAP}, torch.bfloat16, "added to the scores"),
+        ("softcap 50", {"scores": SOFTCAP}, torch.float64, "float64"),
         ("causal, bias of keys", {}, torch.bfloat16, "added to the scores"),
     ],
 )

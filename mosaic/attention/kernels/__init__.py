@@ -8,7 +8,8 @@ log-sum-exp, so that the gradients of blocks add up to the whole one's.
 
 ``band`` is (lower, upper): row i sees key j where lower <= j - i <= upper, None is unbounded.
 ``mask`` is (batch|1, heads|1, s|1, t|1), boolean (True attends) or added to the scores; or a
-``Structure``, where a kernel ``takes`` it.
+``Structure``, where a kernel ``takes`` it. ``scores`` changes the scaled scores before that
+(``attention/scores.py``), where a kernel does that.
 ``keep`` is a dropout mask, 0 or 1 / (1 - p). ``shift`` (batch|1, heads|1, s|1, 1) is taken off
 every score of a row, of all blocks alike. A row that sees no key has out 0, lse -inf and no
 gradient.
@@ -42,7 +43,7 @@ __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "takes"
 
 #: Which kernel does a block: the first that fits; the fastest stands first (for short sequences it
 #: is looked up). ``MATH`` is right for every mask that is a tensor, and alone does dropout and
-#: blocks without rows or keys.
+#: blocks without rows or keys; ``FLEX`` and it alone change scores.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
@@ -84,13 +85,14 @@ def forward(
     scale: float,
     keep: Tensor | None,
     shift: Tensor | None = None,
+    scores: Structure | None = None,
 ) -> Partial:
     """out and lse of one block."""
     factor, scale = _above_zero(scale)
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
     q, k, v = (_in_rows(x) for x in (_times(q, factor), k, v))
-    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band), FORWARD)
-    return batches.forward(kernel, q, k, v, **options)
+    kernel = _choose(Case.of(q, k, v, mask, keep is not None, scores), _piece(q, k, band), FORWARD)
+    return batches.forward(kernel, q, k, v, **options, scores=scores)
 
 
 def backward(
@@ -106,16 +108,18 @@ def backward(
     scale: float,
     keep: Tensor | None,
     shift: Tensor | None = None,
+    scores: Structure | None = None,
     need_dmask: bool = False,
 ) -> Gradients:
-    """This block's part of dq, dk, dv (and of the mask's gradient, in the mask's shape)."""
+    """This block's part of dq, dk, dv (and of the mask's gradient, in the mask's shape, and of
+    those of the scores' learned leaves)."""
     factor, scale = _above_zero(scale)
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
     q = _times(q, factor)
-    kernel = _choose(Case.of(q, k, v, mask, keep is not None), _piece(q, k, band), BACKWARD)
+    kernel = _choose(Case.of(q, k, v, mask, keep is not None, scores), _piece(q, k, band), BACKWARD)
     tensors = (*(_in_rows(x) for x in (dout, q, k, v, out)), lse)
-    grads = batches.backward(kernel, tensors, **options, need_dmask=need_dmask)
-    return _times(grads[0], factor), *grads[1:]
+    grads = batches.backward(kernel, tensors, **options, scores=scores, need_dmask=need_dmask)
+    return grads._replace(q=_times(grads.q, factor))
 
 
 def _above_zero(scale: float) -> tuple[float, float]:

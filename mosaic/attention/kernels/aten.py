@@ -42,7 +42,7 @@ def _cpu_forward(q, k, v, *, band, scale, **_) -> Partial:
 def _cpu_backward(dout, q, k, v, out, lse, *, band, scale, **_) -> Gradients:
     op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     dout, out, lse = dout.to(q.dtype), out.to(q.dtype), lse.contiguous()
-    return (*op(dout, q, k, v, out, lse, 0.0, band == (None, 0), scale=scale), None)
+    return Gradients(*op(dout, q, k, v, out, lse, 0.0, band == (None, 0), scale=scale))
 
 
 #: Before torch 2.13 the CPU flash op tells the tracer that its LSE of float64 is float32, and

@@ -32,14 +32,25 @@ def backward(kernel: Kernel, tensors: tuple[Tensor, ...], **options: Any) -> Gra
     parts = batches(tensors[0].shape[0], kernel.most_batches)
     if len(parts) == 1:
         return kernel.backward(*tensors, **options)
-    found = [
+    found: list[Gradients] = [
         kernel.backward(*(x[part] for x in tensors), **options_of(options, part)) for part in parts
     ]
-    *grads, dmasks = zip(*found, strict=True)
-    dq, dk, dv = (torch.cat(same) for same in grads)
-    if dmasks[0] is None:
-        return dq, dk, dv, None
-    return dq, dk, dv, sum(dmasks) if options["mask"].shape[0] == 1 else torch.cat(dmasks)
+    dq, dk, dv, dmasks, dleaves = zip(*found, strict=True)
+    grads = Gradients(*(torch.cat(same) for same in (dq, dk, dv)))
+    if dmasks[0] is not None:
+        grads = grads._replace(mask=of_all(dmasks, options["mask"]))
+    if not dleaves[0]:
+        return grads
+    scores: Structure = options["scores"]
+    learned = [scores.leaves[i] for i in scores.parsed.learned]
+    leaves = (of_all(x, leaf) for x, leaf in zip(zip(*dleaves, strict=True), learned, strict=True))
+    return grads._replace(leaves=tuple(leaves))
+
+
+def of_all(parts: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """The gradient of what some have of it: batches side by side, or what they have in common."""
+    has_batches = like.ndim == 4 and like.shape[0] > 1
+    return torch.cat(parts) if has_batches else torch.stack(parts).sum(0)
 
 
 def batches(count: int, most: int | None) -> list[slice]:

@@ -133,7 +133,7 @@ def _backward(dout, q, k, v, out, lse, *, mask, shift, band, scale, need_dmask, 
     )
     dk, dv = _added_up(narrowed(dk, keys.shape[-1]), k), _added_up(narrowed(dv, v.shape[-1]), v)
     dmask = _dmask(dbias, band, mask) if need_dmask else None
-    return narrowed(dq, q.shape[-1]), _halved(dk, k), dv, dmask
+    return Gradients(narrowed(dq, q.shape[-1]), _halved(dk, k), dv, dmask)
 
 
 def _dmask(dbias: Tensor, band: Bounds, mask: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _fits(case: Case) -> bool:
     known = case.dtype in (torch.float16, torch.bfloat16, torch.float32)
     mask = case.mask in (None, torch.bool, case.dtype)
     able = case.device == "cuda" and case.capability >= 8
-    return able and known and mask and not case.dropout and not case.empty
+    return able and known and mask and not (case.dropout or case.empty or case.scores)
 
 
 EFFICIENT = Kernel("efficient", _fits, "tile", _forward, _backward, MOST_BATCHES)

@@ -2,8 +2,8 @@
 
 They are called below ``torch.nn.attention.flex_attention``: its backward cannot be told the output
 and the log-sum-exp of all keys where the forward saw some. Whether a pair is seen is computed in
-the kernel, of the numbers at its query and its key; blocks without any such pair are left out, and
-those of nothing else are done without a look at the mask.
+the kernel, of the numbers at its query and its key, and so is what its score becomes; blocks
+without any such pair are left out, and those of nothing else are done without a look at the mask.
 """
 
 from __future__ import annotations
@@ -13,22 +13,37 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
 from math import log
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mosaic.attention.kernels.kernel import MOST_BATCHES, STRUCTURE, Case, Gradients, Kernel
+from mosaic.attention.kernels.pairs import (
+    buffers_of,
+    exact_leaves,
+    mask_mod,
+    of_leaves,
+    score_mod,
+)
 from mosaic.attention.kernels.seen_blocks import BLOCK, blocks_of
 from mosaic.attention.merge import Partial, unwritten
 from mosaic.attention.structure import Structure
 from mosaic.attention.tiles import TileProgram
-from mosaic.torch_private import compiled_by_inductor, flex_backward, flex_blocks, flex_forward
+from mosaic.torch_private import (
+    compiled_by_inductor,
+    flex_backward,
+    flex_blocks,
+    flex_forward,
+    flex_index,
+)
 
 #: The kernels' log-sum-exp is one of powers of 2.
 LN2 = log(2)
 LISTS = 8
 Function = Callable[..., tuple[Tensor, ...]]
+#: What kernels know of a mask, or what changes a score; and the buffers that its function reads.
+Mod = tuple[Any, tuple[Tensor, ...]]
 
 
 @lru_cache(maxsize=256)
@@ -51,54 +66,56 @@ def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
+class Programs(NamedTuple):
+    """The programs of a call, and how many of its leaves are the mask's; the rest are those of
+    ``scores``, if that is not empty."""
+
+    mask: str
+    count: int
+    scores: str
+    scale: float
+
+    def parts(self, rest: Sequence[Tensor]) -> tuple[Structure, Structure | None]:
+        """Of the lists of blocks and all leaves."""
+        leaves = tuple(rest[LISTS:])
+        scores = Structure(self.scores, leaves[self.count :]) if self.scores else None
+        return Structure(self.mask, leaves[: self.count]), scores
+
+
 @lru_cache(maxsize=256)
-def forward_of(program: str, scale: float) -> Function:
-    """out and lse of q, k, v, the ``lists_of`` a structure, and its leaves."""
+def forward_of(programs: Programs) -> Function:
+    """out and lse of q, k, v, the ``lists_of`` a structure, and its leaves and the scores'."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        mask = block_mask(program, q, k, rest)
-        out, lse = flex_forward(q, k, v, mask, scale, buffers_of(rest))
+        mask, change = mods(programs, q, k, rest)
+        out, lse = flex_forward(q, k, v, mask, programs.scale, change)
         return out.contiguous(), lse * LN2
 
     return forward
 
 
 @lru_cache(maxsize=256)
-def backward_of(program: str, scale: float) -> Function:
-    """dq, dk and dv of dout, q, k, v, the global out and lse (to the base of 2), and as above."""
+def backward_of(programs: Programs) -> Function:
+    """dq, dk, dv and those of learned leaves, of dout, q, k, v, the global out and lse (to the base
+    of 2), and as above."""
 
     def backward(dout, q, k, v, out, lse, *rest: Tensor) -> tuple[Tensor, ...]:
-        mask = block_mask(program, q, k, rest)
-        grads = flex_backward(dout, q, k, v, out, lse, mask, scale, buffers_of(rest))
-        return tuple(grad.contiguous() for grad in grads)
+        mask, change = mods(programs, q, k, rest)
+        *grads, captured = flex_backward(dout, q, k, v, out, lse, mask, programs.scale, change)
+        _, scores = programs.parts(rest)
+        dleaves = of_leaves(scores, captured) if scores else ()
+        return tuple(grad.contiguous() for grad in (*grads, *dleaves))
 
     return backward
 
 
-def block_mask(program: str, q: Tensor, k: Tensor, rest: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What the kernels know of a mask: lists of blocks, and the function of a pair."""
-    mod = mask_mod(Structure(program, tuple(rest[LISTS:])))
-    return flex_blocks((q.shape[2], k.shape[2]), rest[:LISTS], BLOCK, mod)
-
-
-def buffers_of(rest: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(leaf.squeeze() for leaf in rest[LISTS:])
-
-
-def mask_mod(mask: Structure) -> Callable[..., Tensor]:
-    """Whether a query sees a key, of their numbers and the leaves without dims of 1."""
-    program = TileProgram.parse(mask.program)
-    along = [[d for d, n in enumerate(leaf.shape) if n > 1] for leaf in mask.leaves]
-
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor, *leaves: Tensor) -> Tensor:
-        at = (batch, head, query, key)
-        found = (
-            torch.ops.aten.index.Tensor(leaf, [at[d] for d in dims]) if dims else leaf
-            for leaf, dims in zip(leaves, along, strict=True)
-        )
-        return program(*found)
-
-    return seen
+def mods(programs: Programs, q: Tensor, k: Tensor, rest: Sequence[Tensor]) -> tuple[Mod, Mod]:
+    """What the kernels know of a mask: lists of blocks and the function of a pair; and the function
+    that changes scores. Each with its buffers."""
+    mask, scores = programs.parts(rest)
+    blocks = flex_blocks((q.shape[2], k.shape[2]), rest[:LISTS], BLOCK, mask_mod(mask))
+    change = (score_mod(scores, flex_index), buffers_of(scores)) if scores else (None, ())
+    return (blocks, buffers_of(mask)), change
 
 
 #: Compiled functions by what they were compiled for.
@@ -142,18 +159,19 @@ def with_lists(leaves: Sequence[Tensor], program: str, q: Tensor, k: Tensor) -> 
 @torch.library.custom_op(
     "mosaic::flex",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor[] leaves, str program, float scale) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor[] leaves, str program, Tensor[] score_leaves, "
+    "str scores, float scale) -> (Tensor, Tensor)",
 )
-def flex(q, k, v, leaves, program, scale):
-    """out and lse of the pairs that a structure sees."""
+def flex(q, k, v, leaves, program, score_leaves, scores, scale):
+    """out and lse of the pairs that a structure sees, whose scores a program may change."""
     rest = with_lists(leaves, program, q, k)
-    out, lse = run(forward_of(program, scale), (q, k, v, *rest))
+    programs = Programs(program, len(leaves), scores, scale)
+    out, lse = run(forward_of(programs), (q, k, v, *rest, *score_leaves))
     return out, lse
 
 
 @flex.register_fake
-def _(q, k, v, leaves, program, scale):
+def _(q, k, v, *rest):
     return unwritten(q, v)
 
 
@@ -161,19 +179,20 @@ def _(q, k, v, leaves, program, scale):
     "mosaic::flex_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
-    "str program, float scale) -> (Tensor, Tensor, Tensor)",
+    "str program, Tensor[] score_leaves, str scores, float scale) -> Tensor[]",
 )
-def flex_backward_op(dout, q, k, v, out, lse, leaves, program, scale):
-    """dq, dk and dv, each shaped like its input."""
+def flex_backward_op(dout, q, k, v, out, lse, leaves, program, score_leaves, scores, scale):
+    """dq, dk and dv, each shaped like its input, and those of the scores' learned leaves."""
     rest = with_lists(leaves, program, q, k)
-    dq, dk, dv = run(backward_of(program, scale), (dout, q, k, v, out, lse / LN2, *rest))
-    return dq, dk, dv
+    programs = Programs(program, len(leaves), scores, scale)
+    tensors = (dout, q, k, v, out, lse / LN2, *rest, *score_leaves)
+    return list(run(backward_of(programs), tensors))
 
 
 @flex_backward_op.register_fake
-def _(dout, q, k, v, out, lse, leaves, program, scale):
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv
+def _(dout, q, k, v, out, lse, leaves, program, score_leaves, scores, scale):
+    learned = TileProgram.parse(scores).learned if scores else ()
+    return [x.new_empty(x.shape) for x in (q, k, v, *(score_leaves[i] for i in learned))]
 
 
 def written_out(x: Tensor) -> Tensor:
@@ -181,17 +200,23 @@ def written_out(x: Tensor) -> Tensor:
     return x.contiguous() if 0 in x.stride() else x
 
 
-def _forward(q, k, v, *, mask, scale, **_) -> Partial:
+def _programs(mask: Structure, scores: Structure | None, scale: float) -> tuple[Any, ...]:
+    changes = ([], "") if scores is None else (list(scores.leaves), scores.program)
+    return list(mask.leaves), mask.program, *changes, scale
+
+
+def _forward(q, k, v, *, mask, scale, scores=None, **_) -> Partial:
     q, k, v = (written_out(x) for x in (q, k, v))
-    out, lse = torch.ops.mosaic.flex(q, k, v, list(mask.leaves), mask.program, scale)
+    out, lse = torch.ops.mosaic.flex(q, k, v, *_programs(mask, scores, scale))
     return out, lse
 
 
-def _backward(dout, q, k, v, out, lse, *, mask, scale, **_) -> Gradients:
+def _backward(dout, q, k, v, out, lse, *, mask, scale, scores=None, **_) -> Gradients:
     tensors = (written_out(x) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype)))
-    inputs = (*tensors, lse.contiguous())
-    op = torch.ops.mosaic.flex_backward
-    return (*op(*inputs, list(mask.leaves), mask.program, scale), None)
+    exact = None if scores is None else exact_leaves(scores)
+    rest = _programs(mask, exact, scale)
+    dq, dk, dv, *dleaves = torch.ops.mosaic.flex_backward(*tensors, lse.contiguous(), *rest)
+    return Gradients(dq, dk, dv, None, tuple(dleaves))
 
 
 def refused(case: Case) -> str:

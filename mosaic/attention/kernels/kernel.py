@@ -14,8 +14,16 @@ from mosaic.attention.blocks import Piece
 from mosaic.attention.merge import Partial
 from mosaic.attention.structure import Structure
 
-#: dq, dk, dv, and the gradient of a mask that needs one.
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+class Gradients(NamedTuple):
+    """Of q, k and v; of a mask that needs one; and of the learned leaves of a score program."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    leaves: tuple[Tensor, ...] = ()
+
 
 #: Row i sees key j where lower <= j - i <= upper.
 Bounds = tuple[int | None, int | None]
@@ -36,10 +44,17 @@ class Case(NamedTuple):
     mask: torch.dtype | str | None
     dropout: bool
     empty: bool
+    scores: bool = False
 
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Structure | None, dropout: bool
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | Structure | None,
+        dropout: bool,
+        scores: Structure | None = None,
     ) -> Case:
         return cls(
             q.device.type,
@@ -50,12 +65,14 @@ class Case(NamedTuple):
             STRUCTURE if isinstance(mask, Structure) else None if mask is None else mask.dtype,
             dropout,
             q.numel() == 0 or k.numel() == 0,
+            scores is not None,
         )
 
     @property
     def plain(self) -> bool:
-        """No mask, no dropout, and something to do: what the fast kernels are made for."""
-        return self.mask is None and not self.dropout and not self.empty
+        """No mask, no dropout, scores as they are, and something to do: what the fast kernels are
+        made for."""
+        return self.mask is None and not (self.dropout or self.empty or self.scores)
 
     @property
     def half_on_cuda(self) -> bool:
@@ -142,8 +159,8 @@ def narrowed(x: Tensor, dim: int) -> Tensor:
 
 def without_padding(grads: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Gradients:
     """The gradients of q, k and v of those of their widened forms; there is no mask."""
-    dq, dk, dv = grads
-    return narrowed(dq, q.shape[-1]), narrowed(dk, k.shape[-1]), narrowed(dv, v.shape[-1]), None
+    narrow = (narrowed(x, y.shape[-1]) for x, y in zip(grads, (q, k, v), strict=True))
+    return Gradients(*narrow)
 
 
 def seq_first(x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Gradients, Kernel
 from mosaic.attention.merge import Partial, accumulator, finite, nothing
+from mosaic.attention.scores import changed, gradients
+from mosaic.attention.structure import Structure
 
 
 def _grouped(q: Tensor, k: Tensor) -> Tensor:
@@ -16,18 +18,21 @@ def _grouped(q: Tensor, k: Tensor) -> Tensor:
     return q.reshape(batch, k.shape[1], q.shape[1] // k.shape[1] * s, x)
 
 
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    band: Bounds,
-    mask: Tensor | None,
-    scale: float,
-    shift: Tensor | None,
-) -> Tensor:
-    """(batch, heads, s, t) in float32 or float64, -inf where a key is not seen."""
+def _scaled(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """(batch, heads, s, t) in float32 or float64."""
     dtype = accumulator(q.dtype)
     scores = (_grouped(q, k).to(dtype) @ k.to(dtype).mT) * scale
-    scores = scores.reshape(*q.shape[:3], k.shape[2])
+    return scores.reshape(*q.shape[:3], k.shape[2])
+
+
+def _masked(
+    scores: Tensor,
+    band: Bounds,
+    mask: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """Scores (batch, heads, s, t), -inf where a key is not seen."""
+    dtype, (s, t) = scores.dtype, scores.shape[2:]
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
@@ -35,7 +40,7 @@ def _scores(
         scores = scores if shift is None else scores - shift.to(dtype)
     if band == (None, None):
         return scores
-    return scores.masked_fill(outside(band, q.shape[2], k.shape[2], q.device), float("-inf"))
+    return scores.masked_fill(outside(band, s, t, scores.device), float("-inf"))
 
 
 def outside(band: Bounds, s: int, t: int, device: torch.device) -> Tensor:
@@ -47,12 +52,12 @@ def outside(band: Bounds, s: int, t: int, device: torch.device) -> Tensor:
     return (ahead < lower) | (ahead > upper)
 
 
-def _forward(q, k, v, *, band, mask, scale, keep, shift) -> Partial:
+def _forward(q, k, v, *, band, mask, scale, keep, shift, scores=None) -> Partial:
     if q.numel() == 0 or k.numel() == 0:
         return nothing(q, v)
-    scores = _scores(q, k, band, mask, scale, shift)
-    largest = finite(scores.amax(-1))
-    weights = torch.exp(scores - largest.unsqueeze(-1))
+    masked = _masked(changed(scores, _scaled(q, k, scale)), band, mask, shift)
+    largest = finite(masked.amax(-1))
+    weights = torch.exp(masked - largest.unsqueeze(-1))
     total = weights.sum(-1)
     weights = weights / torch.where(total == 0, torch.ones_like(total), total).unsqueeze(-1)
     if keep is not None:
@@ -61,23 +66,36 @@ def _forward(q, k, v, *, band, mask, scale, keep, shift) -> Partial:
     return out.reshape(*q.shape[:3], v.shape[3]), largest + torch.log(total)
 
 
-def _backward(dout, q, k, v, out, lse, *, band, mask, scale, keep, shift, need_dmask) -> Gradients:
+def _backward(
+    dout, q, k, v, out, lse, *, band, mask, scale, keep, shift, need_dmask, scores=None
+) -> Gradients:
     dtype = accumulator(q.dtype)
     if q.numel() == 0 or k.numel() == 0:
-        dmask = torch.zeros_like(mask, dtype=dtype) if need_dmask else None
-        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        return dq, dk, dv, dmask
+        return _none(q, k, v, mask if need_dmask else None, scores)
     dout, shape = dout.to(dtype), (*q.shape[:3], k.shape[2])
-    weights = torch.exp(_scores(q, k, band, mask, scale, shift) - finite(lse).unsqueeze(-1))
+    raw = _scaled(q, k, scale)
+    masked = _masked(changed(scores, raw), band, mask, shift)
+    weights = torch.exp(masked - finite(lse).unsqueeze(-1))
     dropped = weights if keep is None else weights * keep
     dv = _grouped(dropped, k).mT @ _grouped(dout, k)
     dweights = (_grouped(dout, k) @ v.to(dtype).mT).reshape(shape)
     if keep is not None:
         dweights = dweights * keep
-    dscores = weights * (dweights - (dout * out.to(dtype)).sum(-1, keepdim=True))
+    dmasked = weights * (dweights - (dout * out.to(dtype)).sum(-1, keepdim=True))
+    dscores, *dleaves = gradients(scores, raw, dmasked)
     dq = (_grouped(dscores, k) @ k.to(dtype)).reshape(q.shape) * scale
     dk = _grouped(dscores, k).mT @ _grouped(q, k).to(dtype) * scale
-    return dq, dk, dv, summed_to(dscores, mask.shape) if need_dmask else None
+    dmask = summed_to(dmasked, mask.shape) if need_dmask else None
+    return Gradients(dq, dk, dv, dmask, tuple(dleaves))
+
+
+def _none(q, k, v, mask: Tensor | None, scores: Structure | None) -> Gradients:
+    """Of a block without rows or keys."""
+    learned = () if scores is None else [scores.leaves[i] for i in scores.parsed.learned]
+    given = (q, k, v, *(() if mask is None else (mask,)), *learned)
+    zeros = [torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in given]
+    dmask = None if mask is None else zeros[3]
+    return Gradients(*zeros[:3], dmask, tuple(zeros[len(given) - len(learned) :]))
 
 
 def summed_to(x: Tensor, shape: torch.Size) -> Tensor:

@@ -58,8 +58,9 @@ def blocks_of(mask: Structure, rows: int, keys: int) -> Blocks:
 
 
 def span_of(leaf: Tensor) -> Span | None:
-    """Of a vector or a number; None for floats, among which a NaN would hide the others."""
-    if leaf.is_floating_point():
+    """Of a vector or a number; None for floats, among which a NaN would hide the others, and for
+    tables."""
+    if leaf.is_floating_point() or leaf.ndim == 2:
         return None
     low = high = leaf.to(torch.uint8) if leaf.dtype == torch.bool else leaf
     for dim in (2, 3) if leaf.ndim else ():

@@ -1,0 +1,57 @@
+"""What a program makes of scores, before mask, band and documents: softcap, a bias for each pair.
+
+A score program is a ``TileProgram`` that is given all leaves and then the scaled score, and gives
+what replaces it.
+
+>>> leaves = (torch.ones(1, 1, 1, 1),)
+>>> scores = Structure("float32: add.Tensor(%1, %0); tanh(%2); mul.Tensor(%3, 50.0)", leaves)
+>>> changed(scores, torch.tensor([[[[0.0]]]]))
+tensor([[[[38.0797]]]])
+>>> with_bias(scores, Structure("float32: neg(%0)", leaves)).program
+'float32: add.Tensor(%1, %0); tanh(%2); mul.Tensor(%3, 50.0); neg(%0); add.Tensor(%4, %5)'
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from mosaic.attention.structure import Structure, renumbered
+from mosaic.attention.tiles import Ref, Step, TileProgram
+
+
+def changed(scores: Structure | None, score: Tensor) -> Tensor:
+    """(batch, heads, rows, keys), as it came where there is nothing to change."""
+    return score if scores is None else scores.parsed(*scores.leaves, score).to(score.dtype)
+
+
+def gradients(scores: Structure | None, score: Tensor, dchanged: Tensor) -> tuple[Tensor, ...]:
+    """Of the score, and of each learned leaf, of that of ``changed``."""
+    if scores is None:
+        return (dchanged,)
+    program, count = scores.parsed, len(scores.leaves)
+    of_all = replace(program, learned=(count, *program.learned))
+    return tuple(of_all.gradients((*scores.leaves, score), dchanged).values())
+
+
+def with_bias(scores: Structure | None, bias: Structure | None) -> Structure | None:
+    """The change that also adds a bias of the same leaves."""
+    if scores is None and bias is None:
+        return None
+    if bias is None:
+        return scores
+    count = len(bias.leaves)
+    before = scores.parsed if scores else TileProgram((), bias.parsed.dtype)
+    made = [renumbered(step, count, 0, 1 + len(before.steps)) for step in bias.parsed.steps]
+    last = [Ref(count + len(before.steps)), Ref(count + len(before.steps) + len(made))]
+    steps = (*before.steps, *made, Step("add.Tensor", tuple(last)))
+    learned = sorted({*before.learned, *bias.parsed.learned})
+    return Structure(str(TileProgram(steps, before.dtype, tuple(learned))), bias.leaves)
+
+
+def unlearned(scores: Structure | None) -> Structure | None:
+    """The same, of which no leaf gets a gradient."""
+    if scores is None:
+        return None
+    return scores._replace(program=str(replace(scores.parsed, learned=())))
