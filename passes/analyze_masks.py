@@ -15,6 +15,7 @@ program is read exactly (``mosaic/masks``): what cannot be read stays in ``attn_
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from torch import fx
 from mosaic.attention.blocks import FULL
 from mosaic.graph.emit import drop_dead, insert
 from mosaic.masks.additive import INF, additive
+from mosaic.masks.biases import hides_by_inf
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
 from mosaic.masks.op import ATTENTIONS, PLAIN, STRUCTURED
 from mosaic.masks.read import Mask, Reader, every_row_sees, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
-from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
+from mosaic.masks.words import documents_of, mask_words_of
 from mosaic.partition.context import Context
 from mosaic.partition.values import Call
 
@@ -40,8 +42,10 @@ def analyze_masks(graph: fx.Graph, context: Context) -> int:
     constants = Constants()
     read: dict[tuple[fx.Node, int], dict[str, Any] | None] = {}
     count = 0
-    for node in graph.find_nodes(op="call_function", target=PLAIN):
+    for node in [n for n in graph.nodes if n.target in ATTENTIONS]:
         call = Call(node.target, node.args, node.kwargs, node.meta["val"], node)
+        if says_masks(call):
+            continue
         mask, ndim = call["attn_mask"], call.val.ndim
         if isinstance(mask, fx.Node) and (mask, ndim) not in read:
             read[mask, ndim] = structured(graph, mask, call, constants)
@@ -55,6 +59,13 @@ def analyze_masks(graph: fx.Graph, context: Context) -> int:
             node.meta["mask"] = words(node)
     drop_dead(graph)
     return count
+
+
+def says_masks(call: Call) -> bool:
+    """Whether a call of ``mosaic.sdpa`` has a mask in words already."""
+    made = (documents_of(call.bound), call.bound.get("leaves"))
+    bounds = (call.bound.get("left"), call.bound.get("right"))
+    return call.target is STRUCTURED and (any(made) or bounds != (None, None))
 
 
 def structured(
@@ -92,11 +103,12 @@ def with_tiles(
     left = mask if said is None else said["attn_mask"]
     if left is None or not broadcast(left, ndim).is_pairwise:
         return said
+    mild = hides_by_inf(broadcast(left, ndim), constants)
     with graph.inserting_before(mask):
         found = tiles_of(graph, broadcast(left, ndim), constants)
     if found is None:
         return said
-    program, leaves = found
+    program, leaves = replace(found[0], mild=mild), found[1]
     return {**(said or {}), "attn_mask": None, "leaves": leaves, "tile": str(program)}
 
 
@@ -160,9 +172,10 @@ def rewrite(node: fx.Node, call: Call, said: dict[str, Any]) -> None:
     said = {name: value for name, value in said.items() if value is not None}
     n, m = (call[name].meta["val"].shape[-2] for name in ("query", "key"))
     rises = call["scale"] is None or call["scale"] > 0  # else ATen's kernel for CPUs makes NaN
-    if said == {"right": 0} and n == m and rises:
+    if said == {"right": 0} and n == m and rises and call.target is PLAIN:
         said = {"is_causal": True}
-    target = PLAIN if said.keys() <= {"attn_mask", "is_causal"} else STRUCTURED
+    is_plain = said.keys() <= {"attn_mask", "is_causal"} and call.target is PLAIN
+    target = PLAIN if is_plain else STRUCTURED
     plain = {**call.bound, "attn_mask": None}
     new = Call(target, (), {**plain, **said}, call.val, node)
     node.target, (node.args, node.kwargs) = target, new.split(new.bound)
@@ -172,4 +185,4 @@ def words(node: fx.Node) -> str:
     call = Call(node.target, node.args, node.kwargs, None, node)
     mask = call["attn_mask"]
     val = None if mask is None else mask.meta["val"]
-    return mask_words(band_of(call.bound), bool(documents_of(call.bound)), val, tile_of(call.bound))
+    return mask_words_of(call.bound, val)

@@ -5,6 +5,8 @@
     out = matmul(dropout(softmax(scores, -1)), v)
         ->  out = sdpa(q, k, v, where(~hidden, bias, -inf), dropout_p, scale=scale)
 
+A softcap between scale and masks (``cap * tanh(scores / cap)``) is a score program of mosaic.sdpa.
+
 Unmodified models need this: ``nn.MultiheadAttention`` with its default ``need_weights=True`` never
 calls SDPA. Legal because it is the same function; where something else reads the scores or the
 weights, they are computed for it as well.
@@ -28,7 +30,7 @@ from mosaic.masks.additive import INF
 from mosaic.masks.biases import hides_fully, is_mild
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
-from mosaic.masks.op import PLAIN
+from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.masks.products import Operand, Weighted, permuted, weighted
 from mosaic.masks.read import Reader, every_row_sees, joined
 from mosaic.masks.softmax import Masked, ScoresReader, Step, Weights, weights
@@ -176,7 +178,9 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         flat = len(lead) == 1
         given = (lifted(graph, x) if flat else x for x in (q, k, v, mask))
         args, scale = (*given, found.weights.dropout), {"scale": found.masked.scale}
-        new = insert(graph, node, PLAIN, args, scale, name="attention")
+        scores = {"scores": found.masked.scores} if found.masked.scores else {}
+        target = STRUCTURED if scores else PLAIN
+        new = insert(graph, node, target, args, {**scale, **scores}, name="attention")
         new.meta["site"] = len(graph.nodes)
         new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
         new.meta["keeps_low_rows"] = bool(found.masked.biases)

@@ -176,6 +176,19 @@ def hf_mistral(batch: int = 3, n: int = 37) -> Built:
     return model, (), {"input_ids": ids, "labels": ids.clone()}
 
 
+def hf_gemma2(batch: int = 3, n: int = 37, padded: bool = True) -> Built:
+    """Eager attention with a softcap; one layer with a window of 6 tokens, and a full one."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        **CAUSAL_LM | {"attn_implementation": "eager"}, head_dim=8, sliding_window=6,
+        attn_logit_softcapping=0.5, final_logit_softcapping=3.0, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    ids = tokens(29, batch, n)
+    mask = {"attention_mask": padding(batch, n)} if padded else {}
+    return Gemma2ForCausalLM(config), (), {"input_ids": ids, "labels": ids.clone(), **mask}
+
+
 def hf_mixtral(batch: int = 3, n: int = 37) -> Built:
     """Experts in groups: tokens are sorted by expert, and put back."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -241,6 +254,8 @@ CASES = {
     "hf_llama_packed": (hf_llama_packed, TOKENS),
     "hf_llama_packed_auto": (hf_llama_packed, Spec(on_gather="error")),
     "hf_mistral": (hf_mistral, None),
+    "hf_gemma2": (hf_gemma2, Spec(on_gather="error")),
+    "hf_gemma2_alone": (partial(hf_gemma2, padded=False), Spec(on_gather="error")),
     "hf_mixtral": (hf_mixtral, Spec(on_gather="error")),
     "hf_qwen3_next": (hf_qwen3_next, None),
     "hf_bert": (hf_bert, TOKENS),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from mosaic.masks.additive import WHERE, additive
+from mosaic.masks.additive import INF, WHERE, additive
 from mosaic.masks.constants import Constants
 from mosaic.masks.products import PRODUCTS
 from mosaic.masks.softmax import LOW, Step
-from mosaic.masks.terms import broadcast
+from mosaic.masks.terms import Term, broadcast
 
 aten = torch.ops.aten
 FILLS = {*WHERE, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
@@ -42,6 +42,14 @@ def is_mild(bias: fx.Node, constants: Constants) -> bool:
         elif node.target not in LEARNED:
             todo += numbers_of(node)
     return True
+
+
+def hides_by_inf(mask: Term, constants: Constants) -> bool:
+    """Whether a float mask hides keys by -inf alone, and is mild where it does not."""
+    if not mask.node.meta["val"].is_floating_point():
+        return False
+    found = additive(mask, constants)
+    return found.fill == -INF and all(is_mild(term.node, constants) for term in found.biases)
 
 
 def numbers_of(node: fx.Node) -> list[fx.Node]:

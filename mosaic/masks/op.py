@@ -6,18 +6,20 @@ positions, so it is right under autograd, fake tensors and ``torch.compile`` ali
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from mosaic.attention.merge import accumulator
 from mosaic.attention.tiles import TileProgram
 
 SCHEMA = (
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int? left=None, "
     "int? right=None, Tensor? query_documents=None, Tensor? key_documents=None, "
-    "Tensor[]? leaves=None, str tile='', str method='') -> Tensor"
+    "Tensor[]? leaves=None, str tile='', str scores='', str method='') -> Tensor"
 )
 
 library = torch.library.Library("mosaic", "FRAGMENT")
@@ -40,6 +42,7 @@ def sdpa(
     key_documents: Tensor | None = None,
     leaves: Sequence[Tensor] | None = None,
     tile: str = "",
+    scores: str = "",
     method: str = "",
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` in which query i sees key j only where
@@ -48,8 +51,9 @@ def sdpa(
     - query_documents[b, i] == key_documents[b, j]: int64, (batch|1, queries) and (batch|1, keys).
 
     ``attn_mask`` is boolean or added to the scores, as ever. In its place there may be a
-    ``TileProgram`` that makes it of ``leaves`` (``attention/tiles.py``). ``method``: the key of the
-    one that the call names, for an axis that is cut.
+    ``TileProgram`` that makes it of ``leaves`` (``attention/tiles.py``). ``scores``: a program that
+    is given all leaves and the scaled score, and gives what replaces it, before the mask.
+    ``method``: the key of the one that the call names, for an axis that is cut.
     """
     if tile:
         attn_mask = TileProgram.parse(tile)(*leaves or ())
@@ -59,9 +63,39 @@ def sdpa(
         same = query_documents[:, :, None] == key_documents[:, None, :]
         same = same[:, None] if query.ndim > 3 else same
         seen = same if seen is None else seen & same
+    mask = allowed(attn_mask, seen)
+    if scores:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        change = partial(TileProgram.parse(scores), *leaves or ())
+        return written_out(query, key, value, mask, dropout_p, scale, enable_gqa, change)
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, allowed(attn_mask, seen), dropout_p, scale=scale, enable_gqa=enable_gqa
+        query, key, value, mask, dropout_p, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    enable_gqa: bool,
+    change: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Attention by plain products, whose scores (batch, heads, queries, keys) are changed."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    dtype = accumulator(query.dtype)
+    score = (query.to(dtype) @ key.to(dtype).mT) * scale
+    score = change(score) if query.ndim > 3 else change(score.unsqueeze(1)).squeeze(1)
+    score = score.to(dtype)
+    if mask is not None and mask.dtype == torch.bool:
+        score = score.masked_fill(~mask, -float("inf"))
+    elif mask is not None:
+        score = score + mask
+    weights = torch.dropout(torch.ops.aten._safe_softmax.default(score, -1), dropout_p, True)
+    return (weights @ value.to(dtype)).to(query.dtype)
 
 
 def in_band(

@@ -1,6 +1,6 @@
 """What stands between an attention's two products: read from the softmax down and up.
 
-    scores -> * scale -> + bias -> masked_fill(hidden, -inf) -> softmax -> dropout -> weights
+    scores -> * scale -> tanh, * cap -> + bias -> masked_fill(hidden, -inf) -> softmax -> dropout
 
 Each step on the way is one reader here. A hidden score may be a low finite number in place of -inf.
 It then differs in a row that hides every key: there all weights are equal. (A seen score below
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mosaic.attention import tiles
+from mosaic.attention.tiles import Ref, TileProgram
 from mosaic.masks.additive import INF, choices, number
 from mosaic.masks.constants import Constants
 from mosaic.masks.products import PRODUCTS, Scores, scores
@@ -52,15 +54,16 @@ class Step:
 class Masked:
     """Scores, and what was done to them until the softmax.
 
-    ``lead``: the product's leading dims. ``factors``: of rows, for mul or div. ``biases``: for add
-    or sub. ``seen``: bools that are True (or False, as ``how`` says) where a score is kept;
-    elsewhere it is ``fill``.
+    ``lead``: the product's leading dims. ``factors``: of rows, for mul or div. ``bends``: the steps
+    of a score program (a softcap) behind these. ``biases``: for add or sub. ``seen``: bools that
+    are True (or False, as ``how`` says) where a score is kept; elsewhere it is ``fill``.
     """
 
     product: Scores
     lead: tuple[int, ...]
     scale: float = 1.0
     factors: tuple[Step, ...] = ()
+    bends: tuple[tiles.Step, ...] = ()
     biases: tuple[Step, ...] = ()
     seen: tuple[Step, ...] = ()
     fill: float = -INF
@@ -68,6 +71,16 @@ class Masked:
     @property
     def is_masked(self) -> bool:
         return bool(self.biases or self.seen)
+
+    def bent(self, op: str, *args: Any) -> Masked:
+        """With one step more of the score program."""
+        return replace(self, bends=(*self.bends, tiles.Step(op, (Ref(len(self.bends)), *args))))
+
+    @property
+    def scores(self) -> str:
+        """The score program, that has no leaves; "" where there is none."""
+        dtype = self.product.q.node.meta["val"].dtype
+        return str(TileProgram(self.bends, dtype)) if self.bends else ""
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -141,8 +154,10 @@ class ScoresReader:
             return Masked(product, lead, scale=product.scale, biases=bias)
         if node.target in COPIED or is_cast_from_half(node) or keeps_rows(node):
             return self(node.args[0])
-        readers = (self.scaled, self.multiplied, self.lessened, self.added, self.filled)
-        return next((x for x in (read(node) for read in readers) if x is not None), None)
+        readers = (self.scaled, self.capped, self.multiplied, self.lessened, self.added)
+        return next(
+            (x for x in (read(node) for read in (*readers, self.filled)) if x is not None), None
+        )
 
     def scaled(self, node: fx.Node) -> Masked | None:
         """By a number, before there is a mask."""
@@ -153,7 +168,14 @@ class ScoresReader:
         if found is None or found.is_masked or (factor == 0 and node.target == aten.div.Tensor):
             return None
         factor = 1 / factor if node.target == aten.div.Tensor else factor
+        if found.bends:
+            return found.bent("mul.Tensor", float(factor))
         return replace(found, scale=found.scale * factor)
+
+    def capped(self, node: fx.Node) -> Masked | None:
+        """``cap * tanh(scores / cap)``, before there is a mask: the scale has what is inside."""
+        found = self(node.args[0]) if node.target == aten.tanh.default else None
+        return None if found is None or found.is_masked else found.bent("tanh")
 
     def multiplied(self, node: fx.Node) -> Masked | None:
         """By a tensor that is the same for all keys: a temperature, a scale for each head."""
@@ -161,7 +183,7 @@ class ScoresReader:
             return None
         for x, factor in operands(node, swap=node.target == aten.mul.Tensor):
             found = self(x) if is_of_rows(factor) else None
-            if found is None or found.is_masked or not like(node, x):
+            if found is None or found.is_masked or found.bends or not like(node, x):
                 continue
             if like(node, found.product.q.node, same_shape=False):
                 return replace(found, factors=(*found.factors, step(node, factor, node.target)))
