@@ -703,10 +703,10 @@ def _with_gradient(
     q: Tensor, change: Callable[..., Tensor], buffers: tuple[Tensor, ...]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The function of a score, and that of its gradients."""
-    pair = (q.new_zeros((), dtype=torch.int) for _ in range(4))
+    batch, head, query, key = (q.new_zeros((), dtype=torch.int) for _ in range(4))
     with torch.enable_grad():
         score = q.new_zeros((), requires_grad=True)
-        return create_fw_bw_graph(change, (score, *pair), buffers)
+        return create_fw_bw_graph(change, (score, batch, head, query, key), buffers)
 
 
 def compiled_by_inductor(

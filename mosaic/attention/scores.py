@@ -35,12 +35,8 @@ def gradients(scores: Structure | None, score: Tensor, dchanged: Tensor) -> tupl
     return tuple(of_all.gradients((*scores.leaves, score), dchanged).values())
 
 
-def with_bias(scores: Structure | None, bias: Structure | None) -> Structure | None:
+def with_bias(scores: Structure | None, bias: Structure) -> Structure:
     """The change that also adds a bias of the same leaves."""
-    if scores is None and bias is None:
-        return None
-    if bias is None:
-        return scores
     count = len(bias.leaves)
     before = scores.parsed if scores else TileProgram((), bias.parsed.dtype)
     made = [renumbered(step, count, 0, 1 + len(before.steps)) for step in bias.parsed.steps]
@@ -48,6 +44,17 @@ def with_bias(scores: Structure | None, bias: Structure | None) -> Structure | N
     steps = (*before.steps, *made, Step("add.Tensor", tuple(last)))
     learned = sorted({*before.learned, *bias.parsed.learned})
     return Structure(str(TileProgram(steps, before.dtype, tuple(learned))), bias.leaves)
+
+
+def then(scores: Structure, op: str, by: Tensor | float) -> Structure:
+    """The change with one step more, by a number or by a vector, which is the last leaf then."""
+    program, leaves, steps = scores.parsed, scores.leaves, scores.parsed.steps
+    last: Ref | float = Ref(len(leaves)) if isinstance(by, Tensor) else by
+    if isinstance(by, Tensor):
+        steps = tuple(renumbered(step, len(leaves), 0, 1) for step in steps)
+        leaves = (*leaves, by)
+    step = Step(op, (Ref(len(leaves) + len(steps)), last))
+    return Structure(str(replace(program, steps=(*steps, step))), leaves)
 
 
 def unlearned(scores: Structure | None) -> Structure | None:

@@ -7,16 +7,20 @@ unequal length could not be merged.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosaic.attention import kernels
 from mosaic.attention.attend import Rows, by_rows
 from mosaic.attention.blocks import FULL, Band, Piece
 from mosaic.attention.kernels.math import outside
+from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.scores import then, with_bias
 from mosaic.attention.tiles import TileProgram
 from mosaic.attention.visit import Inputs, Visit, is_in_kernel, key_blocks, visit
 from mosaic.layout import Interval, Intervals
@@ -30,15 +34,16 @@ def shift_of(
     inputs: Inputs,
 ) -> Tensor | None:
     """(batch|1, heads|1, seq|1, 1) for q (batch, heads, seq, head_dim), the queries at ``rows``; 0
-    where there is nothing to take off, None where no bias is added, or a kernel computes a mild
-    one. ``held``: keys and values like those that visit."""
+    where there is nothing to take off, None where no bias is added, or one that is ``mild`` by a
+    kernel. ``held``: keys and values like those that visit."""
     mask = inputs.mask
     if not plan.has_bias and (mask is None or mask.dtype == torch.bool):
         return None
     if mask is not None and inputs.query_documents is None:
         return row_shift(mask, plan.band, rows)
     if mask is None and is_in_kernel(plan, q, *held):
-        return None
+        is_mild = TileProgram.parse(plan.tile).mild
+        return None if is_mild else by_kernel(plan, rows, q, inputs)
     dtype = TileProgram.parse(plan.tile).dtype if mask is None else mask.dtype
     unseen = q.new_full([*q.shape[:3], 1], float("-inf"), dtype=dtype)
     found: list[Rows] = [(0, q.shape[2], (unseen,))]
@@ -47,6 +52,31 @@ def shift_of(
         found += [(x.q_start, x.q_stop, (_largest(here, x),)) for x in here.pieces]
     (largest,) = by_rows(found, lambda parts: (reduce(torch.maximum, (x for (x,) in parts)),))
     return torch.where(largest.isfinite(), largest, torch.zeros_like(largest))
+
+
+def by_kernel(plan: AttentionPlan, rows: Intervals, q: Tensor, inputs: Inputs) -> Tensor | None:
+    """(batch|1, heads|1, seq, 1), about as much, without any tile: the log-sum-exp of biases alone,
+    which is within log(keys) of the largest.
+
+    Of their halves: kernels take powers of 2, and finfo.min times log2(e) would be -inf. And once
+    more of what is left, which a float holds exactly: of a low number the last digit counts.
+    """
+    here = visit(plan, rows, (Interval(0, plan.key.n),), q, inputs)
+    if not here.pieces or here.bias is None:
+        return None
+    leaves = [*here.bias.leaves, *(here.seen.leaves if here.seen else ())]
+    lead = [max(leaf.shape[d] for leaf in leaves if leaf.ndim == 4) for d in (0, 1)]
+    lead[1] = max([lead[1], *(leaf.shape[1] for leaf in leaves if leaf.ndim == 2)])
+    queries, keys = (q.new_zeros([*lead, n, 16]) for n in (q.shape[2], plan.key.n))
+    shift = q.new_zeros([*lead, q.shape[2], 1], dtype=accumulator(q.dtype))
+    for _ in range(2):
+        left = then(with_bias(None, here.bias), "sub.Tensor", shift)
+        halves = replace(here, bias=None, scores=then(left, "mul.Tensor", 0.5))
+        _, options = halves.at_once(queries, keys)
+        _, lse = kernels.forward(queries, keys, keys, **options)
+        shift = shift + torch.where(lse.isfinite(), 2 * lse, 0).unsqueeze(-1)
+        shift = shift.clamp(min=torch.finfo(shift.dtype).min)
+    return shift
 
 
 def _largest(here: Visit, piece: Piece) -> Tensor:

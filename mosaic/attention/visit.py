@@ -13,7 +13,7 @@ from mosaic.attention import kernels
 from mosaic.attention.blocks import FULL, Piece, pieces, stretch
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.scores import with_bias
+from mosaic.attention.scores import then, with_bias
 from mosaic.attention.structure import (
     Structure,
     of_all,
@@ -23,7 +23,7 @@ from mosaic.attention.structure import (
     positions,
     together,
 )
-from mosaic.attention.tiles import TileProgram, part
+from mosaic.attention.tiles import part
 from mosaic.layout import Intervals, Layout, Place, Run, Shard
 from mosaic.runtime.comm import take_runs
 from mosaic.runtime.rng import global_indices, uniform_keep
@@ -52,8 +52,7 @@ class Visit:
     def is_structure(self) -> bool:
         """Whether there is more than a band, and a kernel may compute all of it pair by pair."""
         rest = (self.seen, self.bias, self.scores)
-        is_mild = self.bias is None or self.bias.parsed.mild
-        return self.mask is None and is_mild and any(part is not None for part in rest)
+        return self.mask is None and any(part is not None for part in rest)
 
     @property
     def adds_mask(self) -> bool:
@@ -89,7 +88,9 @@ class Visit:
         mask = together(parts) if parts else of_all(q)
         whole = Piece(0, q.shape[2], 0, k.shape[2])
         options = {"band": whole.band, "scale": self.scale, "mask": mask}
-        scores = with_bias(self.scores, self.bias)
+        scores = self.scores if self.bias is None else with_bias(self.scores, self.bias)
+        if scores is not None and self.shift is not None:
+            scores = then(scores, "sub.Tensor", self.shift)
         return whole, {**options, "keep": None, "shift": None, "scores": scores}
 
     def options(self, piece: Piece) -> dict[str, Any]:
@@ -156,8 +157,7 @@ def visit(
 
 def is_in_kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a kernel computes the bias of a plan's program pair by pair."""
-    case = kernels.Case.of(q, k, v, None, bool(plan.dropout))
-    return TileProgram.parse(plan.tile).mild and kernels.takes(case)
+    return kernels.takes(kernels.Case.of(q, k, v, None, bool(plan.dropout)))
 
 
 def is_of_keys(mask: Tensor) -> bool:

@@ -14,7 +14,6 @@ from mosaic.attention.cost import cost_of, size
 from mosaic.attention.kernels.flex import refused
 from mosaic.attention.kernels.kernel import STRUCTURE, Case, capability
 from mosaic.attention.problem import AttentionProblem
-from mosaic.attention.tiles import TileProgram
 from mosaic.graph.pipeline import PassReport
 from mosaic.graph.source import code, line
 from mosaic.layout import Place, Shard
@@ -183,8 +182,6 @@ def made_dense(found: AttentionProblem, out: torch.Tensor) -> tuple[str, str]:
     rest = found.mask.rpartition(", ")[2]
     if rest in TENSORS:
         return found.mask, TENSORS[rest]
-    if rest == "float by tiles" and not TileProgram.parse(found.tile).mild:
-        return found.mask, "it may hide all keys of a row by a low number in place of -inf"
     if rest not in STRUCTURES and not found.scores:
         return "", ""
     empty = out.numel() == 0 or found.key.n == 0

@@ -206,7 +206,6 @@ TABLE_BIAS = "float32 d%2 mild: sub.Tensor(%1, %0); abs(%3); index(%2, %4)"
         ("causal, documents", {}, torch.float64, "float64"),
         ("causal, dense boolean", {}, torch.bfloat16, "an input"),
         ("documents, float by tiles", {"tile": TABLE_BIAS}, torch.bfloat16, ""),
-        ("float by tiles", {"tile": TABLE_BIAS.replace(" mild", "")}, torch.float16, "low number"),
         ("softcap 50, causal", {"scores": SOFTCAP}, torch.bfloat16, ""),
         ("softcap 50, dense float", {"scores": SOFTCAP}, torch.bfloat16, "added to the scores"),
         ("softcap 50", {"scores": SOFTCAP}, torch.float64, "float64"),

@@ -36,7 +36,7 @@ def backward(kernel: Kernel, tensors: tuple[Tensor, ...], **options: Any) -> Gra
         kernel.backward(*(x[part] for x in tensors), **options_of(options, part)) for part in parts
     ]
     dq, dk, dv, dmasks, dleaves = zip(*found, strict=True)
-    grads = Gradients(*(torch.cat(same) for same in (dq, dk, dv)))
+    grads = Gradients(torch.cat(dq), torch.cat(dk), torch.cat(dv))
     if dmasks[0] is not None:
         grads = grads._replace(mask=of_all(dmasks, options["mask"]))
     if not dleaves[0]:

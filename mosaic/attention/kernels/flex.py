@@ -71,15 +71,15 @@ class Programs(NamedTuple):
     ``scores``, if that is not empty."""
 
     mask: str
-    count: int
+    mask_leaves: int
     scores: str
     scale: float
 
     def parts(self, rest: Sequence[Tensor]) -> tuple[Structure, Structure | None]:
         """Of the lists of blocks and all leaves."""
         leaves = tuple(rest[LISTS:])
-        scores = Structure(self.scores, leaves[self.count :]) if self.scores else None
-        return Structure(self.mask, leaves[: self.count]), scores
+        scores = Structure(self.scores, leaves[self.mask_leaves :]) if self.scores else None
+        return Structure(self.mask, leaves[: self.mask_leaves]), scores
 
 
 @lru_cache(maxsize=256)

@@ -159,8 +159,9 @@ def narrowed(x: Tensor, dim: int) -> Tensor:
 
 def without_padding(grads: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Gradients:
     """The gradients of q, k and v of those of their widened forms; there is no mask."""
-    narrow = (narrowed(x, y.shape[-1]) for x, y in zip(grads, (q, k, v), strict=True))
-    return Gradients(*narrow)
+    dq, dk, dv = grads
+    dims = [x.shape[-1] for x in (q, k, v)]
+    return Gradients(narrowed(dq, dims[0]), narrowed(dk, dims[1]), narrowed(dv, dims[2]))
 
 
 def seq_first(x: Tensor) -> Tensor:

@@ -91,11 +91,13 @@ def _backward(
 
 def _none(q, k, v, mask: Tensor | None, scores: Structure | None) -> Gradients:
     """Of a block without rows or keys."""
-    learned = () if scores is None else [scores.leaves[i] for i in scores.parsed.learned]
-    given = (q, k, v, *(() if mask is None else (mask,)), *learned)
-    zeros = [torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in given]
-    dmask = None if mask is None else zeros[3]
-    return Gradients(*zeros[:3], dmask, tuple(zeros[len(given) - len(learned) :]))
+
+    def zeros(x: Tensor) -> Tensor:
+        return torch.zeros_like(x, dtype=accumulator(x.dtype))
+
+    learned = [scores.leaves[i] for i in scores.parsed.learned] if scores else []
+    dmask = None if mask is None else zeros(mask)
+    return Gradients(zeros(q), zeros(k), zeros(v), dmask, tuple(map(zeros, learned)))
 
 
 def summed_to(x: Tensor, shape: torch.Size) -> Tensor:
