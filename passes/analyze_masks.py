@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from mosaic.attention.blocks import FULL
+from mosaic.attention.scores import behind_leaves
 from mosaic.graph.emit import drop_dead, insert
 from mosaic.masks.additive import INF, additive
 from mosaic.masks.biases import hides_by_inf
@@ -31,7 +32,7 @@ from mosaic.masks.op import ATTENTIONS, PLAIN, STRUCTURED
 from mosaic.masks.read import Mask, Reader, every_row_sees, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
-from mosaic.masks.words import documents_of, mask_words_of
+from mosaic.masks.words import documents_of, mask_words_of, scores_of
 from mosaic.partition.context import Context
 from mosaic.partition.values import Call
 
@@ -170,6 +171,8 @@ def identities(graph: fx.Graph, term: Term, coordinate: int) -> fx.Node:
 def rewrite(node: fx.Node, call: Call, said: dict[str, Any]) -> None:
     """The node becomes the call that says the same; it keeps its name and its line."""
     said = {name: value for name, value in said.items() if value is not None}
+    if scores_of(call.bound) and "leaves" in said:
+        said["scores"] = behind_leaves(scores_of(call.bound), len(said["leaves"]))
     n, m = (call[name].meta["val"].shape[-2] for name in ("query", "key"))
     rises = call["scale"] is None or call["scale"] > 0  # else ATen's kernel for CPUs makes NaN
     if said == {"right": 0} and n == m and rises and call.target is PLAIN:

@@ -125,6 +125,42 @@ def less_the_maximum(q, k, v, pad):
     return (scores - scores.amax(dim=-1, keepdim=True).detach()).softmax(-1) @ v
 
 
+# --- softcaps -------------------------------------------------------------------------------------
+
+
+@attention
+def softcap(q, k, v, pad):  # Gemma 2
+    scores = torch.tanh(product(q, k) * 0.5 / 2.0) * 2.0
+    scores = scores + torch.full((N, N), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+    return scores.softmax(-1) @ v
+
+
+@attention
+def softcap_of_padding(q, k, v, pad):
+    scores = 3.0 * torch.tanh(product(q, k) * (1 / 3.0))
+    return scores.masked_fill(pad[:, None, None], -1e9).softmax(-1) @ v
+
+
+@attention
+def softcap_views(q, k, v, pad):  # Grok
+    q, k, v = (x.reshape(6, N, 4) for x in (q, k, v))
+    scores = (torch.bmm(q, k.mT).view(2, 3, N, N) / 2.0).tanh().mul(2.0)
+    scores = scores.masked_fill(lower() == 0, -INF) + torch.arange(3)[:, None, None] * 0.1
+    return torch.bmm(scores.view(6, N, N).softmax(-1), v).view(2, 3, N, 4)
+
+
+@attention
+def softcap_and_distances(q, k, v, pad):  # the mask is a program with leaves of its own
+    scores = torch.tanh(product(q, k) / 2.0) * 2.0
+    apart = torch.arange(N) - torch.arange(N)[:, None]
+    return (scores + v.mean((0, 2, 3))[:, None, None] * apart.abs().sqrt()).softmax(-1) @ v
+
+
+@attention
+def softcap_twice(q, k, v, pad):
+    return (((product(q, k) / 4).tanh() * 4).tanh() * 2 / 3).softmax(-1) @ v
+
+
 # --- masks ----------------------------------------------------------------------------------------
 
 
@@ -254,11 +290,6 @@ def detached(q, k, v, pad):
 
 
 @other
-def softcap(q, k, v, pad):
-    return (torch.tanh(product(q, k) / 30) * 30).softmax(-1) @ v
-
-
-@other
 def not_so_low(q, k, v, pad):
     return product(q, k).masked_fill(lower() == 0, -100.0).softmax(-1) @ v
 
@@ -307,6 +338,17 @@ def low_bias_and_low_fill(q, k, v, pad):
 @other
 def narrower_softmax(q, k, v, pad):
     return product(q, k).float().softmax(-1).to(v.dtype) @ v
+
+
+@other
+def softcap_of_a_mask(q, k, v, pad):
+    scores = product(q, k) + torch.full((N, N), -1e9, dtype=q.dtype).triu(1)
+    return (scores.tanh() * 2).softmax(-1) @ v
+
+
+@other
+def softcap_of_each_head(q, k, v, pad):
+    return (product(q, k).tanh() * torch.arange(1, 4)[:, None, None]).softmax(-1) @ v
 
 
 @other

@@ -57,6 +57,13 @@ def then(scores: Structure, op: str, by: Tensor | float) -> Structure:
     return Structure(str(replace(program, steps=(*steps, step))), leaves)
 
 
+def behind_leaves(scores: str, count: int) -> str:
+    """A score program without leaves, where a mask's program has so many."""
+    program = TileProgram.parse(scores)
+    steps = tuple(renumbered(step, 0, 0, count) for step in program.steps)
+    return str(replace(program, steps=steps))
+
+
 def unlearned(scores: Structure | None) -> Structure | None:
     """The same, of which no leaf gets a gradient."""
     if scores is None:
