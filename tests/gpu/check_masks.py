@@ -1,13 +1,10 @@
-"""Masks that are run as structure: right against float64, and as fast as ``flex_attention``.
+"""Masks and changes of scores that are run as structure, against float64.
 
-    python tests/gpu/check_masks.py [--skip errors rates] [--device cpu]
+    python tests/gpu/check_masks.py [--device cpu]
 
-First relative errors of the output and of the worst gradient, for three simulated ranks in zigzag:
-each visits the keys of all, merges, and goes back with the global output and log-sum-exp. Then
-milliseconds of forward and backward and the peak memory, of one attention with 32 heads that share
-8 of keys, head dim 128, bfloat16: by Mosaic on one rank with the mask that a model builds, and by
-``torch.nn.attention.flex_attention`` with a BlockMask that is made before. Exits 1 if a result is
-wrong or fails. On a CPU sizes are small and the flex kernels are plain math: right or wrong only.
+Relative errors of the output and of the worst gradient, for three simulated ranks in zigzag: each
+visits the keys of all, merges, and goes back with the global output and log-sum-exp. Exits 1 if a
+result is wrong or fails. On a CPU the flex kernels are plain math.
 """
 
 from __future__ import annotations
@@ -15,21 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from multiprocessing import get_context
-from statistics import median
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import mosaic
 from mosaic.attention import kernels
 from mosaic.attention.attend import attend, attend_backward
 from mosaic.attention.blocks import FULL, Band
@@ -42,7 +32,6 @@ from mosaic.attention.shift import shift_of
 from mosaic.attention.strategy import LOCAL
 from mosaic.attention.visit import Inputs, visit
 from mosaic.layout import Layout
-from mosaic.torch_private import FakeStore
 
 CAUSAL = Band(None, 0)
 HALF = torch.bfloat16
@@ -107,6 +96,7 @@ class Check:
     band: Band = FULL
     mask: str = ""
     documents: bool = False
+    cap: float = 0.0
     dim: int = 64
     v_dim: int = 64
     kv_heads: int = 2
@@ -126,6 +116,18 @@ CHECKS = (
     Check("3 tokens", CAUSAL, "padding", True, tokens=3),
     *(Check(f"head dim {n}", CAUSAL, "", True, n, n) for n in (16, 96, 128, 256)),
     Check("head dim 64, v 128", CAUSAL, "", True, 64, 128),
+    Check("softcap", cap=2.0),
+    Check("softcap, documents, causal", CAUSAL, documents=True, cap=2.0),
+    Check("table", mask="table"),
+    Check("table, documents, causal", CAUSAL, "table", True),
+    Check("table, softcap, window", Band(99, 0), "table", cap=2.0),
+    Check("table, float16", CAUSAL, "table", True, dtype=torch.float16),
+    Check("table, float32", CAUSAL, "table", True, dtype=torch.float32),
+    Check("ALiBi, causal", CAUSAL, "alibi"),
+    Check("ALiBi, documents", mask="alibi", documents=True),
+    Check("padding by low numbers", mask="low"),
+    Check("low numbers, documents, causal", CAUSAL, "low", True),
+    Check("low numbers, float32", CAUSAL, "low", dtype=torch.float32),
     Check("float16", CAUSAL, "padding", True, dtype=torch.float16),
     Check("float32, head dim 128", CAUSAL, "padding", True, 128, 128, dtype=torch.float32),
 )
@@ -134,6 +136,15 @@ TILES = {
     "prefix": "bool: le.Tensor(%1, %0); lt.Tensor(%1, %2); bitwise_or.Tensor(%3, %4)",
     "distances": "bool: sub.Tensor(%1, %0); remainder.Scalar(%3, 3); eq.Scalar(%4, 0); "
     "lt.Tensor(%1, %2); logical_and(%5, %6)",
+}
+#: Those that are added to the scores, of positions and what is learned. (A float mask of padding
+#: has the lowest number where a key is hidden: a row that sees no other weighs those alike.)
+REACH = 64
+LOOKED_UP = f"sub.Tensor(%1, %0); clamp(%{{0}}, -{REACH}, {REACH}); add.Tensor(%{{1}}, {REACH}); "
+BIASES = {
+    "table": "d%2 mild: " + LOOKED_UP.format(3, 4) + "embedding(%2, %5)",
+    "alibi": "d%2 mild: sub.Tensor(%1, %0); abs(%3); neg(%4); mul.Tensor(%5, %2)",
+    "low": "d%2: " + LOOKED_UP.format(4, 5) + "embedding(%2, %6); add.Tensor(%7, %3)",
 }
 
 
@@ -152,6 +163,13 @@ def inputs_of(check: Check, device: torch.device) -> Inputs:
     leaves = ()
     if check.mask in TILES:
         leaves = (at.view(1, 1, n, 1), at.view(1, 1, 1, n), lengths)
+    if check.mask in BIASES:
+        learned = torch.randn(2 * REACH + 1, 4, device=device)
+        learned = learned[:1, :, None, None] ** 2 / 9 if check.mask == "alibi" else learned
+        leaves = (at.view(1, 1, n, 1), at.view(1, 1, 1, n), learned.to(check.dtype))
+    if check.mask == "low":
+        lowest = torch.finfo(check.dtype).min
+        leaves += ((at >= lengths % (n // 2 + 1)).to(check.dtype) * lowest,)
     return Inputs(mask, ids, ids, None, leaves)
 
 
@@ -182,15 +200,42 @@ def dense(check: Check, inputs: Inputs, device: torch.device) -> Tensor:
     return seen
 
 
-def plain(tensors: list[Tensor], seen: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """out, dq, dk and dv; a row that sees nothing has out 0."""
+def bias_of(check: Check, learned: Tensor, inputs: Inputs) -> Tensor:
+    """(2|1, 4, tokens, tokens), written out."""
+    at = inputs.leaves[0].flatten()
+    ahead = at - at[:, None]
+    if check.mask == "alibi":
+        return -ahead.abs() * learned
+    table = learned[ahead.clamp(-REACH, REACH) + REACH].movedim(2, 0)[None]
+    return table if check.mask == "table" else table + inputs.leaves[3].to(table.dtype)
+
+
+def plain(
+    check: Check, tensors: list[Tensor], inputs: Inputs, seen: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """out, dq, dk, dv and that of what is learned; a row that sees nothing has out 0."""
     q, k, v, dout = (x.detach().to(dtype) for x in tensors)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    learned = [inputs.leaves[2].to(dtype)] if check.mask in BIASES else []
+    leaves = [x.requires_grad_() for x in (q, k, v, *learned)]
     k, v = (x.repeat_interleave(4 // x.shape[1], 1) for x in (k, v))
-    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, float("-inf"))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    scores = check.cap * (scores / check.cap).tanh() if check.cap else scores
+    scores = scores + bias_of(check, learned[0], inputs) if learned else scores
+    scores = scores.masked_fill(~seen, float("-inf"))
     blind = ~seen.any(-1, keepdim=True)
     out = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0) @ v
     return [x.detach() for x in (out, *torch.autograd.grad(out, leaves, dout))]
+
+
+def programs_of(check: Check, inputs: Inputs) -> tuple[str, str]:
+    """That of the mask, and that of the scores, which is given the leaves and the scaled score."""
+    tile, dtype = TILES.get(check.mask, ""), str(check.dtype).removeprefix("torch.")
+    tile = f"{dtype} {BIASES[check.mask]}" if check.mask in BIASES else tile
+    n = len(inputs.leaves)
+    cap = (
+        f"{dtype}: div.Tensor(%{n}, {check.cap}); tanh(%{n + 1}); mul.Tensor(%{n + 2}, {check.cap})"
+    )
+    return tile, cap if check.cap else ""
 
 
 def relative(x: Tensor, y: Tensor) -> float:
@@ -210,12 +255,12 @@ def checked(check: Check, device: torch.device) -> tuple[str, str]:
         check = replace(check, tokens=min(check.tokens, 300))
         use_flex_on_cpu()
     inputs, tensors = inputs_of(check, device), tensors_of(check, device)
-    seen, tile = dense(check, inputs, device), TILES.get(check.mask, "")
-    want = plain(tensors, seen, torch.float64)
-    base = errors(plain(tensors, seen, check.dtype), want)
+    seen, programs = dense(check, inputs, device), programs_of(check, inputs)
+    want = plain(check, tensors, inputs, seen, torch.float64)
+    base = errors(plain(check, tensors, inputs, seen, check.dtype), want)
     start = time.perf_counter()
     try:
-        found = errors(by_ranks(tensors, inputs, check.band, check.dim**-0.5, tile), want)
+        found = errors(by_ranks(tensors, inputs, check.band, check.dim**-0.5, *programs), want)
     except Exception as error:  # one that fails must not stop the rest
         first = (str(error).splitlines() or [""])[0]
         words = f"{check.name}: {type(error).__name__}: {first}"
@@ -245,169 +290,13 @@ def use_flex_on_cpu() -> None:
     kernels.KERNELS = (FLEX._replace(fits=lambda case: case.mask == STRUCTURE), MATH)
 
 
-# --- time and memory ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rate:
-    """One line of the table of times. ``mask``: as a model builds it; ``mod``: as flex has it."""
-
-    name: str
-    tokens: int
-    seen: float  # of all pairs
-    mask: Callable[[int, Tensor], Tensor] | None
-    mod: Callable[[Tensor], Callable[..., Tensor]]
-    data: Callable[[int, torch.device], Tensor] = field(
-        default=lambda n, d: torch.arange(n, device=d)
-    )
-
-
-def causal(n: int, data: Tensor) -> Tensor:
-    at = torch.arange(n, device=data.device)
-    return at <= at[:, None]
-
-
-def window(n: int, data: Tensor) -> Tensor:
-    at = torch.arange(n, device=data.device)
-    return (at <= at[:, None]) & (at[:, None] - at < WINDOW)
-
-
-def packed(n: int, ids: Tensor) -> Tensor:
-    return causal(n, ids) & (ids[:, None] == ids)
-
-
-def padded(n: int, real: Tensor) -> Tensor:
-    return real[None].expand(n, n)
-
-
-WINDOW, DOCUMENTS = 1024, 8
-
-
-def rates(tokens: int) -> tuple[Rate, ...]:
-    return (
-        Rate("causal", tokens, 0.5, causal, lambda _: lambda b, h, i, j: j <= i),
-        Rate(
-            f"causal, {DOCUMENTS} documents",
-            tokens,
-            0.5 / DOCUMENTS,
-            packed,
-            lambda ids: lambda b, h, i, j: (j <= i) & (ids[i] == ids[j]),
-            lambda n, d: torch.arange(n, device=d) // (n // DOCUMENTS),
-        ),
-        Rate(
-            "padding, a fifth of the keys",
-            tokens,
-            0.8,
-            padded,
-            lambda real: lambda b, h, i, j: real[j],
-            lambda n, d: torch.arange(n, device=d) < n - n // 5,
-        ),
-        Rate(
-            f"causal, window {WINDOW}",
-            2 * tokens,
-            WINDOW / (2 * tokens),
-            window,
-            lambda _: lambda b, h, i, j: (j <= i) & (i - j < WINDOW),
-        ),
-    )
-
-
-def by_mosaic(rate: Rate, data: Tensor, inner: str) -> Callable[..., Tensor]:
-    def attention(q: Tensor, k: Tensor, v: Tensor, data: Tensor) -> Tensor:
-        mask = rate.mask(q.shape[2], data)
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-
-    compiled = torch.compile(attention, backend="mosaic", options={"inner": inner})
-    return lambda q, k, v: compiled(q, k, v, data)
-
-
-def by_flex(rate: Rate, data: Tensor, _: str) -> Callable[..., Tensor]:
-    mod, n = rate.mod(data), rate.tokens
-    blocks = torch.compile(create_block_mask)(mod, None, None, n, n, device=data.device)
-    called = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: called(q, k, v, block_mask=blocks, enable_gqa=True)
-
-
-def measured(
-    called: Callable[..., Tensor], n: int, heads: tuple[int, int], dim: int, device: torch.device
-) -> tuple[list[Tensor], str]:
-    """What a first run gives; milliseconds forward and backward, peak GiB, seconds of the first."""
-    torch.manual_seed(0)
-    dtype = HALF if device.type == "cuda" else torch.float32
-    q, k, v, dout = (
-        torch.randn(1, h, n, dim, device=device).to(dtype) for h in (*heads, heads[1], heads[0])
-    )
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    begin, times = time.perf_counter(), []
-    out = called(*leaves)
-    found = [x.detach().cpu() for x in (out, *torch.autograd.grad(out, leaves, dout))]
-    del out
-    if device.type == "cpu":
-        return found, "right or wrong only"
-    torch.cuda.synchronize()
-    first = time.perf_counter() - begin
-    for i in range(9):
-        if i == 1:
-            torch.cuda.reset_peak_memory_stats()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        marks[0].record()
-        out = called(*leaves)
-        marks[1].record()
-        torch.autograd.grad(out, leaves, dout)
-        marks[2].record()
-        torch.cuda.synchronize()
-        del out
-        times += [[a.elapsed_time(b) for a, b in pairwise(marks)]] if i else []
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    forward, backward = (median(column) for column in zip(*times, strict=True))
-    took = f"{forward:8.2f} {backward:8.2f} {forward + backward:8.2f} ms"
-    return found, f"{took} {peak:7.2f} GiB   first {first:5.1f} s"
-
-
-def show_rates(device: torch.device) -> list[str]:
-    is_cuda = device.type == "cuda"
-    if not is_cuda:
-        use_flex_on_cpu()
-    heads, dim, inner = ((32, 8), 128, "inductor") if is_cuda else ((4, 2), 16, "eager")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    mosaic.init(sp_size=1, device=device)
-    wrong, lines = [], []
-    say(f"\n{'':34}{'forward  backward  both, peak memory, first run':>30}")
-    for rate in rates(32768 if is_cuda else 128):
-        known: list[Tensor] = []
-        ways = (("Mosaic", by_mosaic), ("flex_attention", by_flex))
-        for name, way in ways if is_cuda else ways[:1]:
-            label = f"{rate.name}, {rate.tokens:,}: {name}"
-            try:
-                called = way(rate, rate.data(rate.tokens, device), inner)
-                found, text = measured(called, rate.tokens, heads, dim, device)
-                apart = [relative(x, y) for x, y in zip(found, known, strict=False)]
-                known = found
-                if any(not e < 2e-2 for e in apart):
-                    wrong.append(f"{label}: results are apart by {apart}")
-            except Exception as error:
-                first = (str(error).splitlines() or [""])[0]
-                text = f"{type(error).__name__}: {first}"
-                wrong.append(f"{label}: {text}")
-            lines.append(f"{label:58}{text}")
-            say(lines[-1])
-            torch._dynamo.reset()
-            if is_cuda:
-                torch.cuda.empty_cache()
-    say("\n" + "\n".join(lines))
-    return wrong
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("errors", "rates"))
-    given = parser.parse_args()
-    device = torch.device(given.device)
+    device = torch.device(parser.parse_args().device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     say(f"torch {torch.__version__}, {where}\n")
-    wrong = [] if "errors" in given.skip else check_errors(device)
-    wrong += [] if "rates" in given.skip else show_rates(device)
+    wrong = check_errors(device)
     say("\n" + "\n".join(wrong or ["all right"]))
     return int(bool(wrong))
 
