@@ -1,8 +1,11 @@
-"""Who holds which indices: zigzag when most attention work along the axis is causal, else even.
+"""Who holds which indices: zigzag when most attention work along the axis is causal, else even;
+many zigzags of short chunks when it is within documents.
 
 With even shards the last rank of a causal attention works p times as long as the first; with zigzag
 (rank r holds chunks r and 2p-1-r) all work alike. A causal window no longer than a shard is even
-work on even shards. Every method is exact on either.
+work on even shards. Where documents begin is data, and not known here: of short chunks every rank
+has about as much of each. Kernels must compute the mask pair by pair then: there are many pieces.
+Every method is exact on any layout.
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ def assign_layouts(graph: fx.Graph, context: Context) -> int:
 def assigned(axis: Axis, context: Context) -> Axis:
     along = [a for a, _ in context.attentions if axis.name in a.axes]
     # Many pieces on every rank (the inner axis of a flattened pair) are balanced already.
-    causal = sum(
-        a.flops for a in along if a.causal and not a.is_window and max(map(len, a.query.ranks)) == 1
-    )
-    if causal <= sum(a.flops for a in along) / 2 or not along:
-        return axis
-    return replace(axis, layout=Layout.zigzag(axis.layout.n, axis.p))
+    some = [a for a in along if not a.is_window and max(map(len, a.query.ranks)) == 1]
+    half = sum(a.flops for a in along) / 2
+    n, p = axis.layout.n, axis.p
+    if sum(a.flops for a in some if a.documents and not a.dense) > half:
+        return replace(axis, layout=Layout.zigzags(n, p))
+    if sum(a.flops for a in some if a.causal) > half:
+        return replace(axis, layout=Layout.zigzag(n, p))
+    return axis

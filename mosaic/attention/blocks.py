@@ -109,6 +109,11 @@ def pieces(
     return tuple(done)
 
 
+def sees_any(queries: Intervals, keys: Intervals, band: Band) -> bool:
+    """Whether ``pieces`` has any."""
+    return any(_seen(q, k, band) for q, k in product(_placed(queries), _placed(keys)))
+
+
 def reach(queries: Intervals, band: Band, n: int) -> Intervals:
     """Which of ``n`` keys at least one of the queries sees, in ascending order."""
     left, right = band

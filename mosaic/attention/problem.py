@@ -22,9 +22,9 @@ class AttentionProblem:
     v_dim), of numbers with ``itemsize`` bytes. ``query`` and ``key`` say which positions each rank
     of ``mesh`` holds; query i sees keys i - band.left ... i + band.right. ``has_rows``: a dense
     mask has a row for each query; ``tile``: the program that makes one tile by tile; ``scores``:
-    one that changes scores; ``mask``: all of it in words. ``axes``: the sharded axes that are
-    attended over; an axis that cuts batches or heads is in ``batch_cut`` or ``heads_cut``, and
-    ``batch`` and ``heads`` are what it leaves.
+    one that changes scores; ``mask``: all of it in words; ``dense``: why no kernel computes it pair
+    by pair, or "". ``axes``: the sharded axes that are attended over; an axis that cuts batches or
+    heads is in ``batch_cut`` or ``heads_cut``, and ``batch`` and ``heads`` are what it leaves.
     """
 
     query: Layout
@@ -41,6 +41,7 @@ class AttentionProblem:
     tile: str = ""
     scores: str = ""
     mask: str = ""
+    dense: str = ""
     scale: float = 1.0
     dropout: float = 0.0
     site: int = 0

@@ -62,7 +62,7 @@ def by_kernel(plan: AttentionPlan, rows: Intervals, q: Tensor, inputs: Inputs) -
     more of what is left, which a float holds exactly: of a low number the last digit counts.
     """
     here = visit(plan, rows, (Interval(0, plan.key.n),), q, inputs)
-    if not here.pieces or here.bias is None:
+    if here.is_empty or here.bias is None:
         return None
     leaves = [*here.bias.leaves, *(here.seen.leaves if here.seen else ())]
     lead = [max(leaf.shape[d] for leaf in leaves if leaf.ndim == 4) for d in (0, 1)]

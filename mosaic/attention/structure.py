@@ -24,6 +24,8 @@ from torch import Tensor
 
 from mosaic.attention.blocks import Band, Piece
 from mosaic.attention.tiles import Ref, Step, TileProgram
+from mosaic.layout import Intervals, Run
+from mosaic.runtime.comm import take_runs
 
 
 class Structure(NamedTuple):
@@ -87,10 +89,11 @@ def of_band(band: Band, queries: Tensor, keys: Tensor) -> Structure:
     return Structure(f"bool: {'; '.join(steps)}", leaves)
 
 
-def positions(intervals: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+def positions(intervals: Intervals, device: torch.device) -> Tensor:
     """The global positions of these stretches, in the order of their memory: int32 (n)."""
-    parts = [torch.arange(*part, dtype=torch.int32, device=device) for part in intervals]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    end = max((stop for _, stop in intervals), default=0)
+    at = torch.arange(end, dtype=torch.int32, device=device)
+    return take_runs(at, [Run(*part) for part in intervals], 0)
 
 
 def together(parts: Sequence[Structure]) -> Structure:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mosaic.attention import kernels
-from mosaic.attention.blocks import FULL, Piece, pieces, stretch
+from mosaic.attention.blocks import FULL, Band, Piece, pieces, sees_any, stretch
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.scores import then, with_bias
@@ -34,11 +35,14 @@ class Visit:
     """All that is known of some visiting keys: what is seen of them, their mask, their dropout.
 
     ``seen`` is what of the mask is structure, ``bias`` a float program that is added to the scores,
-    and ``mask`` the rest. ``scores``: what changes the scores before. ``pieces`` have the band in
-    them; ``band`` is its structure, if it has a bound.
+    and ``mask`` the rest. ``scores``: what changes the scores before. ``pieces`` of the queries at
+    ``rows`` and the keys at ``keys`` have the band, ``bounds``, in them; ``band`` is its structure,
+    if it has a bound.
     """
 
-    pieces: tuple[Piece, ...]
+    rows: Intervals
+    keys: Intervals
+    bounds: Band
     scale: float
     mask: Tensor | None = None
     shift: Tensor | None = None
@@ -47,6 +51,15 @@ class Visit:
     keep: Callable[[Piece], Tensor] | None = None
     bias: Structure | None = None
     scores: Structure | None = None
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What is seen, by the band; of many intervals they are slow to find."""
+        return pieces(self.rows, self.keys, self.bounds)
+
+    @property
+    def is_empty(self) -> bool:
+        return not sees_any(self.rows, self.keys, self.bounds)
 
     @property
     def is_structure(self) -> bool:
@@ -67,7 +80,7 @@ class Visit:
     def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Piece, dict[str, Any]]]:
         """The calls of ``kernels.forward`` that do it all: the piece of each, and its options."""
         case = kernels.Case.of(q, k, v, self.mask, self.keep is not None, self.scores)
-        if self.is_structure and self.pieces and kernels.takes(case):
+        if self.is_structure and kernels.takes(case) and not self.is_empty:
             yield self.at_once(q, k)
             return
         for piece in kernels.cut(case._replace(mask=self.dtype), self.pieces):
@@ -139,9 +152,9 @@ def visit(
 ) -> Visit:
     """What the queries at global intervals ``rows`` see of the keys at ``keys``; ``shift`` is
     ``row_shift``'s, over all keys."""
-    seen = pieces(rows, keys, plan.band)
-    if not seen:
-        return Visit(seen, plan.scale, shift=shift)
+    where = rows, keys, plan.band
+    if not sees_any(*where):
+        return Visit(*where, plan.scale, shift=shift)
     structure, mask = structure_at(plan, rows, keys, inputs), None
     if inputs.mask is not None and not is_of_keys(inputs.mask):
         mask = columns(inputs.mask, keys)
@@ -152,7 +165,7 @@ def visit(
     if plan.band != FULL and (structure or bias or scores):
         band = of_band(plan.band, *(positions(x, q.device) for x in (rows, keys)))
     keep = _keep(plan, rows, keys, q, inputs.seed) if plan.dropout else None
-    return Visit(seen, plan.scale, mask, shift, structure, band, keep, bias, scores)
+    return Visit(*where, plan.scale, mask, shift, structure, band, keep, bias, scores)
 
 
 def is_in_kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -29,8 +29,8 @@ POSITIONAL = "*"
 class ModelInputs:
     """Of one model, by the paths and names of a spec.
 
-    ``zigzag``: the mesh axes along which its attentions are causal. The first call's inputs are cut
-    evenly, and exchanged in the first block; from the second on they are cut as it wants them.
+    ``kinds``: how its attentions want what is cut over a mesh axis, if not evenly. The first call's
+    inputs are cut evenly, and exchanged in the first block; from the second on as it wants them.
 
     Raises ShardingError for a path to no argument.
     """
@@ -38,7 +38,7 @@ class ModelInputs:
     spec: ShardingSpec
     ranks: MosaicContext
     signature: inspect.Signature
-    zigzag: set[str] = field(default_factory=set)
+    kinds: dict[str, Callable[[int, int], Layout]] = field(default_factory=dict)
     checks: dict[Any, DataCheck] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -56,8 +56,10 @@ class ModelInputs:
     def note(self, axis: Axis) -> None:
         """How an attention of the model wants an axis cut."""
         n, p = axis.layout.n, axis.layout.p
-        if axis.layout == Layout.zigzag(n, p) != Layout.even(n, p):
-            self.zigzag.add(axis.mesh_axis)
+        kinds: tuple[Callable[[int, int], Layout], ...] = (Layout.zigzag, Layout.zigzags)
+        wanted = (kind for kind in kinds if kind(n, p) == axis.layout != Layout.even(n, p))
+        if kind := next(wanted, None):
+            self.kinds[axis.mesh_axis] = kind
 
     def cut(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call's arguments, those with names cut. Raises ShardingError where ranks differ in what
@@ -105,7 +107,7 @@ class ModelInputs:
             dim = names.index(str(axis)) if str(axis) in names else None
             if dim is None or dim in held:
                 continue
-            kind = Layout.zigzag if method.mesh in self.zigzag else Layout.even
+            kind = self.kinds.get(method.mesh, Layout.even)
             x = distribute(x, dim, kind(x.shape[dim], self.ranks.size(method.mesh)), method.mesh)
         return pattern(x)
 

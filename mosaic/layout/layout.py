@@ -78,6 +78,20 @@ class Layout:
         return cls.of(n, ([chunks[r], chunks[2 * p - 1 - r]] for r in range(p)))
 
     @classmethod
+    def zigzags(cls, n: int, p: int, chunk: int = 128, most: int = 32) -> Layout:
+        """Balance of documents, wherever they begin: as many zigzags, one after the other, as have
+        chunks no shorter than ``chunk``, at ``most`` so many.
+
+        >>> print(Layout.zigzags(16, 2, chunk=2))
+        16=0:2,6:10,14:16|2:6,10:14
+        """
+        _check_sizes(n, p)
+        times = max(1, min(most, n // (2 * p * chunk)))
+        chunks = [c[0] if c else (0, 0) for c in cls.even(n, 2 * p * times).ranks]
+        some = [chunks[start : start + 2 * p] for start in range(0, len(chunks), 2 * p)]
+        return cls.of(n, ([x for z in some for x in (z[r], z[-1 - r])] for r in range(p)))
+
+    @classmethod
     def whole(cls, n: int, p: int) -> Layout:
         _check_sizes(n, p)
         return cls.of(n, ([(0, n)] for _ in range(p)))

@@ -13,6 +13,8 @@ from torch import fx
 from mosaic.api.errors import ShardingError
 from mosaic.api.methods import Auto, Local, Method, method_named
 from mosaic.attention.blocks import FULL
+from mosaic.attention.dense import why_dense
+from mosaic.attention.kernels.kernel import Case
 from mosaic.attention.problem import AttentionProblem
 from mosaic.graph.source import where
 from mosaic.layout import Layout, Place
@@ -27,7 +29,8 @@ from mosaic.runtime.world import own_axes
 aten = torch.ops.aten
 QKV = ("query", "key", "value")
 MAKINGS = ("query_documents", "key_documents", "leaves")
-#: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for.
+#: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for
+#: that do not compute it pair by pair.
 PIECES = 8
 
 
@@ -47,7 +50,8 @@ def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
     if place.dim == q.ndim - 1:
         return gathered(s, c, "cuts the head dim")
     rows = place.layout.blocks(place.outer, place.inner)
-    if band_of(c.bound) != FULL and max(map(len, rows.ranks)) > PIECES:
+    is_dense = bool(why_dense(words(c), case_of(c)))
+    if band_of(c.bound) != FULL and is_dense and max(map(len, rows.ranks)) > PIECES:
         return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
     k, v, keys = with_keys(s, c, place)
     method = method_for(s, c) if k.place else Local(mesh=s.axis.mesh_axis)
@@ -250,7 +254,8 @@ def problem(
         has_rows=mask is not None and mask.shape[-2] > 1,
         tile=tile_of(c.bound),
         scores=scores_of(c.bound),
-        mask=mask_words_of(c.bound, None if mask is None else mask.val),
+        mask=words(c),
+        dense=why_dense(words(c), case_of(c)),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
@@ -260,6 +265,17 @@ def problem(
         batch_cut=folded(cut, q.shape) if cut and not heads else None,
         heads_cut=heads,
     )
+
+
+def words(c: Call) -> str:
+    """Its mask, as plans print it."""
+    mask = c["attn_mask"]
+    return mask_words_of(c.bound, None if mask is None else mask.val)
+
+
+def case_of(c: Call) -> Case:
+    q, k, v = (c[name].val for name in QKV)
+    return Case.of(q, k, v, None, bool(c["dropout_p"]))
 
 
 def folded(place: Place, shape: torch.Size) -> Place:

@@ -11,8 +11,6 @@ import torch
 from torch import fx
 
 from mosaic.attention.cost import cost_of, size
-from mosaic.attention.kernels.flex import refused
-from mosaic.attention.kernels.kernel import STRUCTURE, Case, capability
 from mosaic.attention.problem import AttentionProblem
 from mosaic.graph.pipeline import PassReport
 from mosaic.graph.source import code, line
@@ -156,37 +154,10 @@ def mask_notes(context: Context) -> list[str]:
     """How a GPU's kernels get each mask that is more than a band; alike layers are said once."""
     notes = []
     for found, node in context.attentions:
-        out = node.meta["val"]
-        words, why = made_dense(found, out) if out.device.type == "cuda" else ("", "")
-        if words:
-            how = f"made dense: {why}" if why else "computed in the kernel (flex)"
-            notes.append(f"mask: {words}: {how} [{line(node)}]")
+        if node.meta["val"].device.type == "cuda" and found.mask not in ("", str(found.band)):
+            how = f"made dense: {found.dense}" if found.dense else "computed in the kernel (flex)"
+            notes.append(f"mask: {found.mask}: {how} [{line(node)}]")
     return list(dict.fromkeys(notes))
-
-
-#: Why a mask's last word is no structure.
-TENSORS = {
-    "dense boolean": "it is an input, or made in a way that is not read",
-    "dense float": "it is added to the scores",
-    "bias of keys": "it is added to the scores",
-}
-
-
-#: The last words of what is computed pair by pair.
-STRUCTURES = ("documents", "padding", "boolean by tiles", "float by tiles")
-
-
-def made_dense(found: AttentionProblem, out: torch.Tensor) -> tuple[str, str]:
-    """A mask and a change of scores in words ("" for a band alone), and why they are made for every
-    query and key, if so."""
-    rest = found.mask.rpartition(", ")[2]
-    if rest in TENSORS:
-        return found.mask, TENSORS[rest]
-    if rest not in STRUCTURES and not found.scores:
-        return "", ""
-    empty = out.numel() == 0 or found.key.n == 0
-    sizes = (out.dtype, found.dim, found.v_dim, STRUCTURE, found.dropout > 0, empty)
-    return found.mask, refused(Case(out.device.type, capability(out.device), *sizes))
 
 
 def report(found: AttentionProblem, node: fx.Node) -> AttentionReport:

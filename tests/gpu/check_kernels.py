@@ -149,14 +149,15 @@ def by_kernel(check: Check, mask: Tensor | None) -> list[Tensor]:
     cut = check.tokens * 3 // 8
     cuts = [(0, cut), (cut, check.tokens)]
     need_dmask = mask is not None and mask.is_floating_point()
-    seen = [pieces([(0, check.tokens)], [keys], check.band) for keys in cuts]
+    rows = (Interval(0, check.tokens),)
     columns = [slice(*keys) for keys in cuts]
 
     def run(q, k, v, dout, mask):
-        shift = row_shift(mask, check.band, (Interval(0, check.tokens),)) if need_dmask else None
+        shift = row_shift(mask, check.band, rows) if need_dmask else None
         tiles = [None if mask is None else mask[..., keys] for keys in columns]
         visits = [
-            Visit(s, check.dim**-0.5, tile, shift) for s, tile in zip(seen, tiles, strict=True)
+            Visit(rows, (Interval(*keys),), check.band, check.dim**-0.5, tile, shift)
+            for keys, tile in zip(cuts, tiles, strict=True)
         ]
         partial = None
         for keys, visit in zip(columns, visits, strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mosaic.attention import kernels
 from mosaic.attention.attend import attend, attend_backward
-from mosaic.attention.blocks import CAUSAL, Band, pieces
+from mosaic.attention.blocks import CAUSAL, Band
 from mosaic.attention.merge import merge
 from mosaic.attention.visit import Visit
 from mosaic.layout import Layout
@@ -139,7 +139,7 @@ def test_blocks_of_a_band_add_up(layout: Layout, band: Band) -> None:
     cuts = [slice(sum(layout.lengths[:r]), sum(layout.lengths[: r + 1])) for r in range(3)]
     found = [torch.zeros_like(x) for x in (q, k, v)]
     for mine, rows in zip(layout.ranks, cuts, strict=True):
-        visits = [Visit(pieces(mine, theirs, band), 0.5) for theirs in layout.ranks]
+        visits = [Visit(mine, theirs, band, 0.5) for theirs in layout.ranks]
         q_here, dout_here = q[:, :, rows], dout[:, :, rows]
         partial = None
         for here, columns in zip(visits, cuts, strict=True):

@@ -83,6 +83,18 @@ def test_zigzag_pairs_an_early_chunk_with_a_late_one(n, p, k):
     assert layout.is_partition
 
 
+@given(sizes, worlds, st.integers(1, 5), st.integers(1, 9))
+def test_many_zigzags(n, p, chunk, most):
+    layout = Layout.zigzags(n, p, chunk, most)
+    assert layout.is_partition
+    times = max(1, min(most, n // (2 * p * chunk)))
+    every = shards(Layout.even(n, 2 * p * times))
+    starts = range(0, len(every), 2 * p)
+    for rank, shard in enumerate(shards(layout)):
+        chunks = [every[a + i] for a in starts for i in (rank, 2 * p - 1 - rank)]
+        assert shard == sum(chunks, [])
+
+
 @given(sizes, worlds)
 def test_whole(n, p):
     layout = Layout.whole(n, p)

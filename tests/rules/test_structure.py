@@ -7,7 +7,6 @@ visits of keys, merges, and a backward with the global output and log-sum-exp.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,22 +19,21 @@ from rules.test_masks import BOOLEAN, IDS, MASKS, REAL, TABLE, WRAPPING
 from torch import Tensor, arange, fx
 
 import mosaic
-from mosaic.attention import kernels
+from mosaic.attention import dense, kernels
 from mosaic.attention.blocks import FULL, Band, Piece
+from mosaic.attention.dense import why_dense
 from mosaic.attention.kernels import flex as flex_module
 from mosaic.attention.kernels import seen_blocks
 from mosaic.attention.kernels.flex import FLEX, lists_of
 from mosaic.attention.kernels.kernel import STRUCTURE, Case
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.seen_blocks import Blocks, blocks_of
-from mosaic.attention.problem import AttentionProblem
 from mosaic.attention.structure import Structure, of_band, of_documents, positions, together
 from mosaic.attention.visit import Inputs
 from mosaic.layout import Layout
 from mosaic.masks.words import band_of, tile_of
 from mosaic.partition.values import Call
-from mosaic.report import plan
-from mosaic.torch_private import FakeTensorMode, flex_blocks
+from mosaic.torch_private import flex_blocks
 
 
 @pytest.fixture
@@ -182,45 +180,35 @@ def test_a_block_mask_is_torchs() -> None:
 # --- the choice, and what plans say of it ---------------------------------------------------------
 
 
-def problem(mask: str, **changed: Any) -> AttentionProblem:
-    whole = Layout.whole(64, 1)
-    found = AttentionProblem(whole, whole, 1, 4, 4, 64, 64, 2, mask=mask)
-    return replace(found, **changed)
-
-
 SOFTCAP = "float32: tanh(%0); mul.Tensor(%1, 50.0)"
 TABLE_BIAS = "float32 d%2 mild: sub.Tensor(%1, %0); abs(%3); index(%2, %4)"
 
 
 @pytest.mark.parametrize(
-    ("mask", "changed", "dtype", "why"),
+    ("mask", "changed", "why"),
     [
-        ("causal", {}, torch.bfloat16, None),
-        ("causal, documents", {}, torch.bfloat16, ""),
-        ("documents, padding", {}, torch.float32, ""),
-        ("boolean by tiles", {"tile": "bool: eq.Tensor(%0, %1)"}, torch.float16, ""),
-        ("boolean by tiles", {"tile": "bool: index(%0, %1)"}, torch.float16, ""),
-        ("causal, documents", {"dim": 8}, torch.bfloat16, "head dims 8 and 64"),
-        ("causal, documents", {"v_dim": 257}, torch.bfloat16, "head dims 64 and 257"),
-        ("causal, documents", {"dropout": 0.1}, torch.bfloat16, "dropout"),
-        ("causal, documents", {}, torch.float64, "float64"),
-        ("causal, dense boolean", {}, torch.bfloat16, "an input"),
-        ("documents, float by tiles", {"tile": TABLE_BIAS}, torch.bfloat16, ""),
-        ("softcap 50, causal", {"scores": SOFTCAP}, torch.bfloat16, ""),
-        ("softcap 50, dense float", {"scores": SOFTCAP}, torch.bfloat16, "added to the scores"),
-        ("softcap 50", {"scores": SOFTCAP}, torch.float64, "float64"),
-        ("causal, bias of keys", {}, torch.bfloat16, "added to the scores"),
+        ("causal, documents", {}, ""),
+        ("documents, padding", {"dtype": torch.float32}, ""),
+        ("boolean by tiles", {"dtype": torch.float16}, ""),
+        ("documents, float by tiles", {}, ""),
+        ("softcap 50, causal", {}, ""),
+        ("causal, documents", {"head_dim": 8}, "head dims 8 and 64"),
+        ("causal, documents", {"v_dim": 257}, "head dims 64 and 257"),
+        ("causal, documents", {"dropout": True}, "dropout"),
+        ("causal, documents", {"dtype": torch.float64}, "float64"),
+        ("causal, documents", {"device": "cpu"}, "no GPU"),
+        ("causal, dense boolean", {}, "an input"),
+        ("softcap 50, dense float", {}, "added to the scores"),
+        ("softcap 50", {"dtype": torch.float64}, "float64"),
+        ("causal, bias of keys", {}, "added to the scores"),
     ],
 )
-def test_plans_say_why_a_mask_is_dense(
-    monkeypatch: pytest.MonkeyPatch, mask: str, changed: dict, dtype: torch.dtype, why: str | None
+def test_why_a_mask_is_dense(
+    monkeypatch: pytest.MonkeyPatch, mask: str, changed: dict[str, Any], why: str
 ) -> None:
-    monkeypatch.setattr(plan, "capability", lambda device: 9)
     monkeypatch.setattr(flex_module, "find_spec", lambda name: name)
-    with FakeTensorMode():
-        out = torch.empty(1, 4, 64, 64, dtype=dtype, device="cuda")
-    words, reason = plan.made_dense(problem(mask, **changed), out)
-    assert words == ("" if why is None else mask)
+    case = Case("cuda", 9, torch.bfloat16, 64, 64, None, False, False)._replace(**changed)
+    reason = why_dense(mask, case)
     assert (why in reason) if why else reason == ""
 
 
@@ -251,3 +239,53 @@ def test_no_rank_has_a_tensor_of_rows_x_keys(flex: list[Structure], mask: str, m
         ]
         assert max(val.numel() for val in vals) < 24 * 24 * 4
         assert any("flex" in str(node.target) for node in graph.nodes)
+
+
+def program_of_documents(x: Tensor, ids: Tensor) -> Tensor:
+    at = arange(len(ids))
+    seen = (at <= at[:, None]) & (ids == ids[:, None])
+    return F.scaled_dot_product_attention(x, x, x, seen)
+
+
+@pytest.mark.parametrize("why", ["", "no kernel"])
+def test_documents_are_cut_into_many_zigzags(
+    monkeypatch: pytest.MonkeyPatch, flex: list[Structure], why: str
+) -> None:
+    """Where a kernel computes the mask pair by pair; else a causal zigzag has few pieces."""
+    monkeypatch.setattr(dense, "refused", lambda case: why)
+    n, p = 4096, 2
+    x = torch.randn(1, 1, n, 1, requires_grad=True)
+    spec = mosaic.ShardingSpec(inputs={"x": "batch heads rows dim"}, axes={"rows": "ring"})
+    found = mosaic.explain(program_of_documents, x, arange(n) // 100, spec=spec, sp_size=p)
+    wanted = Layout.zigzag if why else Layout.zigzags
+    assert found.layout == str(wanted(n, p))
+    ran = {str(node.target) for node in found.graphs["forward"].nodes}
+    assert "mosaic.flex.default" in ran
+    assert found.gathered == []
+
+
+@pytest.mark.parametrize(("p", "most"), [(4, 1.06), (8, 1.12)])
+def test_documents_are_balanced(p: int, most: float) -> None:
+    """The blocks that ranks see, of eight documents of any lengths; one zigzag leaves some rank up
+    to 1.85 times the mean."""
+    n, worst = 32_768, {}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        ids = (arange(n)[:, None] >= torch.randint(n, (7,))).sum(1)
+        for cut in (Layout.zigzag, Layout.zigzags):
+            counts = seen_by_ranks(cut(n, p), ids)
+            uneven = max(counts) / (sum(counts) / p)
+            worst[cut] = max(worst.get(cut, 1.0), uneven)
+    assert worst[Layout.zigzags] < most < 1.5 < worst[Layout.zigzag]
+
+
+def seen_by_ranks(layout: Layout, ids: Tensor) -> list[int]:
+    """How many blocks of its queries and anybody's keys each rank sees, causally."""
+    at = [positions(intervals, torch.device("cpu")) for intervals in layout.ranks]
+
+    def seen(q: Tensor, k: Tensor) -> int:
+        band = of_band(Band(None, 0), q, k)
+        mask = together([of_documents(ids[None, q], ids[None, k]), band])
+        return int(blocks_of(mask, len(q), len(k)).some.sum())
+
+    return [sum(seen(q, k) for k in at) for q in at]
