@@ -24,7 +24,7 @@ from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.schedule import schedule
 from mosaic.attention.shift import shift_of
 from mosaic.attention.transfer import Returned, Tensors, Transfer, summed
-from mosaic.attention.visit import Inputs, key_blocks, visit
+from mosaic.attention.visit import Inputs, is_in_kernel, key_blocks, visit
 from mosaic.layout import Intervals, Layout, Run
 from mosaic.runtime.comm import all_reduce, joined, take_runs
 
@@ -92,9 +92,12 @@ def visits(route: Route, own: Tensors) -> Iterator[tuple[Stop, Tensors]]:
             yield stop, here
 
 
-def portions(stop: Stop, held: Tensors, plan: AttentionPlan) -> Iterator[tuple[Intervals, Tensors]]:
+def portions(
+    stop: Stop, q: Tensor, held: Tensors, plan: AttentionPlan
+) -> Iterator[tuple[Intervals, Tensors]]:
     """A stop's keys and values, as many as are attended to at once."""
-    blocks = key_blocks(plan, stop.keys)
+    has_tiles = bool(plan.tile) and not is_in_kernel(plan, q, *held)
+    blocks = key_blocks(plan, stop.keys, has_tiles)
     for run, keys in blocks:
         yield keys, held if len(blocks) == 1 else tuple(take_runs(x, [run], 2) for x in held)
 
@@ -106,7 +109,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, plan: AttentionPlan
     shift = shift_of(plan, route.rows, rows, (k, v), inputs)
     found: Partial | None = None
     for stop, held in visits(route, (k, v)):
-        for at, (keys, values) in portions(stop, held, plan):
+        for at, (keys, values) in portions(stop, rows, held, plan):
             here = visit(plan, route.rows, at, rows, inputs, shift)
             found = attend(rows, keys, values, here, found)
     found = found or nothing(rows, v)
@@ -164,7 +167,7 @@ def backward(
     gradients = mask_gradients(plan, route.rows, inputs) if need_dmask else None
     for stop, held in visits(route, (k, v)):
         dkvs = []
-        for at, (keys, values) in portions(stop, held, plan):
+        for at, (keys, values) in portions(stop, rows, held, plan):
             here = visit(plan, route.rows, at, rows, inputs, shift)
             grads = attend_backward(douts, rows, keys, values, outs, lses, here, need_dmask)
             dq = dq + grads.q

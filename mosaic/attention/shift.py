@@ -47,7 +47,7 @@ def shift_of(
     dtype = TileProgram.parse(plan.tile).dtype if mask is None else mask.dtype
     unseen = q.new_full([*q.shape[:3], 1], float("-inf"), dtype=dtype)
     found: list[Rows] = [(0, q.shape[2], (unseen,))]
-    for _, keys in key_blocks(plan, (Interval(0, plan.key.n),)):
+    for _, keys in key_blocks(plan, (Interval(0, plan.key.n),), bool(plan.tile)):
         here = visit(plan, rows, keys, q, inputs)
         found += [(x.q_start, x.q_stop, (_largest(here, x),)) for x in here.pieces]
     (largest,) = by_rows(found, lambda parts: (reduce(torch.maximum, (x for (x,) in parts)),))

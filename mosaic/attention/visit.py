@@ -169,7 +169,7 @@ def visit(
 
 
 def is_in_kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a kernel computes the bias of a plan's program pair by pair."""
+    """Whether a kernel computes a plan's programs pair by pair: then no tile is made."""
     return kernels.takes(kernels.Case.of(q, k, v, None, bool(plan.dropout)))
 
 
@@ -199,11 +199,13 @@ def columns(mask: Tensor, keys: Intervals) -> Tensor:
     return mask if mask.shape[3] == 1 else take_runs(mask, _runs(keys), 3)
 
 
-def key_blocks(plan: AttentionPlan, keys: Intervals) -> list[tuple[Run, Intervals]]:
+def key_blocks(
+    plan: AttentionPlan, keys: Intervals, has_tiles: bool
+) -> list[tuple[Run, Intervals]]:
     """The keys that are attended to at once: all, or so few that a tile of a mask that is made for
     them is no larger than with a ring. With where they lie in memory."""
     held = sum(interval.length for interval in keys)
-    most = -(-plan.key.n // (plan.world or plan.p)) if plan.tile else held
+    most = -(-plan.key.n // (plan.world or plan.p)) if has_tiles else held
     starts = range(0, held, most) if held else [0]
     runs = [Run(start, min(start + most, held)) for start in starts]
     return [(run, stretch(keys, run.start, run.stop)) for run in runs]
