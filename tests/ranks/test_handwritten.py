@@ -6,7 +6,14 @@ import handwritten_jobs as jobs
 import pytest
 from handwritten import ATTENTIONS
 
-SAMPLE = ["einsum_heads_behind", "alibi_baddbmm", "causal_padding_low", "row_bias"]
+SAMPLE = [
+    "einsum_heads_behind",
+    "alibi_baddbmm",
+    "causal_padding_low",
+    "row_bias",
+    "softcap_of_padding",
+    "softcap_and_distances",
+]
 
 
 @pytest.mark.parametrize("p", [3])

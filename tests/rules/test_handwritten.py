@@ -16,7 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mosaic
 from mosaic.graph.modes import Modes
+from mosaic.masks.op import STRUCTURED
 from mosaic.masks.softmax import SOFTMAX
+from mosaic.passes.analyze_masks import analyze_masks
 from mosaic.passes.normalize import drop_assertions
 from mosaic.passes.raise_attention import raise_attention
 
@@ -114,3 +116,26 @@ def test_mask_made_under_no_grad() -> None:
     raise_attention(module.graph, SimpleNamespace())
     written = [n for n in module.graph.nodes if n.target == torch.ops.aten.where.ScalarOther]
     assert written and all(n.meta["modes"].grad for n in written)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("softcap", "softcap 2, causal"),
+        ("softcap_of_padding", "softcap 3, padding"),
+        ("softcap_views", "softcap 2, causal, bias of keys"),
+        ("softcap_and_distances", "softcap 2, float by tiles"),
+        ("softcap_twice", "scores by a program"),
+    ],
+)
+def test_a_softcap_is_read_with_its_mask(name: str, words: str) -> None:
+    """What stands in the graph then is the same function, run whole."""
+    inputs = given()
+    module, _ = raised(ATTENTIONS[name], inputs)
+    analyze_masks(module.graph, None)
+    module.recompile()
+    (node,) = module.graph.find_nodes(op="call_function", target=STRUCTURED)
+    assert node.meta["mask"] == words
+    found = with_gradients(lambda *x: module(*x)[0], inputs)
+    for x, y in zip(found, with_gradients(ATTENTIONS[name], inputs), strict=True):
+        torch.testing.assert_close(x, y)
