@@ -45,6 +45,7 @@ ELSEWHERE = (
     "gpt",
     "gpt_gather",
     "hf_bert",
+    "hf_gemma2_alone",
     "hf_llama",
     "hf_llama_checkpointing",
     "hf_llama_packed",
