@@ -79,8 +79,10 @@ class Visit:
 
     def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Piece, dict[str, Any]]]:
         """The calls of ``kernels.forward`` that do it all: the piece of each, and its options."""
-        case = kernels.Case.of(q, k, v, self.mask, self.keep is not None, self.scores)
-        if self.is_structure and kernels.takes(case) and not self.is_empty:
+        changes = self.scores is not None
+        case = kernels.Case.of(q, k, v, self.mask, self.keep is not None, changes)
+        at_once = case._replace(scores=changes or self.bias is not None)
+        if self.is_structure and kernels.takes(at_once) and not self.is_empty:
             yield self.at_once(q, k)
             return
         for piece in kernels.cut(case._replace(mask=self.dtype), self.pieces):
@@ -170,7 +172,8 @@ def visit(
 
 def is_in_kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a kernel computes a plan's programs pair by pair: then no tile is made."""
-    return kernels.takes(kernels.Case.of(q, k, v, None, bool(plan.dropout)))
+    changes = bool(plan.scores) or plan.has_bias
+    return kernels.takes(kernels.Case.of(q, k, v, None, bool(plan.dropout), changes))
 
 
 def is_of_keys(mask: Tensor) -> bool:

@@ -16,6 +16,7 @@ from mosaic.attention.blocks import FULL
 from mosaic.attention.dense import why_dense
 from mosaic.attention.kernels.kernel import Case
 from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.tiles import TileProgram
 from mosaic.graph.source import where
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import PLAIN, STRUCTURED
@@ -275,7 +276,10 @@ def words(c: Call) -> str:
 
 def case_of(c: Call) -> Case:
     q, k, v = (c[name].val for name in QKV)
-    return Case.of(q, k, v, None, bool(c["dropout_p"]))
+    tile = tile_of(c.bound)
+    adds_bias = bool(tile) and TileProgram.parse(tile).dtype != torch.bool
+    changes = adds_bias or bool(scores_of(c.bound))
+    return Case.of(q, k, v, None, bool(c["dropout_p"]), changes)
 
 
 def folded(place: Place, shape: torch.Size) -> Place:

@@ -207,8 +207,6 @@ TABLE_BIAS = "float32 d%2 mild: sub.Tensor(%1, %0); abs(%3); index(%2, %4)"
         ("causal, documents", {}, ""),
         ("documents, padding", {"dtype": torch.float32}, ""),
         ("boolean by tiles", {"dtype": torch.float16}, ""),
-        ("documents, float by tiles", {}, ""),
-        ("softcap 50, causal", {}, ""),
         ("causal, documents", {"head_dim": 8}, "head dims 8 and 64"),
         ("causal, documents", {"v_dim": 257}, "head dims 64 and 257"),
         ("causal, documents", {"dropout": True}, "dropout"),
@@ -217,6 +215,7 @@ TABLE_BIAS = "float32 d%2 mild: sub.Tensor(%1, %0); abs(%3); index(%2, %4)"
         ("causal, dense boolean", {}, "an input"),
         ("softcap 50, dense float", {}, "added to the scores"),
         ("softcap 50", {"dtype": torch.float64}, "float64"),
+        ("softcap 50", {"scores": True}, "checked"),
         ("causal, bias of keys", {}, "added to the scores"),
     ],
 )

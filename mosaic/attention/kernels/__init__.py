@@ -91,7 +91,8 @@ def forward(
     factor, scale = _above_zero(scale)
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
     q, k, v = (_in_rows(x) for x in (_times(q, factor), k, v))
-    kernel = _choose(Case.of(q, k, v, mask, keep is not None, scores), _piece(q, k, band), FORWARD)
+    case = Case.of(q, k, v, mask, keep is not None, scores is not None)
+    kernel = _choose(case, _piece(q, k, band), FORWARD)
     return batches.forward(kernel, q, k, v, **options, scores=scores)
 
 
@@ -116,7 +117,8 @@ def backward(
     factor, scale = _above_zero(scale)
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
     q = _times(q, factor)
-    kernel = _choose(Case.of(q, k, v, mask, keep is not None, scores), _piece(q, k, band), BACKWARD)
+    case = Case.of(q, k, v, mask, keep is not None, scores is not None)
+    kernel = _choose(case, _piece(q, k, band), BACKWARD)
     tensors = (*(_in_rows(x) for x in (dout, q, k, v, out)), lse)
     grads = batches.backward(kernel, tensors, **options, scores=scores, need_dmask=need_dmask)
     return grads._replace(q=_times(grads.q, factor))

@@ -227,6 +227,8 @@ def refused(case: Case) -> str:
         return "Triton is not installed"
     if case.dropout:
         return "dropout"
+    if case.scores:
+        return "kernels that change scores have not been checked on a GPU yet"
     if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return str(case.dtype).removeprefix("torch.")
     if not 16 <= min(case.head_dim, case.v_dim) <= max(case.head_dim, case.v_dim) <= 256:

@@ -54,7 +54,7 @@ class Case(NamedTuple):
         v: Tensor,
         mask: Tensor | Structure | None,
         dropout: bool,
-        scores: Structure | None = None,
+        scores: bool = False,
     ) -> Case:
         return cls(
             q.device.type,
@@ -65,7 +65,7 @@ class Case(NamedTuple):
             STRUCTURE if isinstance(mask, Structure) else None if mask is None else mask.dtype,
             dropout,
             q.numel() == 0 or k.numel() == 0,
-            scores is not None,
+            scores,
         )
 
     @property
