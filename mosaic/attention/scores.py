@@ -3,6 +3,7 @@
 A score program is a ``TileProgram`` that is given all leaves and then the scaled score, and gives
 what replaces it.
 
+>>> import torch
 >>> leaves = (torch.ones(1, 1, 1, 1),)
 >>> scores = Structure("float32: add.Tensor(%1, %0); tanh(%2); mul.Tensor(%3, 50.0)", leaves)
 >>> changed(scores, torch.tensor([[[[0.0]]]]))

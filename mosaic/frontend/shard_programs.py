@@ -55,7 +55,9 @@ def passed_through(
     context = Context(spec, world, captured.inputs, (), Modes.current(), holds_shards=True)
     normalize(captured.graph, context)
     raise_attention(captured.graph, context)
-    for node in captured.graph.find_nodes(op="call_function", target=PLAIN):
+    for node in captured.graph.nodes:
+        if node.target is not PLAIN and not node.kwargs.get("scores"):
+            continue
         raise UnsupportedError(
             "an attention beside Mosaic's own, in a program that works on shards already",
             where=where(node),
