@@ -29,7 +29,7 @@ from mosaic.masks.op import ATTENTIONS, PLAIN, STRUCTURED
 from mosaic.masks.read import Mask, Reader, every_row_sees, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
-from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
+from mosaic.masks.words import words_of
 from mosaic.partition.context import Context
 from mosaic.partition.values import Call
 
@@ -38,15 +38,16 @@ aten = torch.ops.aten
 
 def analyze_masks(graph: fx.Graph, context: Context) -> int:
     constants = Constants()
-    read: dict[tuple[fx.Node, int], dict[str, Any] | None] = {}
+    read: dict[tuple[fx.Node, int, bool], dict[str, Any] | None] = {}
     count = 0
-    for node in graph.find_nodes(op="call_function", target=PLAIN):
+    for node in [node for node in graph.nodes if is_unread(node)]:
         call = Call(node.target, node.args, node.kwargs, node.meta["val"], node)
         mask, ndim = call["attn_mask"], call.val.ndim
-        if isinstance(mask, fx.Node) and (mask, ndim) not in read:
-            read[mask, ndim] = structured(graph, mask, call, constants)
-            read[mask, ndim] = with_tiles(graph, mask, ndim, read[mask, ndim], constants)
-        said = read.get((mask, ndim))
+        key = (mask, ndim, call.bound.get("sinks") is not None)
+        if isinstance(mask, fx.Node) and key not in read:
+            read[key] = structured(graph, mask, call, constants)
+            read[key] = with_tiles(graph, mask, ndim, read[key], constants)
+        said = read.get(key)
         if said is not None:
             rewrite(node, call, said)
             count += 1
@@ -55,6 +56,13 @@ def analyze_masks(graph: fx.Graph, context: Context) -> int:
             node.meta["mask"] = words(node)
     drop_dead(graph)
     return count
+
+
+def is_unread(node: fx.Node) -> bool:
+    """Whether an attention says in ``attn_mask`` alone what is seen."""
+    if node.target is STRUCTURED:
+        return "sinks" in node.kwargs and node.kwargs.keys() <= {"scale", "enable_gqa", "sinks"}
+    return node.target is PLAIN
 
 
 def structured(
@@ -70,7 +78,9 @@ def structured(
         added = additive(term, constants)
         found, fill = joined(added.conditions, constants, added.biases), added.fill
     square = call["query"].meta["val"].shape[-2] <= call["key"].meta["val"].shape[-2]
-    exact = fill == -INF or is_of_keys(found) or (square and every_row_sees(found))
+    sinks = call.bound.get("sinks")  # which every row sees: what is hidden weighs nothing
+    sees = sinks is not None or (square and every_row_sees(found))
+    exact = fill == -INF or is_of_keys(found) or sees
     if not exact or not is_shorter(found):
         return None
     with graph.inserting_before(mask):
@@ -162,7 +172,8 @@ def rewrite(node: fx.Node, call: Call, said: dict[str, Any]) -> None:
     rises = call["scale"] is None or call["scale"] > 0  # else ATen's kernel for CPUs makes NaN
     if said == {"right": 0} and n == m and rises:
         said = {"is_causal": True}
-    target = PLAIN if said.keys() <= {"attn_mask", "is_causal"} else STRUCTURED
+    is_plain = node.target is PLAIN and said.keys() <= {"attn_mask", "is_causal"}
+    target = PLAIN if is_plain else STRUCTURED
     plain = {**call.bound, "attn_mask": None}
     new = Call(target, (), {**plain, **said}, call.val, node)
     node.target, (node.args, node.kwargs) = target, new.split(new.bound)
@@ -171,5 +182,4 @@ def rewrite(node: fx.Node, call: Call, said: dict[str, Any]) -> None:
 def words(node: fx.Node) -> str:
     call = Call(node.target, node.args, node.kwargs, None, node)
     mask = call["attn_mask"]
-    val = None if mask is None else mask.meta["val"]
-    return mask_words(band_of(call.bound), bool(documents_of(call.bound)), val, tile_of(call.bound))
+    return words_of(call.bound, None if mask is None else mask.meta["val"])

@@ -24,7 +24,7 @@ from torch import fx
 from mosaic.graph.emit import drop_dead, insert
 from mosaic.graph.ops import differentiable
 from mosaic.graph.strides import from_outermost, pin_strides, shares_elements
-from mosaic.masks.op import PLAIN
+from mosaic.masks.op import ATTENTIONS
 from mosaic.partition.context import Context, Output
 
 aten = torch.ops.aten
@@ -131,7 +131,7 @@ def undo_copies(graph: fx.Graph) -> int:
 def undo_repeat_kv(graph: fx.Graph) -> int:
     """K and V travel unexpanded: attention kernels know grouped queries."""
     count = 0
-    for node in graph.find_nodes(op="call_function", target=PLAIN):
+    for node in [node for node in graph.nodes if node.target in ATTENTIONS]:
         k, v = (unexpanded(x) for x in node.args[1:3])
         if k is None or v is None or not is_grouped(*node.args[:3], k, v):
             continue
@@ -202,7 +202,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_random_attention(node: fx.Node) -> bool:
-    return node.target == PLAIN
+    return node.target in ATTENTIONS
 
 
 def outputs_of(graph: fx.Graph) -> tuple[Output, ...]:

@@ -18,7 +18,7 @@ either where a bias is as low.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -28,9 +28,10 @@ from mosaic.masks.additive import INF
 from mosaic.masks.biases import hides_fully, is_mild
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
-from mosaic.masks.op import PLAIN
+from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.masks.products import Operand, Weighted, permuted, weighted
 from mosaic.masks.read import Reader, every_row_sees, joined
+from mosaic.masks.sinks import Column, column
 from mosaic.masks.softmax import Masked, ScoresReader, Step, Weights, weights
 from mosaic.masks.terms import broadcast, made
 from mosaic.partition.context import Context
@@ -50,6 +51,7 @@ class Found:
     masked: Masked
     all_see: bool
     may_be_nan: bool = False
+    sinks: Column | None = None
 
     @property
     def operands(self) -> tuple[Operand, Operand, Operand]:
@@ -61,7 +63,7 @@ class Found:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        own = (step.lead for step in self.masked.steps)
+        own = [step.lead for step in (*self.masked.steps, self.sinks) if step]
         return max((self.masked.lead, *own), key=len)
 
     @property
@@ -87,8 +89,16 @@ def raise_attention(graph: fx.Graph, context: Context) -> int:
 def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
     product = weighted(node)
     above = product and weights(product.weights)
-    below = above and reader(above.scores)
-    if not (product and above and below):
+    if not (product and above):
+        return None
+    sinks = None
+    if above.left_out is not None:
+        sinks = column(above.scores, above.left_out == 0, reader.constants)
+        if sinks is None:
+            return None
+        above = replace(above, scores=sinks.scores)
+    below = reader(above.scores)
+    if below is None or (sinks and below.lessened):  # the sink is not
         return None
     is_zeroed = above.seen is not None
     if is_zeroed and below.seen != (above.seen,):
@@ -102,11 +112,11 @@ def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
         return None  # which of two low numbers is lower would depend on the scores
     if is_zeroed and not mild:
         return None
-    is_certain = is_zeroed or below.fill == -INF
+    is_certain = is_zeroed or below.fill == -INF or sinks is not None
     all_see = is_certain or (mild and sees(below, above.scores, constants))
-    is_nan = not (is_zeroed or above.is_safe) and below.fill == -INF
+    is_nan = not (is_zeroed or above.is_safe or sinks) and below.fill == -INF
     may_be_nan = is_nan and not sees_some(below, above.scores, constants)
-    found = Found(product, above, below, all_see, may_be_nan)
+    found = Found(product, above, below, all_see, may_be_nan, sinks)
     return found if fits(node, found) else None
 
 
@@ -175,8 +185,11 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         # Kernels take four dims, and nn.MultiheadAttention's bmm has three: one head each.
         flat = len(lead) == 1
         given = (lifted(graph, x) if flat else x for x in (q, k, v, mask))
-        args, scale = (*given, found.weights.dropout), {"scale": found.masked.scale}
-        new = insert(graph, node, PLAIN, args, scale, name="attention")
+        args, options = (*given, found.weights.dropout), {"scale": found.masked.scale}
+        if found.sinks:
+            options["sinks"] = found.sinks.write(graph, 1 if flat else lead[-1])
+        target = STRUCTURED if found.sinks else PLAIN
+        new = insert(graph, node, target, args, options, name="attention")
         new.meta["site"] = len(graph.nodes)
         new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
         new.meta["keeps_low_rows"] = bool(found.masked.biases)

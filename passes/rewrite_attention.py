@@ -47,7 +47,8 @@ def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
     ids = [node.kwargs.get(name) for name in ("query_documents", "key_documents")]
     leaves = tuple(node.kwargs.get("leaves", ()))
     operands = tuple(four_dims(graph, node, x) for x in (q, k, v))
-    inputs = Inputs(mask_of(graph, node, mask, q), ids[0], ids[1], node.meta["seed"], leaves)
+    sinks = node.kwargs.get("sinks")
+    inputs = Inputs(mask_of(graph, node, mask, q), *ids, node.meta["seed"], leaves, sinks)
     last = node.prev
     heads = [x.meta["val"].shape[1] for x in operands]
     calls = calls_of(plan_of(node, context), *heads[:2])

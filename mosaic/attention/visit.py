@@ -87,7 +87,7 @@ class Inputs(NamedTuple):
     mask (batch|1, heads|1, seq|1, all keys|1): this rank's rows and every key's column, boolean or
     added to the scores. ``documents``: ids of all queries (batch|1, n) and of all keys, equal ones
     attend. seed: int64 scalar, for dropout. leaves: those of the plan's ``TileProgram``, all whole,
-    in place of a mask.
+    in place of a mask. sinks (heads): the score of a key of value 0 that all queries see.
     """
 
     mask: Tensor | None = None
@@ -95,6 +95,7 @@ class Inputs(NamedTuple):
     key_documents: Tensor | None = None
     seed: Tensor | None = None
     leaves: Sequence[Tensor] = ()
+    sinks: Tensor | None = None
 
 
 def visit(

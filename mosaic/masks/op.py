@@ -17,7 +17,7 @@ SCHEMA = (
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int? left=None, "
     "int? right=None, Tensor? query_documents=None, Tensor? key_documents=None, "
-    "Tensor[]? leaves=None, str tile='', str method='') -> Tensor"
+    "Tensor[]? leaves=None, str tile='', Tensor? sinks=None, str method='') -> Tensor"
 )
 
 library = torch.library.Library("mosaic", "FRAGMENT")
@@ -40,6 +40,7 @@ def sdpa(
     key_documents: Tensor | None = None,
     leaves: Sequence[Tensor] | None = None,
     tile: str = "",
+    sinks: Tensor | None = None,
     method: str = "",
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` in which query i sees key j only where
@@ -48,8 +49,9 @@ def sdpa(
     - query_documents[b, i] == key_documents[b, j]: int64, (batch|1, queries) and (batch|1, keys).
 
     ``attn_mask`` is boolean or added to the scores, as ever. In its place there may be a
-    ``TileProgram`` that makes it of ``leaves`` (``attention/tiles.py``). ``method``: the key of the
-    one that the call names, for an axis that is cut.
+    ``TileProgram`` that makes it of ``leaves`` (``attention/tiles.py``). ``sinks`` (heads): scores
+    of one more key that all queries see, of value 0. ``method``: the key of the one that the call
+    names, for an axis that is cut.
     """
     if tile:
         attn_mask = TileProgram.parse(tile)(*leaves or ())
@@ -59,8 +61,12 @@ def sdpa(
         same = query_documents[:, :, None] == key_documents[:, None, :]
         same = same[:, None] if query.ndim > 3 else same
         seen = same if seen is None else seen & same
+    mask = allowed(attn_mask, seen)
+    if sinks is not None:
+        mask = with_column(mask, sinks.to(query.dtype), query, key)
+        key, value = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, allowed(attn_mask, seen), dropout_p, scale=scale, enable_gqa=enable_gqa
+        query, key, value, mask, dropout_p, scale=scale, enable_gqa=enable_gqa
     )
 
 
@@ -86,6 +92,18 @@ def allowed(mask: Tensor | None, seen: Tensor | None) -> Tensor | None:
     if mask.dtype == torch.bool:
         return mask & seen
     return torch.where(seen, mask, -float("inf"))
+
+
+def with_column(mask: Tensor | None, sinks: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """``mask`` as numbers to add, with those of one more key, which has a score of 0."""
+    if mask is None:
+        mask = query.new_zeros([])
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -float("inf"))
+    column = sinks.view(-1, 1, 1)
+    shape = [sinks.numel(), query.shape[-2], key.shape[-2]]
+    mask = mask.expand(torch.broadcast_shapes(mask.shape, shape))
+    return torch.cat([mask, column.expand(*mask.shape[:-1], 1)], -1)
 
 
 library.impl("sdpa", sdpa, "CompositeImplicitAutograd")

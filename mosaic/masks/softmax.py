@@ -54,7 +54,7 @@ class Masked:
 
     ``lead``: the product's leading dims. ``factors``: of rows, for mul or div. ``biases``: for add
     or sub. ``seen``: bools that are True (or False, as ``how`` says) where a score is kept;
-    elsewhere it is ``fill``.
+    elsewhere it is ``fill``. ``lessened``: by a number for each row.
     """
 
     product: Scores
@@ -64,6 +64,7 @@ class Masked:
     biases: tuple[Step, ...] = ()
     seen: tuple[Step, ...] = ()
     fill: float = -INF
+    lessened: bool = False
 
     @property
     def is_masked(self) -> bool:
@@ -77,12 +78,14 @@ class Masked:
 @dataclass(frozen=True)
 class Weights:
     """Weights: the softmax of ``scores``, with dropout; 0 where ``seen`` does not hold, or
-    (``is_safe``) where a row hides every key."""
+    (``is_safe``) where a row hides every key. ``left_out``: the softmax's first column (0) or its
+    last (-1), which is none of them."""
 
     scores: fx.Node
     dropout: float = 0.0
     seen: Step | None = None
     is_safe: bool = False
+    left_out: int | None = None
 
 
 # --- up: from the softmax to the product with the values ------------------------------------------
@@ -108,11 +111,25 @@ def made_of(node: fx.Node) -> Weights | None:
         if found is None or (rate and found.dropout):
             return None
         return replace(found, dropout=rate or found.dropout)
+    if node.target == aten.slice.Tensor:
+        found, side = weights(node.args[0]), side_left_out(node)
+        is_new = found is not None and side is not None and found.left_out is None
+        return replace(found, left_out=side) if is_new else None
     for condition, kept, other in choices(broadcast(node, node.meta["val"].ndim)):
         found = weights(kept.node) if other == 0 and isinstance(kept, Term) else None
         if found is not None and not found.seen:
             return replace(found, seen=step(node, condition.term.node, condition.positive))
     return None
+
+
+def side_left_out(node: fx.Node) -> int | None:
+    """Which one column a slice leaves out: the first (0) or the last (-1)."""
+    x, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    shape = x.meta["val"].shape
+    if dim % len(shape) != len(shape) - 1 or step != 1:
+        return None
+    start, stop, _ = slice(start, stop).indices(shape[-1])
+    return {(0, shape[-1] - 1): -1, (1, shape[-1]): 0}.get((start, stop))
 
 
 # --- down: from the softmax to the product of queries and keys ------------------------------------
@@ -169,10 +186,8 @@ class ScoresReader:
 
     def lessened(self, node: fx.Node) -> Masked | None:
         """By each row's maximum: a softmax stays the same."""
-        if node.target != aten.sub.Tensor or node.kwargs:
-            return None
-        x, largest = node.args
-        return self(x) if is_maximum(largest, x) and like(node, x) else None
+        found = self(node.args[0]) if is_lessened(node) else None
+        return found and replace(found, lessened=True)
 
     def added(self, node: fx.Node) -> Masked | None:
         if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
@@ -237,6 +252,14 @@ def operands(node: fx.Node, swap: bool) -> list[tuple[fx.Node, fx.Node]]:
 def is_of_rows(x: fx.Node) -> bool:
     """The same number for all keys."""
     return tuple(x.meta["val"].shape[-1:]) in ((), (1,))
+
+
+def is_lessened(node: fx.Node) -> bool:
+    """Whether a node is scores less each row's maximum."""
+    if node.target != aten.sub.Tensor or node.kwargs:
+        return False
+    x, largest = node.args
+    return is_maximum(largest, x) and like(node, x)
 
 
 def is_maximum(node: Any, x: Any) -> bool:

@@ -31,14 +31,25 @@ def tile_of(bound: Mapping[str, Any]) -> str:
     return bound.get("tile") or ""
 
 
-def mask_words(band: Band, documents: bool, mask: Tensor | None, tile: str = "") -> str:
+def words_of(bound: Mapping[str, Any], mask: Tensor | None) -> str:
+    """What a call says, in words; ``mask``: the value of its ``attn_mask``."""
+    has_sinks = bound.get("sinks") is not None
+    return mask_words(band_of(bound), bool(documents_of(bound)), mask, tile_of(bound), has_sinks)
+
+
+def mask_words(
+    band: Band, documents: bool, mask: Tensor | None, tile: str = "", sinks: bool = False
+) -> str:
     """
     >>> mask_words(Band(4095, 0), True, None)
     'causal, window 4096, documents'
     >>> mask_words(Band(None, None), False, None, "float32: sub.Tensor(%0, %1)")
     'float by tiles'
+    >>> mask_words(Band(None, 0), False, None, sinks=True)
+    'sinks, causal'
     """
-    words = [word for word in (str(band), "documents" if documents else "") if word]
+    said = ("sinks" if sinks else "", str(band), "documents" if documents else "")
+    words = [word for word in said if word]
     if mask is not None:
         of_keys = mask.ndim < 2 or mask.shape[-2] == 1
         words.append(TENSORS[of_keys, mask.dtype == torch.bool])

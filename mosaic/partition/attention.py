@@ -17,7 +17,7 @@ from mosaic.attention.problem import AttentionProblem
 from mosaic.graph.source import where
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import PLAIN, STRUCTURED
-from mosaic.masks.words import band_of, documents_of, mask_words, tile_of
+from mosaic.masks.words import band_of, documents_of, tile_of, words_of
 from mosaic.partition.emitter import DECIDED
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.values import Call, Value, map_values
@@ -26,7 +26,7 @@ from mosaic.runtime.world import own_axes
 
 aten = torch.ops.aten
 QKV = ("query", "key", "value")
-MAKINGS = ("query_documents", "key_documents", "leaves")
+MAKINGS = ("query_documents", "key_documents", "leaves", "sinks")
 #: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for.
 PIECES = 8
 
@@ -78,12 +78,12 @@ def method_for(s: ShardingInterpreter, c: Call) -> Method:
 
 
 def makings(c: Call) -> dict[str, Any]:
-    """What a mask in words is made of: documents, and the leaves of its tiles."""
+    """Documents, the leaves of a mask's tiles, and sinks."""
     return {name: c.bound[name] for name in MAKINGS if c.bound.get(name) is not None}
 
 
 def whole_makings(s: ShardingInterpreter, c: Call) -> dict[str, Any]:
-    """Every rank makes its own part of the mask, of any rows and keys."""
+    """Every rank makes its own part of the mask, of any rows and keys; sinks are of all rows."""
     return map_values(lambda x: s.gather(x, "every rank makes its part of the mask"), makings(c))
 
 
@@ -173,7 +173,9 @@ def with_whole_queries(s: ShardingInterpreter, c: Call) -> Value:
         mask = entered(s, s.gather_aloud(mask, "is a mask of whole queries"))
     query = Layout.whole(q.shape[-2], s.axis.p)
     found = problem(s, c, method_for(s, c), query, keys, None)
-    parts = map_values(lambda x: entered(s, x), whole_makings(s, c))
+    parts = whole_makings(s, c)
+    masks = {name: x for name, x in parts.items() if name != "sinks"}  # these see the whole rows
+    parts |= map_values(lambda x: entered(s, x), masks)
     return marked(s, c, found, None, (q, k, v, mask), parts, enter=False)
 
 
@@ -227,6 +229,8 @@ def cut_makings(s: ShardingInterpreter, c: Call, place: Place) -> dict[str, Any]
     for name in MAKINGS[:2]:
         if name in found:
             found[name] = s.gather(found[name], "is broadcast") if is_heads else cut(found[name], 0)
+    if "sinks" in found:
+        found["sinks"] = cut(found["sinks"], 0) if is_heads else s.gather(found["sinks"], "is broadcast")
     return found
 
 
@@ -250,7 +254,7 @@ def problem(
         documents=documents,
         has_rows=mask is not None and mask.shape[-2] > 1,
         tile=tile_of(c.bound),
-        mask=mask_words(band, documents, None if mask is None else mask.val, tile_of(c.bound)),
+        mask=words_of(c.bound, None if mask is None else mask.val),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
@@ -282,7 +286,7 @@ def marked(
 ) -> Value:
     """The node stays an SDPA, with what its axes make of it: ``rewrite_attention`` makes the op.
 
-    ``operands``: q, k, v and mask; ``parts``: the mask's ``makings``. ``enter``: every rank has a
+    ``operands``: q, k, v and mask; ``parts``: its ``makings``. ``enter``: every rank has a
     part of the work, and the gradients of whole operands are summed.
     """
     s.attentions.append((found, c))

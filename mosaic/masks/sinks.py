@@ -1,0 +1,63 @@
+"""Sinks that are written out: one more column of the scores, and weights without it.
+
+    softmax(cat([scores, sinks], -1), -1)[..., :-1]          sinks (heads), expanded to (..., 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mosaic.masks.constants import Constants
+from mosaic.masks.softmax import COPIED, HALF, ends_gradient, is_cast_from_half, is_lessened
+from mosaic.masks.terms import HEAD, Term, arranged, broadcast, made, peeled
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Column:
+    """``scores`` before they get the column, and the column as numbers of heads."""
+
+    scores: fx.Node
+    term: Term
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return tuple(self.scores.meta["val"].shape[:-2])
+
+    def write(self, graph: fx.Graph, heads: int) -> fx.Node:
+        """Sinks (heads)."""
+        sinks = arranged(graph, self.term, (HEAD,))
+        return sinks if heads == 1 else made(graph, aten.expand.default, sinks, [heads])
+
+
+def column(node: fx.Node, first: bool, constants: Constants) -> Column | None:
+    """What a softmax of ``node`` is over, if its first (or last) column is one of sinks."""
+    while node.op == "call_function" and node.target != aten.cat.default:
+        is_same = node.target in COPIED or is_cast_from_half(node) or is_lessened(node)
+        if not is_same or ends_gradient(node):
+            return None
+        node = node.args[0]
+    if node.op != "call_function" or ends_gradient(node) or len(node.args[0]) != 2:
+        return None
+    sinks, scores = node.args[0] if first else reversed(node.args[0])
+    val, own = node.meta["val"], scores.meta["val"]
+    is_last = len(node.args) > 1 and node.args[1] % val.ndim == val.ndim - 1
+    is_wider = own.dtype in HALF and val.dtype == torch.float32
+    if not is_last or sinks.meta["val"].shape[-1] != 1 or not (own.dtype == val.dtype or is_wider):
+        return None
+    term = of_heads(broadcast(sinks, val.ndim), constants)
+    return Column(scores, term) if term.coordinates <= {HEAD} else None
+
+
+def of_heads(term: Term, constants: Constants) -> Term:
+    """Sinks without the dims along which they are expanded; a detach stays."""
+    while term.node.target != aten.detach.default:
+        inner = peeled(term, constants)
+        if inner is None:
+            break
+        term = inner
+    return term
