@@ -72,7 +72,7 @@ def calls(
     ) -> tuple[Tensor, ...]:
         if specs.back:
             (dout,) = heads.program([dout], specs.back, True)
-        grads = backward_program(dout, q, k, v, *Inputs()[:5], out, lse, specs.attention, False)[:3]
+        grads = backward_program(dout, q, k, v, *Inputs(), out, lse, specs.attention, False)[:3]
         return tuple(heads.program(grads, specs.there, False)) if specs.there else grads
 
     shapes = [(given.heads, lengths[0], given.dim), (given.kv_heads, lengths[1], given.dim)]

@@ -113,20 +113,20 @@ def _(q, k, v, *rest, number=0):
     "mosaic::attention_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? query_documents, "
-    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, Tensor out, Tensor lse, str plan, "
-    "bool need_dmask, *, int number=0) -> Tensor[]",
+    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, Tensor? sinks, Tensor out, Tensor lse, "
+    "str plan, bool need_dmask, *, int number=0) -> Tensor[]",
 )
 def attention_backward(dout, q, k, v, *rest, number=0):
     """dq, dk, dv, each like its input; with ``need_dmask`` that of the mask, or one for each leaf
-    (of no element where it is not learned). Sinks are in ``out`` and ``lse``."""
-    mask, query_documents, key_documents, seed, leaves, out, lse, _, _ = rest
+    (of no element where it is not learned). That of sinks needs no kernel: it is ``_backward``'s."""
+    mask, query_documents, key_documents, seed, leaves, _, out, lse, _, _ = rest
     given = (dout, q, k, v, mask, query_documents, key_documents, seed, *leaves, out, lse)
     return list(fresh(backward_program(dout, q, k, v, *rest), given))
 
 
 @attention_backward.register_fake
 def _(dout, q, k, v, mask, *rest, number=0):
-    *_, leaves, _, _, plan, need_dmask = rest
+    *_, leaves, _, _, _, plan, need_dmask = rest
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     if not need_dmask:
         return grads
@@ -156,7 +156,7 @@ def _backward(ctx, dout, dlse):
         mask is not None and mask.is_floating_point() and needed[3]
     )
     dq, dk, dv, *dmasks = torch.ops.mosaic.attention_backward(
-        dout, *inputs, leaves, out, lse, ctx.plan, need_dmask
+        dout, *inputs, leaves, sinks, out, lse, ctx.plan, need_dmask
     )
     dsinks = sinks_gradient(dout, out, lse, sinks) if needed[8] else None
     if need_dmask and mask is not None:

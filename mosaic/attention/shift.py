@@ -2,7 +2,7 @@
 
 A row that sees nothing but ``finfo.min`` (in the way of transformers) has equal weights on one
 device. Its log-sum-exp, finfo.min + log(n), would round the number of keys away, and blocks of
-unequal length could not be merged.
+unequal length could not be merged. (Beside a sink such a row weighs nothing.)
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from mosaic.layout import Interval, Intervals
 
 def shift_of(plan: AttentionPlan, rows: Intervals, q: Tensor, inputs: Inputs) -> Tensor | None:
     """(batch|1, heads|1, seq|1, 1) for q (batch, heads, seq, head_dim), the queries at ``rows``; 0
-    where there is nothing to take off, None where the mask is boolean."""
+    where there is nothing to take off, None where the mask is boolean, or a sink is seen."""
     mask = inputs.mask
+    if inputs.sinks is not None:
+        return None
     if mask is not None and inputs.query_documents is None:
         return None if mask.dtype == torch.bool else row_shift(mask, plan.band, rows)
     if mask is None and not plan.tile:
