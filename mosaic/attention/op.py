@@ -98,7 +98,8 @@ def attention(
     or added to the scores. ``query_documents`` (batch|1, all queries) and ``key_documents``
     (batch|1, all keys): ids, equal ones attend. ``seed``: int64 scalar, for dropout. ``leaves``:
     those of the plan's ``TileProgram``, in place of a mask. ``sinks`` (heads): the score of one
-    more key of value 0. ``plan``: an encoded ``AttentionPlan``. Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
+    more key of value 0. ``plan``: an encoded ``AttentionPlan``. Gives out (batch, heads, seq,
+    v_dim) and lse (batch, heads, seq).
     """
     inputs = (q, k, v, mask, query_documents, key_documents, seed)
     return fresh(forward_program(*inputs, leaves, sinks, plan), (*inputs, *leaves))
@@ -118,7 +119,7 @@ def _(q, k, v, *rest, number=0):
 )
 def attention_backward(dout, q, k, v, *rest, number=0):
     """dq, dk, dv, each like its input; with ``need_dmask`` that of the mask, or one for each leaf
-    (of no element where it is not learned). That of sinks needs no kernel: it is ``_backward``'s."""
+    (of no element where it is not learned). That of sinks needs no kernel: see ``_backward``."""
     mask, query_documents, key_documents, seed, leaves, _, out, lse, _, _ = rest
     given = (dout, q, k, v, mask, query_documents, key_documents, seed, *leaves, out, lse)
     return list(fresh(backward_program(dout, q, k, v, *rest), given))

@@ -1,6 +1,6 @@
 """Sinks that are written out: one more column of the scores, and weights without it.
 
-    softmax(cat([scores, sinks], -1), -1)[..., :-1]          sinks (heads), expanded to (..., 1)
+softmax(cat([scores, expanded(sinks)], -1), -1)[..., :-1]
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from mosaic.graph.emit import insert
+from mosaic.masks.additive import number
 from mosaic.masks.constants import Constants
 from mosaic.masks.softmax import COPIED, HALF, ends_gradient, is_cast_from_half, is_lessened
 from mosaic.masks.terms import HEAD, Term, arranged, broadcast, made, peeled
@@ -19,10 +21,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Column:
-    """``scores`` before they get the column, and the column as numbers of heads."""
+    """``scores`` before they get the column; the column as numbers of heads, or as one number."""
 
     scores: fx.Node
-    term: Term
+    sinks: Term | float
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -30,7 +32,11 @@ class Column:
 
     def write(self, graph: fx.Graph, heads: int) -> fx.Node:
         """Sinks (heads)."""
-        sinks = arranged(graph, self.term, (HEAD,))
+        if isinstance(self.sinks, float):
+            val = self.scores.meta["val"]
+            options = {"dtype": val.dtype, "device": val.device}
+            return insert(graph, self.scores, aten.full.default, ([heads], self.sinks), options)
+        sinks = arranged(graph, self.sinks, (HEAD,))
         return sinks if heads == 1 else made(graph, aten.expand.default, sinks, [heads])
 
 
@@ -49,7 +55,11 @@ def column(node: fx.Node, first: bool, constants: Constants) -> Column | None:
     is_wider = own.dtype in HALF and val.dtype == torch.float32
     if not is_last or sinks.meta["val"].shape[-1] != 1 or not (own.dtype == val.dtype or is_wider):
         return None
-    term = of_heads(broadcast(sinks, val.ndim), constants)
+    term = broadcast(sinks, val.ndim)
+    known = number(term, constants)
+    if known is not None:
+        return Column(scores, known)
+    term = of_heads(term, constants)
     return Column(scores, term) if term.coordinates <= {HEAD} else None
 
 

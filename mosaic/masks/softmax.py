@@ -124,12 +124,11 @@ def made_of(node: fx.Node) -> Weights | None:
 
 def side_left_out(node: fx.Node) -> int | None:
     """Which one column a slice leaves out: the first (0) or the last (-1)."""
-    x, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    shape = x.meta["val"].shape
-    if dim % len(shape) != len(shape) - 1 or step != 1:
+    x, dim, start, stop, step = (*node.args, None, None, None)[:5]
+    *lead, n = x.meta["val"].shape
+    if dim % (len(lead) + 1) != len(lead):
         return None
-    start, stop, _ = slice(start, stop).indices(shape[-1])
-    return {(0, shape[-1] - 1): -1, (1, shape[-1]): 0}.get((start, stop))
+    return {range(n - 1): -1, range(1, n): 0}.get(range(n)[start:stop:step])
 
 
 # --- down: from the softmax to the product of queries and keys ------------------------------------

@@ -230,7 +230,8 @@ def cut_makings(s: ShardingInterpreter, c: Call, place: Place) -> dict[str, Any]
         if name in found:
             found[name] = s.gather(found[name], "is broadcast") if is_heads else cut(found[name], 0)
     if "sinks" in found:
-        found["sinks"] = cut(found["sinks"], 0) if is_heads else s.gather(found["sinks"], "is broadcast")
+        sinks = found["sinks"]
+        found["sinks"] = cut(sinks, 0) if is_heads else s.gather(sinks, "is broadcast")
     return found
 
 
