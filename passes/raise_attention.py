@@ -89,16 +89,13 @@ def raise_attention(graph: fx.Graph, context: Context) -> int:
 def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
     product = weighted(node)
     above = product and weights(product.weights)
-    if not (product and above):
+    sinks = column(above, reader.constants) if above else None
+    if above and sinks:
+        above = replace(above, scores=sinks.scores, left_out=None)
+    below = above and reader(above.scores)
+    if not (product and above and below) or above.left_out is not None:
         return None
-    sinks = None
-    if above.left_out is not None:
-        sinks = column(above.scores, above.left_out == 0, reader.constants)
-        if sinks is None:
-            return None
-        above = replace(above, scores=sinks.scores)
-    below = reader(above.scores)
-    if below is None or (sinks and below.lessened):  # the sink is not
+    if sinks and below.lessened:  # the sink is not
         return None
     is_zeroed = above.seen is not None
     if is_zeroed and below.seen != (above.seen,):

@@ -13,7 +13,14 @@ from torch import fx
 from mosaic.graph.emit import insert
 from mosaic.masks.additive import number
 from mosaic.masks.constants import Constants
-from mosaic.masks.softmax import COPIED, HALF, ends_gradient, is_cast_from_half, is_lessened
+from mosaic.masks.softmax import (
+    COPIED,
+    HALF,
+    Weights,
+    ends_gradient,
+    is_cast_from_half,
+    is_lessened,
+)
 from mosaic.masks.terms import HEAD, Term, arranged, broadcast, made, peeled
 
 aten = torch.ops.aten
@@ -40,8 +47,11 @@ class Column:
         return sinks if heads == 1 else made(graph, aten.expand.default, sinks, [heads])
 
 
-def column(node: fx.Node, first: bool, constants: Constants) -> Column | None:
-    """What a softmax of ``node`` is over, if its first (or last) column is one of sinks."""
+def column(found: Weights, constants: Constants) -> Column | None:
+    """What a softmax is over, if the column that its weights leave out is one of sinks."""
+    node = found.scores
+    if found.left_out is None:
+        return None
     while node.op == "call_function" and node.target != aten.cat.default:
         is_same = node.target in COPIED or is_cast_from_half(node) or is_lessened(node)
         if not is_same or ends_gradient(node):
@@ -49,7 +59,7 @@ def column(node: fx.Node, first: bool, constants: Constants) -> Column | None:
         node = node.args[0]
     if node.op != "call_function" or ends_gradient(node) or len(node.args[0]) != 2:
         return None
-    sinks, scores = node.args[0] if first else reversed(node.args[0])
+    sinks, scores = node.args[0] if found.left_out == 0 else reversed(node.args[0])
     val, own = node.meta["val"], scores.meta["val"]
     is_last = len(node.args) > 1 and node.args[1] % val.ndim == val.ndim - 1
     is_wider = own.dtype in HALF and val.dtype == torch.float32

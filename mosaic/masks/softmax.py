@@ -113,8 +113,9 @@ def made_of(node: fx.Node) -> Weights | None:
         return replace(found, dropout=rate or found.dropout)
     if node.target == aten.slice.Tensor:
         found, side = weights(node.args[0]), side_left_out(node)
-        is_new = found is not None and side is not None and found.left_out is None
-        return replace(found, left_out=side) if is_new else None
+        if found is None or found.left_out is not None or side is None:
+            return None
+        return replace(found, left_out=side)
     for condition, kept, other in choices(broadcast(node, node.meta["val"].ndim)):
         found = weights(kept.node) if other == 0 and isinstance(kept, Term) else None
         if found is not None and not found.seen:
