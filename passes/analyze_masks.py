@@ -78,9 +78,9 @@ def structured(
         added = additive(term, constants)
         found, fill = joined(added.conditions, constants, added.biases), added.fill
     square = call["query"].meta["val"].shape[-2] <= call["key"].meta["val"].shape[-2]
-    sinks = call.bound.get("sinks")  # which every row sees: what is hidden weighs nothing
-    sees = sinks is not None or (square and every_row_sees(found))
-    exact = fill == -INF or is_of_keys(found) or sees
+    if call.bound.get("sinks") is not None:  # which every row sees: what is hidden weighs nothing
+        fill = -INF
+    exact = fill == -INF or is_of_keys(found) or (square and every_row_sees(found))
     if not exact or not is_shorter(found):
         return None
     with graph.inserting_before(mask):
