@@ -210,6 +210,28 @@ def two_fills(q, k, v, pad):
 
 
 @attention
+def gpt_neo(q, k, v, pad):
+    lowest = torch.tensor(torch.finfo(q.dtype).min, dtype=q.dtype)
+    local = lower().triu(-2).bool()[None, None]
+    causal = torch.full((N, N), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+    return (torch.where(local, product(q, k), lowest) + causal).softmax(-1) @ v
+
+
+@attention
+def hidden_by_biases_alone(q, k, v, pad):
+    lowest = torch.finfo(q.dtype).min
+    padding = torch.zeros(2, 1, 1, N, dtype=q.dtype).masked_fill(pad[:, None, None], lowest)
+    return (product(q, k) + padding).masked_fill(lower() == 0, -1e9).softmax(-1) @ v
+
+
+@attention
+def scaled_after_the_bias(q, k, v, pad):  # Falcon
+    scores = product(q, k) + torch.arange(N) * 0.1
+    scores = scores * 0.5 + torch.full((N, N), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+    return scores.softmax(-1) @ v
+
+
+@attention
 def bias_first(q, k, v, pad):
     return (torch.arange(N) * 0.1 + product(q, k)).softmax(-1) @ v
 
@@ -327,8 +349,17 @@ def bias_on_low(q, k, v, pad):
 
 
 @other
-def scaled_after_the_mask(q, k, v, pad):
-    return ((product(q, k) + torch.arange(N) * 0.1) * 2).softmax(-1) @ v
+def padding_on_low(q, k, v, pad):  # GPT-Neo: of a row that sees no key some scores get gradients
+    lowest = torch.finfo(q.dtype).min
+    padding = torch.zeros(2, 1, 1, N, dtype=q.dtype).masked_fill(pad.flip(1)[:, None, None], lowest)
+    return (product(q, k).masked_fill(lower() == 0, lowest) + padding).softmax(-1) @ v
+
+
+@other
+def lowest_and_lowest(q, k, v, pad):
+    lowest = torch.finfo(q.dtype).min
+    scores = product(q, k) + torch.full((N, N), lowest, dtype=q.dtype).triu(1)
+    return scores.masked_fill(pad.flip(1)[:, None, None], lowest).softmax(-1) @ v
 
 
 @other

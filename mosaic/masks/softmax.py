@@ -32,11 +32,13 @@ LOW = -1e4
 
 @dataclass(frozen=True)
 class Step:
-    """A tensor that the scores meet while these are their leading dims, and what it does."""
+    """A tensor that the scores meet while these are their leading dims, and what it does.
+    ``scale``: of a bias, by which it was multiplied with the scores."""
 
     node: fx.Node
     lead: tuple[int, ...]
     how: Any
+    scale: float = 1.0
 
     @property
     def own_lead(self) -> tuple[int, ...]:
@@ -54,7 +56,8 @@ class Masked:
 
     ``lead``: the product's leading dims. ``factors``: of rows, for mul or div. ``biases``: for add
     or sub. ``seen``: bools that are True (or False, as ``how`` says) where a score is kept;
-    elsewhere it is ``fill``. ``lessened``: by a number for each row.
+    elsewhere it is ``fill``. ``is_late``: some of the biases were added to what is filled, too
+    (GPT-Neo). ``lessened``: by a number for each row.
     """
 
     product: Scores
@@ -64,6 +67,7 @@ class Masked:
     biases: tuple[Step, ...] = ()
     seen: tuple[Step, ...] = ()
     fill: float = -INF
+    is_late: bool = False
     lessened: bool = False
 
     @property
@@ -162,15 +166,18 @@ class ScoresReader:
         return next((x for x in (read(node) for read in readers) if x is not None), None)
 
     def scaled(self, node: fx.Node) -> Masked | None:
-        """By a number, before there is a mask."""
+        """By a number, with the biases that are there (Falcon), before anything is filled."""
         if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) or node.kwargs:
             return None
         x, factor = node.args
         found = self(x) if isinstance(factor, (int, float)) else None
-        if found is None or found.is_masked or (factor == 0 and node.target == aten.div.Tensor):
+        if found is None or found.seen or (factor == 0 and node.target == aten.div.Tensor):
+            return None
+        if found.biases and factor <= 0:  # a low number would be a high one
             return None
         factor = 1 / factor if node.target == aten.div.Tensor else factor
-        return replace(found, scale=found.scale * factor)
+        biases = tuple(replace(bias, scale=bias.scale * factor) for bias in found.biases)
+        return replace(found, scale=found.scale * factor, biases=biases)
 
     def multiplied(self, node: fx.Node) -> Masked | None:
         """By a tensor that is the same for all keys: a temperature, a scale for each head."""
@@ -194,10 +201,10 @@ class ScoresReader:
             return None
         for x, bias in operands(node, swap=node.target == aten.add.Tensor):
             found = self(x) if like(node, x) else None
-            if found is None or found.fill != -INF:
+            if found is None or not like(node, found.product.q.node, same_shape=False):
                 continue
-            if like(node, found.product.q.node, same_shape=False):
-                return replace(found, biases=(*found.biases, step(node, bias, node.target)))
+            biases = (*found.biases, step(node, bias, node.target))
+            return replace(found, biases=biases, is_late=found.fill > -INF)
         return None
 
     def filled(self, node: fx.Node) -> Masked | None:
@@ -207,7 +214,9 @@ class ScoresReader:
             if fill is None or not fill <= LOW or not isinstance(kept, Term):
                 continue
             found = self(kept.node)
-            if found is None or (found.seen and found.fill != fill) or not like(node, kept.node):
+            if found is None or found.is_late or not like(node, kept.node):
+                continue
+            if found.seen and found.fill != fill:
                 continue
             seen = step(node, condition.term.node, condition.positive)
             return replace(found, seen=(*found.seen, seen), fill=fill)
