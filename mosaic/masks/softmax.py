@@ -19,8 +19,8 @@ from torch import fx
 
 from mosaic.masks.additive import INF, choices, number
 from mosaic.masks.constants import Constants
-from mosaic.masks.products import PRODUCTS, Scores, scores
-from mosaic.masks.terms import RESHAPED, Term, broadcast
+from mosaic.masks.products import PRODUCTS, SWAPPED, Operand, Scores, scores
+from mosaic.masks.terms import RESHAPED, Term, broadcast, permutation
 
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
@@ -159,6 +159,9 @@ class ScoresReader:
         if product is not None:
             bias = () if product.bias is None else (step(node, product.bias, aten.add.Tensor),)
             lead = tuple(node.meta["val"].shape[:-2])
+            q, k = of_half(product.q), of_half(product.k)
+            if q and k:
+                product = replace(product, q=q, k=k)
             return Masked(product, lead, scale=product.scale, biases=bias)
         if node.target in COPIED or is_cast_from_half(node) or keeps_rows(node):
             return self(node.args[0])
@@ -309,6 +312,15 @@ def keeps_dtype(softmax: fx.Node) -> bool:
     """Or works in float32 on halves, as kernels do."""
     before, after = dtypes(softmax)
     return before == after or (before in HALF and after == torch.float32)
+
+
+def of_half(x: Operand) -> Operand | None:
+    """What was cast to float32 for the product, as kernels do in any case."""
+    node, order = x.node, x.order
+    if node.target in SWAPPED:
+        inner = permutation(node)
+        node, order = node.args[0], tuple(d if d is None else inner[d] for d in order)
+    return Operand(node.args[0], order) if is_cast_from_half(node) else None
 
 
 def is_cast_from_half(node: fx.Node) -> bool:
