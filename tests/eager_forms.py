@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,117 +25,148 @@ SEQ2SEQ = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
-#: Class and the config's numbers. With the class's name the config's is known.
-LMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", GROUPED),
-    "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": 6}),
-    "mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
-    "qwen2": ("Qwen2ForCausalLM", GROUPED),
-    "qwen3": ("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}),
-    "qwen3_moe": (
+TILES, KEYS, DENSE = "float by tiles", "bias of keys", "dense float"
+#: How far results may be apart where norms, softmax or all of it are taken in float32.
+SINGLE = 1e-5
+
+
+@dataclass(frozen=True)
+class Form:
+    """A class of transformers, its config's numbers, and the masks of its attentions in the plan.
+    ``padded``: whether the first text ends with padding."""
+
+    kind: str
+    numbers: dict[str, Any]
+    masks: tuple[str, ...] = (TILES, TILES)
+    tol: float = 1e-12
+    dtype: torch.dtype = torch.float64
+    padded: bool = True
+
+
+FORMS = {
+    "llama": Form("LlamaForCausalLM", GROUPED, tol=SINGLE),
+    "mistral": Form("MistralForCausalLM", {**GROUPED, "sliding_window": 6}, tol=SINGLE),
+    "mixtral": Form("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}, tol=SINGLE),
+    "qwen2": Form("Qwen2ForCausalLM", GROUPED, tol=SINGLE),
+    "qwen3": Form("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}, tol=SINGLE),
+    "qwen3_moe": Form(
         "Qwen3MoeForCausalLM",
         {**GROUPED, **EXPERTS, "head_dim": 8, "moe_intermediate_size": 16},
+        tol=SINGLE,
     ),
-    "gemma": ("GemmaForCausalLM", {**GROUPED, "head_dim": 8}),
-    "gemma2": ("Gemma2ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 6}),
-    "gemma3": ("Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 6}),
-    "phi": ("PhiForCausalLM", COMMON),
-    "phi3": ("Phi3ForCausalLM", GROUPED),
-    "gpt2": ("GPT2LMHeadModel", GPT2),
-    "gpt_neo": (
+    "gemma": Form("GemmaForCausalLM", {**GROUPED, "head_dim": 8}, tol=SINGLE),
+    "gemma3": Form(
+        "Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 6}, tol=SINGLE
+    ),
+    "phi": Form("PhiForCausalLM", COMMON, tol=SINGLE),
+    "phi3": Form("Phi3ForCausalLM", GROUPED, tol=SINGLE),
+    "gpt2": Form("GPT2LMHeadModel", GPT2),
+    "gpt_neo": Form(
         "GPTNeoForCausalLM",
         {**COMMON, "num_layers": 2, "num_heads": 4, "window_size": 6,
          "attention_types": [[["global", "local"], 1]]},
+        ("causal", "causal, window 6"), SINGLE, torch.float32, padded=False,
     ),
-    "gpt_neox": ("GPTNeoXForCausalLM", COMMON),
-    "gptj": ("GPTJForCausalLM", {**GPT2, "rotary_dim": 4}),
-    "gpt_bigcode": ("GPTBigCodeForCausalLM", GPT2),
-    "gpt_oss": (
+    "gpt_neox": Form("GPTNeoXForCausalLM", COMMON, tol=SINGLE),
+    "gptj": Form(
+        "GPTJForCausalLM", {**GPT2, "rotary_dim": 4}, tol=SINGLE, dtype=torch.float32
+    ),
+    "gpt_bigcode": Form("GPTBigCodeForCausalLM", GPT2),
+    "gpt_oss": Form(
         "GptOssForCausalLM",
         {**GROUPED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
          "sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        ("sinks, causal, window 6, padding", "sinks, causal, padding"), SINGLE,
     ),
-    "bloom": ("BloomForCausalLM", {**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "falcon": ("FalconForCausalLM", COMMON),
-    "falcon, alibi": ("FalconForCausalLM", {**COMMON, "alibi": True}),
-    "mpt": (
+    "bloom": Form("BloomForCausalLM", {**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon": Form("FalconForCausalLM", COMMON),
+    "falcon, alibi": Form("FalconForCausalLM", {**COMMON, "alibi": True}),
+    "mpt": Form(
         "MptForCausalLM",
         {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+        tol=SINGLE, dtype=torch.float32,
     ),
-    "opt": ("OPTForCausalLM", {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "cohere": ("CohereForCausalLM", GROUPED),
-    "olmo2": ("Olmo2ForCausalLM", GROUPED),
-    "granite": ("GraniteForCausalLM", GROUPED),
-    "deepseek_v3": (
+    "opt": Form("OPTForCausalLM", {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "cohere": Form("CohereForCausalLM", GROUPED, tol=SINGLE),
+    "olmo2": Form("Olmo2ForCausalLM", GROUPED, tol=SINGLE),
+    "granite": Form("GraniteForCausalLM", GROUPED, tol=SINGLE),
+    "deepseek_v3": Form(
         "DeepseekV3ForCausalLM",
         {**COMMON, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
          "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4,
          "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
          "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        tol=SINGLE,
     ),
-    "starcoder2": ("Starcoder2ForCausalLM", {**GROUPED, "sliding_window": 6}),
-    "stablelm": ("StableLmForCausalLM", GROUPED),
-    "glm4": ("Glm4ForCausalLM", {**GROUPED, "head_dim": 8}),
-    "bert": ("BertForMaskedLM", COMMON),
-    "roberta": ("RobertaForMaskedLM", COMMON),
-    "xlm_roberta": ("XLMRobertaForMaskedLM", COMMON),
-    "distilbert": (
+    "starcoder2": Form("Starcoder2ForCausalLM", {**GROUPED, "sliding_window": 6}, tol=SINGLE),
+    "stablelm": Form("StableLmForCausalLM", GROUPED, tol=SINGLE),
+    "glm4": Form("Glm4ForCausalLM", {**GROUPED, "head_dim": 8}, tol=SINGLE),
+    "bert": Form("BertForMaskedLM", COMMON, (KEYS, KEYS)),
+    "roberta": Form("RobertaForMaskedLM", COMMON, (KEYS, KEYS)),
+    "xlm_roberta": Form("XLMRobertaForMaskedLM", COMMON, (KEYS, KEYS)),
+    "distilbert": Form(
         "DistilBertForMaskedLM",
         {**IDS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
+        (KEYS, KEYS),
     ),
-    "albert": ("AlbertForMaskedLM", {**COMMON, "embedding_size": 16}),
-    "electra": ("ElectraForMaskedLM", {**COMMON, "embedding_size": 16}),
-    "deberta_v2": (
+    "albert": Form("AlbertForMaskedLM", {**COMMON, "embedding_size": 16}, (KEYS, KEYS)),
+    "electra": Form("ElectraForMaskedLM", {**COMMON, "embedding_size": 16}, (KEYS, KEYS)),
+    "deberta_v2": Form(
         "DebertaV2ForMaskedLM",
         {**COMMON, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        (DENSE, DENSE),
     ),
-    "modernbert": ("ModernBertForMaskedLM", {**COMMON, "local_attention": 6}),
-    "t5": ("T5ForConditionalGeneration", {**IDS, **T5, "decoder_start_token_id": 0}),
-    "bart": ("BartForConditionalGeneration", {**IDS, **SEQ2SEQ, "max_position_embeddings": 64}),
+    "modernbert": Form(
+        "ModernBertForMaskedLM", {**COMMON, "local_attention": 6}, (KEYS, TILES), SINGLE
+    ),
+    "t5": Form(
+        "T5ForConditionalGeneration",
+        {**IDS, **T5, "decoder_start_token_id": 0},
+        (TILES, TILES, TILES, KEYS, TILES, KEYS),
+    ),
+    "bart": Form(
+        "BartForConditionalGeneration",
+        {**IDS, **SEQ2SEQ, "max_position_embeddings": 64},
+        (KEYS, KEYS, "causal", KEYS, "causal", KEYS),
+    ),
+    "whisper": Form(
+        "WhisperForConditionalGeneration",
+        {**IDS, **SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": N,
+         "decoder_start_token_id": 1},
+        ("", "", "", ""),
+    ),
+    "vit": Form(
+        "ViTForImageClassification", {**COMMON, "image_size": 24, "patch_size": 4}, ("", "")
+    ),
 }  # fmt: skip
 
 
-def built(name: str, n: int = N) -> Built:
-    """The model, in evaluation mode, and its inputs; the first text ends with padding."""
-    if name in OTHERS:
-        return OTHERS[name](n)
-    kind, numbers = LMS[name]
-    ids = torch.randint(3, VOCAB, (2, n))
-    mask = torch.ones_like(ids)
-    mask[0, n - 6 :] = 0
-    return of_class(kind, numbers), {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": ids.clone(),
-    }
-
-
-def of_class(kind: str, numbers: dict[str, Any]) -> nn.Module:
+def built(name: str) -> Built:
+    """The model, in evaluation mode, and its inputs."""
     import transformers
 
-    found = getattr(transformers, kind)
-    config = found.config_class(**numbers, attn_implementation="eager")
+    form = FORMS[name]
+    found = getattr(transformers, form.kind)
+    config = found.config_class(**form.numbers, attn_implementation="eager")
     config._experts_implementation = "batched_mm"
-    model = found(config).double().eval()
+    model = found(config).to(form.dtype).eval()
     with torch.no_grad():  # numbers as small as the first ones leave attention out of the result
         for weight in model.parameters():
             weight += torch.randn_like(weight) * 0.2
-    return model
+    return model, inputs(name, form)
 
 
-def whisper(n: int) -> Built:
-    numbers = {**IDS, **SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": n}
-    model = of_class("WhisperForConditionalGeneration", {**numbers, "decoder_start_token_id": 1})
-    labels = torch.randint(3, VOCAB, (2, 7))
-    return model, {"input_features": torch.randn(2, 8, 2 * n).double(), "labels": labels}
-
-
-def vit(n: int) -> Built:
-    numbers = {**COMMON, "image_size": 24, "patch_size": 4}
-    model = of_class("ViTForImageClassification", numbers)
-    pixels = torch.randn(2, 3, 24, 24).double()
-    return model, {"pixel_values": pixels, "labels": torch.zeros(2, dtype=torch.long)}
-
-
-OTHERS: dict[str, Callable[[int], Built]] = {"whisper": whisper, "vit": vit}
-NAMES = (*LMS, *OTHERS)
+def inputs(name: str, form: Form) -> dict[str, torch.Tensor]:
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 24, 24, dtype=form.dtype)}
+    if name == "whisper":
+        ids, sounds = torch.randint(3, VOCAB, (2, 7)), torch.randn(2, 8, 2 * N, dtype=form.dtype)
+        return {"input_features": sounds, "decoder_input_ids": ids}
+    ids = torch.randint(3, VOCAB, (2, N))
+    found = {"input_ids": ids}
+    if form.padded:
+        found["attention_mask"] = torch.ones_like(ids)
+        found["attention_mask"][0, N - 6 :] = 0
+    if form.kind.endswith("ForConditionalGeneration"):
+        found["decoder_input_ids"] = ids.flip(1)
+    return found

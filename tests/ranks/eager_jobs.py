@@ -21,9 +21,9 @@ def run(name: str, p: int, method: str | mosaic.Method = "ring") -> dict[str, An
     called = model
     if p:
         mosaic.init(sp_size=p)
-        of_tokens = {key: "batch tokens" for key, x in inputs.items() if x.shape == (2, 19)}
-        spec = mosaic.ShardingSpec(inputs=of_tokens, axes={"tokens": method} if of_tokens else {})
-        options = {"inner": "eager", "spec": spec}
+        named = {key: "batch tokens" for key in inputs if key in ("input_ids", "attention_mask")}
+        spec = mosaic.ShardingSpec(inputs=named, axes={"tokens": method}) if named else None
+        options = {"inner": "eager", **({"spec": spec} if spec else {})}
         called = torch.compile(model, backend="mosaic", options=options)
     with mosaic.plans() as plans, patch.object(F, "softmax", in_own_dtype):
         logits = called(**inputs).logits
