@@ -32,15 +32,13 @@ SINGLE = 1e-5
 
 @dataclass(frozen=True)
 class Form:
-    """A class of transformers, its config's numbers, and the masks of its attentions in the plan.
-    ``padded``: whether the first text ends with padding."""
+    """A class of transformers, its config's numbers, and the masks of its attentions in the plan."""
 
     kind: str
     numbers: dict[str, Any]
     masks: tuple[str, ...] = (TILES, TILES)
     tol: float = 1e-12
     dtype: torch.dtype = torch.float64
-    padded: bool = True
 
 
 FORMS = {
@@ -61,12 +59,6 @@ FORMS = {
     "phi": Form("PhiForCausalLM", COMMON, tol=SINGLE),
     "phi3": Form("Phi3ForCausalLM", GROUPED, tol=SINGLE),
     "gpt2": Form("GPT2LMHeadModel", GPT2),
-    "gpt_neo": Form(
-        "GPTNeoForCausalLM",
-        {**COMMON, "num_layers": 2, "num_heads": 4, "window_size": 6,
-         "attention_types": [[["global", "local"], 1]]},
-        ("causal", "causal, window 6"), SINGLE, torch.float32, padded=False,
-    ),
     "gpt_neox": Form("GPTNeoXForCausalLM", COMMON, tol=SINGLE),
     "gptj": Form(
         "GPTJForCausalLM", {**GPT2, "rotary_dim": 4}, tol=SINGLE, dtype=torch.float32
@@ -163,10 +155,8 @@ def inputs(name: str, form: Form) -> dict[str, torch.Tensor]:
         ids, sounds = torch.randint(3, VOCAB, (2, 7)), torch.randn(2, 8, 2 * N, dtype=form.dtype)
         return {"input_features": sounds, "decoder_input_ids": ids}
     ids = torch.randint(3, VOCAB, (2, N))
-    found = {"input_ids": ids}
-    if form.padded:
-        found["attention_mask"] = torch.ones_like(ids)
-        found["attention_mask"][0, N - 6 :] = 0
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found["attention_mask"][0, N - 6 :] = 0  # padding
     if form.kind.endswith("ForConditionalGeneration"):
         found["decoder_input_ids"] = ids.flip(1)
     return found

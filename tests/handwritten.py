@@ -210,7 +210,7 @@ def two_fills(q, k, v, pad):
 
 
 @attention
-def gpt_neo(q, k, v, pad):
+def causal_on_filled(q, k, v, pad):
     lowest = torch.tensor(torch.finfo(q.dtype).min, dtype=q.dtype)
     local = lower().triu(-2).bool()[None, None]
     causal = torch.full((N, N), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
@@ -254,6 +254,12 @@ def row_bias_of_batches(q, k, v, pad):  # n is a batch here: the attention is lo
     x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     y, low = x.reshape(2 * N, 1, 3, 4), low.transpose(1, 2).reshape(2 * N, 1, 1, 1)
     return (product(y, y) + low).softmax(-1) @ y
+
+
+@attention
+def of_features(q, k, v, pad):  # XCiT: n is what the product sums over
+    q = q + F.scaled_dot_product_attention(q, k, v)
+    return (product(q.mT, k.mT).softmax(-1) @ v.mT).mT
 
 
 @attention

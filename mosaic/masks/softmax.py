@@ -56,8 +56,8 @@ class Masked:
 
     ``lead``: the product's leading dims. ``factors``: of rows, for mul or div. ``biases``: for add
     or sub. ``seen``: bools that are True (or False, as ``how`` says) where a score is kept;
-    elsewhere it is ``fill``. ``is_late``: some of the biases were added to what is filled, too
-    (GPT-Neo). ``lessened``: by a number for each row.
+    elsewhere it is ``fill``. ``is_late``: some of the biases were added to what is filled, too.
+    ``lessened``: by a number for each row.
     """
 
     product: Scores

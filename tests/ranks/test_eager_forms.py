@@ -15,7 +15,7 @@ from sampling import sampled
 
 import mosaic
 
-SHOWN = ("bloom", "falcon, alibi", "gpt_neo", "gpt_oss", "distilbert")
+SHOWN = ("bloom", "falcon, alibi", "gpt_oss", "opt", "distilbert")
 alone = cache(jobs.run)
 
 
