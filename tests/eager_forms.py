@@ -32,7 +32,7 @@ SINGLE = 1e-5
 
 @dataclass(frozen=True)
 class Form:
-    """A class of transformers, its config's numbers, and the masks of its attentions in the plan."""
+    """A class of transformers, its config's numbers, and its attentions' masks in the plan."""
 
     kind: str
     numbers: dict[str, Any]

@@ -6,7 +6,7 @@ import handwritten_jobs as jobs
 import pytest
 from handwritten import ATTENTIONS
 
-SAMPLE = ["einsum_heads_behind", "alibi_baddbmm", "causal_padding_low", "row_bias"]
+SAMPLE = ["einsum_heads_behind", "alibi_baddbmm", "causal_padding_low", "row_bias", "gpt_oss"]
 
 
 @pytest.mark.parametrize("p", [3])
