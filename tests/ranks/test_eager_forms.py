@@ -15,7 +15,8 @@ from sampling import sampled
 
 import mosaic
 
-SHOWN = ("bloom", "falcon, alibi", "gpt_oss", "opt", "distilbert")
+#: The others take longer; ``handwritten.py`` has their forms.
+SHOWN = ("bloom", "distilbert", "falcon, alibi")
 alone = cache(jobs.run)
 
 
@@ -30,7 +31,7 @@ def check(ranks, name: str, p: int, method: str | mosaic.Method = "ring") -> dic
 
 @pytest.mark.parametrize("name", sampled(FORMS, [name for name in FORMS if name not in SHOWN]))
 def test_equals_one_process(ranks, name: str) -> None:
-    assert tuple(check(ranks, name, 2)["attentions"]) == FORMS[name].masks
+    assert sorted(check(ranks, name, 2)["attentions"]) == sorted(FORMS[name].masks)
 
 
 @pytest.mark.full
