@@ -114,12 +114,12 @@ FORMS = {
     "t5": Form(
         "T5ForConditionalGeneration",
         {**IDS, **T5, "decoder_start_token_id": 0},
-        (TILES, TILES, TILES, KEYS, TILES, KEYS),
+        (TILES, TILES, KEYS, KEYS),  # the decoder is whole
     ),
     "bart": Form(
         "BartForConditionalGeneration",
         {**IDS, **SEQ2SEQ, "max_position_embeddings": 64},
-        (KEYS, KEYS, "causal", KEYS, "causal", KEYS),
+        (KEYS, KEYS, KEYS, KEYS),
     ),
     "whisper": Form(
         "WhisperForConditionalGeneration",
