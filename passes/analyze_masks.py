@@ -32,7 +32,7 @@ from mosaic.masks.op import ATTENTIONS, PLAIN, STRUCTURED
 from mosaic.masks.read import Mask, Reader, every_row_sees, joined
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
-from mosaic.masks.words import documents_of, mask_words_of, scores_of
+from mosaic.masks.words import documents_of, scores_of, words_of
 from mosaic.partition.context import Context
 from mosaic.partition.values import Call
 
@@ -41,17 +41,18 @@ aten = torch.ops.aten
 
 def analyze_masks(graph: fx.Graph, context: Context) -> int:
     constants = Constants()
-    read: dict[tuple[fx.Node, int], dict[str, Any] | None] = {}
+    read: dict[tuple[fx.Node, int, bool], dict[str, Any] | None] = {}
     count = 0
     for node in [n for n in graph.nodes if n.target in ATTENTIONS]:
         call = Call(node.target, node.args, node.kwargs, node.meta["val"], node)
         if says_masks(call):
             continue
         mask, ndim = call["attn_mask"], call.val.ndim
-        if isinstance(mask, fx.Node) and (mask, ndim) not in read:
-            read[mask, ndim] = structured(graph, mask, call, constants)
-            read[mask, ndim] = with_tiles(graph, mask, ndim, read[mask, ndim], constants)
-        said = read.get((mask, ndim))
+        key = (mask, ndim, call.bound.get("sinks") is not None)
+        if isinstance(mask, fx.Node) and key not in read:
+            read[key] = structured(graph, mask, call, constants)
+            read[key] = with_tiles(graph, mask, ndim, read[key], constants)
+        said = read.get(key)
         if said is not None:
             rewrite(node, call, said)
             count += 1
@@ -82,6 +83,8 @@ def structured(
         added = additive(term, constants)
         found, fill = joined(added.conditions, constants, added.biases), added.fill
     square = call["query"].meta["val"].shape[-2] <= call["key"].meta["val"].shape[-2]
+    if call.bound.get("sinks") is not None:  # which every row sees: what is hidden weighs nothing
+        fill = -INF
     exact = fill == -INF or is_of_keys(found) or (square and every_row_sees(found))
     if not exact or not is_shorter(found):
         return None
@@ -187,5 +190,4 @@ def rewrite(node: fx.Node, call: Call, said: dict[str, Any]) -> None:
 def words(node: fx.Node) -> str:
     call = Call(node.target, node.args, node.kwargs, None, node)
     mask = call["attn_mask"]
-    val = None if mask is None else mask.meta["val"]
-    return mask_words_of(call.bound, val)
+    return words_of(call.bound, None if mask is None else mask.meta["val"])

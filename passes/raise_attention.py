@@ -20,19 +20,20 @@ either where a bias is as low.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from mosaic.graph.emit import insert
-from mosaic.masks.additive import INF
-from mosaic.masks.biases import hides_fully, is_mild
+from mosaic.masks.additive import INF, additive
+from mosaic.masks.biases import hides_fully, is_mild, may_be_lowest
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
 from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.masks.products import Operand, Weighted, permuted, weighted
 from mosaic.masks.read import Reader, every_row_sees, joined
+from mosaic.masks.sinks import Column, column
 from mosaic.masks.softmax import Masked, ScoresReader, Step, Weights, weights
 from mosaic.masks.terms import broadcast, made
 from mosaic.partition.context import Context
@@ -52,6 +53,7 @@ class Found:
     masked: Masked
     all_see: bool
     may_be_nan: bool = False
+    sinks: Column | None = None
 
     @property
     def operands(self) -> tuple[Operand, Operand, Operand]:
@@ -63,7 +65,7 @@ class Found:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        own = (step.lead for step in self.masked.steps)
+        own = [step.lead for step in (*self.masked.steps, self.sinks) if step]
         return max((self.masked.lead, *own), key=len)
 
     @property
@@ -89,8 +91,13 @@ def raise_attention(graph: fx.Graph, context: Context) -> int:
 def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
     product = weighted(node)
     above = product and weights(product.weights)
+    sinks = column(above, reader.constants) if above else None
+    if above and sinks:
+        above = replace(above, scores=sinks.scores, left_out=None)
     below = above and reader(above.scores)
-    if not (product and above and below):
+    if not (product and above and below) or above.left_out is not None:
+        return None
+    if sinks and below.lessened:  # the sink is not
         return None
     is_zeroed = above.seen is not None
     if is_zeroed and below.seen != (above.seen,):
@@ -99,17 +106,26 @@ def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
     # Reading a bias may compute it: only where it matters what it is.
     matters = is_zeroed or below.fill > -INF
     mild = not matters or all(is_mild(bias.node, constants) for bias in biases)
-    lowest = torch.finfo(above.scores.meta["val"].dtype).min
-    if below.fill > lowest and not all(hides_fully(bias, constants) for bias in biases):
-        return None  # which of two low numbers is lower would depend on the scores
     if is_zeroed and not mild:
         return None
-    is_certain = is_zeroed or below.fill == -INF
-    all_see = is_certain or (mild and sees(below, above.scores, constants))
-    is_nan = not (is_zeroed or above.is_safe) and below.fill == -INF
+    is_certain = is_zeroed or below.fill == -INF or sinks is not None
+    all_see = is_certain or sees(below, above.scores, constants)
+    if not all_see and not is_exact_where_blind(below, mild, constants):
+        return None
+    is_nan = not (is_zeroed or above.is_safe or sinks) and below.fill == -INF
     may_be_nan = is_nan and not sees_some(below, above.scores, constants)
-    found = Found(product, above, below, all_see, may_be_nan)
+    found = Found(product, above, below, all_see, may_be_nan, sinks)
     return found if fits(node, found) else None
+
+
+def is_exact_where_blind(below: Masked, mild: bool, constants: Constants) -> bool:
+    """Whether biases, where a row sees no key, weigh either all or nothing beside what is filled:
+    scores under a bias get a gradient there, and filled ones none."""
+    if below.is_late or mild:
+        return not below.is_late
+    if below.fill > torch.finfo(below.product.q.node.meta["val"].dtype).min:
+        return all(hides_fully(bias, constants) for bias in below.biases)
+    return not any(may_be_lowest(bias.node, constants) for bias in below.biases)
 
 
 def fits(node: fx.Node, found: Found) -> bool:
@@ -140,10 +156,18 @@ def holds_fill(found: Found, dtype: torch.dtype) -> bool:
 
 
 def sees(below: Masked, scores: fx.Node, constants: Constants) -> bool:
-    """Whether the masks say that every row sees a key."""
+    """Whether the masks say that every row sees a key, and biases hide none of these."""
     rows, keys = scores.meta["val"].shape[-2:]
     given = [Allowed(broadcast(s.node, len(s.lead) + 2), s.how) for s in below.seen]
     conditions = [condition for x in given for condition in Reader(constants)(x)]
+    for bias in below.biases:
+        if is_mild(bias.node, constants):
+            continue
+        found = additive(broadcast(bias.node, len(bias.lead) + 2), constants)
+        is_mask = bias.how == aten.add.Tensor and found.conditions
+        if not is_mask or not all(is_mild(term.node, constants) for term in found.biases):
+            return False
+        conditions += found.conditions
     return rows <= keys and every_row_sees(joined(conditions, constants))
 
 
@@ -177,10 +201,13 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         # Kernels take four dims, and nn.MultiheadAttention's bmm has three: one head each.
         flat = len(lead) == 1
         given = (lifted(graph, x) if flat else x for x in (q, k, v, mask))
-        args, scale = (*given, found.weights.dropout), {"scale": found.masked.scale}
-        scores = {"scores": found.masked.scores} if found.masked.scores else {}
-        target = STRUCTURED if scores else PLAIN
-        new = insert(graph, node, target, args, {**scale, **scores}, name="attention")
+        args, options = (*given, found.weights.dropout), {"scale": found.masked.scale}
+        if found.masked.scores:
+            options["scores"] = found.masked.scores
+        if found.sinks:
+            options["sinks"] = found.sinks.write(graph, 1 if flat else lead[-1])
+        target = PLAIN if options.keys() == {"scale"} else STRUCTURED
+        new = insert(graph, node, target, args, options, name="attention")
         new.meta["site"] = len(graph.nodes)
         new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
         new.meta["keeps_low_rows"] = bool(found.masked.biases)
@@ -222,7 +249,7 @@ def masks(graph: fx.Graph, q: fx.Node, found: Found) -> tuple[fx.Node, fx.Node |
     seen, *others = (boolean(graph, step, found.lead) for step in below.seen)
     for other in others:
         seen = made(graph, aten.logical_and.default, seen, other)
-    mask = seen = of_pairs(graph, seen)
+    mask = kept = seen = of_pairs(graph, seen)
     if bias is not None:
         mask = made(graph, aten.where.ScalarOther, seen, bias, -INF)
     if found.all_see:
@@ -232,6 +259,8 @@ def masks(graph: fx.Graph, q: fx.Node, found: Found) -> tuple[fx.Node, fx.Node |
         mask = made(graph, aten.where.ScalarOther, seen, bias, below.fill)
         seen = above
     sees = made(graph, aten.any.dim, seen, -1, True)
+    if bias is not None:  # or nothing is filled: biases alone hide the row
+        sees = made(graph, aten.logical_or.default, sees, made(graph, aten.all.dim, kept, -1, True))
     q = made(graph, aten.where.ScalarOther, sees, q, 0.0)
     if bias is None:
         unseen = made(graph, aten.logical_not.default, sees)
@@ -267,6 +296,7 @@ def total_bias(graph: fx.Graph, q: fx.Node, found: Found) -> fx.Node | None:
     for step in found.masked.biases:
         one = cast(graph, meeting(graph, step, found.lead), q.meta["val"].dtype)
         one = made(graph, aten.neg.default, one) if step.how == aten.sub.Tensor else one
+        one = one if step.scale == 1 else made(graph, aten.mul.Tensor, one, step.scale)
         bias = one if bias is None else made(graph, aten.add.Tensor, bias, one)
     return None if bias is None else of_pairs(graph, bias)
 

@@ -44,10 +44,12 @@ def rewrite_attention(graph: fx.Graph, context: Context) -> int:
 
 def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
     q, k, v, mask = node.args
-    ids = [node.kwargs.get(name) for name in ("query_documents", "key_documents")]
+    queries, keys = (node.kwargs.get(name) for name in ("query_documents", "key_documents"))
     leaves = tuple(node.kwargs.get("leaves", ()))
     operands = tuple(four_dims(graph, node, x) for x in (q, k, v))
-    inputs = Inputs(mask_of(graph, node, mask, q), ids[0], ids[1], node.meta["seed"], leaves)
+    sinks = node.kwargs.get("sinks")
+    mask, seed = mask_of(graph, node, mask, q), node.meta["seed"]
+    inputs = Inputs(mask, queries, keys, seed, leaves, sinks)
     last = node.prev
     heads = [x.meta["val"].shape[1] for x in operands]
     calls = calls_of(plan_of(node, context), *heads[:2])

@@ -246,6 +246,28 @@ def two_fills(q, k, v, pad):
 
 
 @attention
+def causal_on_filled(q, k, v, pad):
+    lowest = torch.tensor(torch.finfo(q.dtype).min, dtype=q.dtype)
+    local = lower().triu(-2).bool()[None, None]
+    causal = torch.full((N, N), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+    return (torch.where(local, product(q, k), lowest) + causal).softmax(-1) @ v
+
+
+@attention
+def hidden_by_biases_alone(q, k, v, pad):
+    lowest = torch.finfo(q.dtype).min
+    padding = torch.zeros(2, 1, 1, N, dtype=q.dtype).masked_fill(pad[:, None, None], lowest)
+    return (product(q, k) + padding).masked_fill(lower() == 0, -1e9).softmax(-1) @ v
+
+
+@attention
+def scaled_after_the_bias(q, k, v, pad):  # Falcon
+    scores = product(q, k) + torch.arange(N) * 0.1
+    scores = scores * 0.5 + torch.full((N, N), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+    return scores.softmax(-1) @ v
+
+
+@attention
 def bias_first(q, k, v, pad):
     return (torch.arange(N) * 0.1 + product(q, k)).softmax(-1) @ v
 
@@ -271,9 +293,61 @@ def row_bias_of_batches(q, k, v, pad):  # n is a batch here: the attention is lo
 
 
 @attention
+def of_features(q, k, v, pad):  # XCiT: n is what the product sums over
+    q = q + F.scaled_dot_product_attention(q, k, v)
+    return (product(q.mT, k.mT).softmax(-1) @ v.mT).mT
+
+
+@attention
 def weights_read_twice(q, k, v, pad):
     weights = product(q, k).softmax(-1)
     return weights @ v + weights.mean()
+
+
+# --- sinks ----------------------------------------------------------------------------------------
+
+
+def sinks_of(v: Tensor) -> Tensor:
+    return v.mean((0, 2, 3))
+
+
+@attention
+def gpt_oss(q, k, v, pad):  # all keys of the second batch are hidden: it sees the sink
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1) | pad[:, None, None]
+    mask = torch.zeros(2, 1, N, N, dtype=q.dtype).masked_fill(hidden, torch.finfo(q.dtype).min)
+    sinks = sinks_of(v).reshape(1, -1, 1, 1).expand(2, -1, N, -1)
+    scores = torch.cat([product(q, k) * 0.5 + mask, sinks], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    weights = F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+    return torch.matmul(F.dropout(weights, 0.0, True), v)
+
+
+@attention
+def sinks_first(q, k, v, pad):
+    sinks = sinks_of(v)[:, None, None].expand(2, 3, N, 1)
+    scores = product(q, k).masked_fill(pad[:, None, None], -INF)
+    return torch.cat((sinks, scores), -1).softmax(-1)[..., 1:] @ v
+
+
+@attention
+def one_more_in_the_divisor(q, k, v, pad):  # "softmax1"
+    scores = torch.cat([product(q, k), q.new_zeros(2, 3, N, 1)], -1)
+    return scores.softmax(-1)[..., :N] @ v
+
+
+@attention
+def sinks_and_views(q, k, v, pad):
+    q, k, v = (x.reshape(6, N, 4) for x in (q, k, v))
+    scores = torch.bmm(q, k.mT).view(2, 3, N, N) + torch.arange(N) * 0.1
+    sinks = sinks_of(v.view(2, 3, N, 4)).view(1, 3, 1, 1).expand(2, 3, N, 1)
+    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    return torch.bmm(weights.reshape(6, N, N), v)
+
+
+@attention
+def sinks_without_gradient(q, k, v, pad):
+    sinks = sinks_of(v).detach().view(1, 3, 1, 1).expand(2, 3, N, 1)
+    return torch.cat([product(q, k), sinks], -1).softmax(-1)[..., :-1] @ v
 
 
 # --- not an attention, or not one that can be done exactly ----------------------------------------
@@ -312,8 +386,17 @@ def bias_on_low(q, k, v, pad):
 
 
 @other
-def scaled_after_the_mask(q, k, v, pad):
-    return ((product(q, k) + torch.arange(N) * 0.1) * 2).softmax(-1) @ v
+def padding_on_low(q, k, v, pad):  # GPT-Neo: of a row that sees no key some scores get gradients
+    lowest = torch.finfo(q.dtype).min
+    padding = torch.zeros(2, 1, 1, N, dtype=q.dtype).masked_fill(pad.flip(1)[:, None, None], lowest)
+    return (product(q, k).masked_fill(lower() == 0, lowest) + padding).softmax(-1) @ v
+
+
+@other
+def lowest_and_lowest(q, k, v, pad):
+    lowest = torch.finfo(q.dtype).min
+    scores = product(q, k) + torch.full((N, N), lowest, dtype=q.dtype).triu(1)
+    return scores.masked_fill(pad.flip(1)[:, None, None], lowest).softmax(-1) @ v
 
 
 @other
@@ -392,6 +475,30 @@ def factor_in_float32(q, k, v, pad):
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     scores = product(q, k).float() * torch.full((3, 1, 1), 0.5)
     return scores.softmax(-1).bfloat16() @ v
+
+
+@other
+def sink_of_each_row(q, k, v, pad):
+    scores = torch.cat([product(q, k), v[..., :1]], -1)
+    return scores.softmax(-1)[..., :-1] @ v
+
+
+@other
+def sink_of_another_scale(q, k, v, pad):
+    scores, sinks = product(q, k), sinks_of(v).view(1, 3, 1, 1).expand(2, 3, N, 1)
+    scores = scores - scores.amax(-1, keepdim=True)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+
+
+@other
+def two_columns_left_out(q, k, v, pad):
+    scores = torch.cat([product(q, k), v[..., :2]], -1)
+    return scores.softmax(-1)[..., :-2] @ v
+
+
+@other
+def last_key_left_out(q, k, v, pad):
+    return product(q, k).softmax(-1)[..., :-1] @ v[..., :-1, :]
 
 
 @other

@@ -17,6 +17,7 @@ from mosaic.attention import program
 from mosaic.attention.heads import exchange_of
 from mosaic.attention.merge import unwritten
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.sinks import sinks_gradient, with_sinks
 from mosaic.attention.tiles import of_heads
 from mosaic.attention.visit import Inputs
 from mosaic.runtime.comm import fresh
@@ -53,7 +54,8 @@ def sharded_attention(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, calls: Ca
         return torch.ops.mosaic.attention(q, k, v, *inputs, calls.attention)[0]
     mask = None if inputs.mask is None else of_heads(inputs.mask, *calls.heads)
     leaves = [of_heads(leaf, *calls.heads) for leaf in inputs.leaves]
-    inputs = inputs._replace(mask=mask, leaves=leaves)
+    sinks = None if inputs.sinks is None else inputs.sinks[slice(*calls.heads)]
+    inputs = inputs._replace(mask=mask, leaves=leaves, sinks=sinks)
     q, k, v = torch.ops.mosaic.exchange_heads([q, k, v], calls.there, True)
     out = torch.ops.mosaic.attention(q, k, v, *inputs, calls.attention)[0]
     return torch.ops.mosaic.exchange_heads([out], calls.back, False)[0]
@@ -62,7 +64,10 @@ def sharded_attention(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, calls: Ca
 def forward_program(q, k, v, *rest) -> tuple[Tensor, Tensor]:
     """``attention`` in aten ops and collectives: what the op runs and the lowering traces."""
     *inputs, plan = rest
-    out, lse = program.forward(q, k, v, Inputs(*inputs), decode(plan))
+    given = Inputs(*inputs)
+    out, lse = program.forward(q, k, v, given, decode(plan))
+    if given.sinks is not None:
+        out, lse = with_sinks((out, lse), given.sinks)
     return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
@@ -80,21 +85,23 @@ def backward_program(dout, q, k, v, *rest) -> list[Tensor]:
     "mosaic::attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? query_documents, "
-    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, str plan, *, "
+    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, Tensor? sinks, str plan, *, "
     "int number=0) -> (Tensor, Tensor)",
 )
-def attention(q, k, v, mask, query_documents, key_documents, seed, leaves, plan, *, number=0):
+def attention(
+    q, k, v, mask, query_documents, key_documents, seed, leaves, sinks, plan, *, number=0
+):
     """Attention of this rank's queries over all ranks' keys.
 
     q (batch, heads, seq, head_dim), k (batch, kv_heads, keys, head_dim), v (batch, kv_heads, keys,
     v_dim): local shards. ``mask`` (batch|1, heads|1, seq|1, all keys|1): this rank's rows, boolean
     or added to the scores. ``query_documents`` (batch|1, all queries) and ``key_documents``
     (batch|1, all keys): ids, equal ones attend. ``seed``: int64 scalar, for dropout. ``leaves``:
-    those of the plan's programs. ``plan``: an encoded ``AttentionPlan``.
-    Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
+    those of the plan's programs. ``sinks`` (heads): the score of one more key of value 0. ``plan``:
+    an encoded ``AttentionPlan``. Gives out (batch, heads, seq, v_dim) and lse (batch, heads, seq).
     """
-    inputs = (q, k, v, mask, query_documents, key_documents, seed, leaves)
-    return fresh(forward_program(*inputs, plan), (*inputs[:-1], *leaves))
+    inputs = (q, k, v, mask, query_documents, key_documents, seed)
+    return fresh(forward_program(*inputs, leaves, sinks, plan), (*inputs, *leaves))
 
 
 @attention.register_fake
@@ -106,20 +113,21 @@ def _(q, k, v, *rest, number=0):
     "mosaic::attention_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? query_documents, "
-    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, Tensor out, Tensor lse, str plan, "
-    "bool need_dmask, *, int number=0) -> Tensor[]",
+    "Tensor? key_documents, Tensor? seed, Tensor[] leaves, Tensor? sinks, Tensor out, Tensor lse, "
+    "str plan, bool need_dmask, *, int number=0) -> Tensor[]",
 )
 def attention_backward(dout, q, k, v, *rest, number=0):
     """dq, dk, dv, each like its input; with ``need_dmask`` that of a mask that is added, and one
-    for each leaf (of no element where it is not learned)."""
-    mask, query_documents, key_documents, seed, leaves, out, lse, _, _ = rest
+    for each leaf (of no element where it is not learned). That of sinks needs no kernel: see
+    ``_backward``."""
+    mask, query_documents, key_documents, seed, leaves, _, out, lse, _, _ = rest
     given = (dout, q, k, v, mask, query_documents, key_documents, seed, *leaves, out, lse)
     return list(fresh(backward_program(dout, q, k, v, *rest), given))
 
 
 @attention_backward.register_fake
 def _(dout, q, k, v, mask, *rest, number=0):
-    *_, leaves, _, _, plan, need_dmask = rest
+    *_, leaves, _, _, _, plan, need_dmask = rest
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     if not need_dmask:
         return grads
@@ -130,30 +138,30 @@ def _(dout, q, k, v, mask, *rest, number=0):
 
 
 def _setup(ctx, inputs, keyword_only_inputs, output) -> None:
-    *tensors, leaves, ctx.plan = inputs
+    *tensors, leaves, sinks, ctx.plan = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *leaves, *output)
+    ctx.save_for_backward(*tensors, sinks, *leaves, *output)
 
 
 def _backward(ctx, dout, dlse):
     *inputs, out, lse = ctx.saved_tensors
-    inputs, leaves = inputs[:7], inputs[7:]
-    no_leaves = [None] * len(leaves)
+    inputs, sinks, leaves = inputs[:7], inputs[7], inputs[8:]
+    dmask, dleaves = None, [None] * len(leaves)
     if dout is None:
-        return (*[None] * 7, no_leaves, None)
+        return (*[None] * 7, dleaves, None, None)
     mask, learned = inputs[3], decode(ctx.plan).learned if leaves else ()
     needed = ctx.needs_input_grad
     is_added = mask is not None and mask.is_floating_point()
     need_dmask = any(needed[7][i] for i in learned) or (is_added and needed[3])
     dq, dk, dv, *rest = torch.ops.mosaic.attention_backward(
-        dout, *inputs, leaves, out, lse, ctx.plan, need_dmask
+        dout, *inputs, leaves, sinks, out, lse, ctx.plan, need_dmask
     )
-    if not need_dmask:
-        return dq, dk, dv, *[None] * 4, no_leaves, None
-    dmask = rest.pop(0) if is_added else None
-    dleaves = [grad if i in learned else None for i, grad in enumerate(rest)]
-    return dq, dk, dv, dmask, None, None, None, dleaves, None
+    dsinks = sinks_gradient(dout, out, lse, sinks) if needed[8] else None
+    if need_dmask:
+        dmask = rest.pop(0) if is_added else None
+        dleaves = [grad if i in learned else None for i, grad in enumerate(rest)]
+    return dq, dk, dv, dmask, None, None, None, dleaves, dsinks, None
 
 
 attention.register_autograd(_backward, setup_context=_setup)

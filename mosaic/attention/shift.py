@@ -2,7 +2,7 @@
 
 A row that sees nothing but ``finfo.min`` (in the way of transformers) has equal weights on one
 device. Its log-sum-exp, finfo.min + log(n), would round the number of keys away, and blocks of
-unequal length could not be merged.
+unequal length could not be merged. (Beside a sink such a row weighs nothing.)
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def shift_of(
 ) -> Tensor | None:
     """(batch|1, heads|1, seq|1, 1) for q (batch, heads, seq, head_dim), the queries at ``rows``; 0
     where there is nothing to take off, None where no bias is added, or one that is ``mild`` by a
-    kernel. ``held``: keys and values like those that visit."""
+    kernel, or a sink is seen. ``held``: keys and values like those that visit."""
     mask = inputs.mask
+    if inputs.sinks is not None:
+        return None
     if not plan.has_bias and (mask is None or mask.dtype == torch.bool):
         return None
     if mask is not None and inputs.query_documents is None:

@@ -134,7 +134,8 @@ class Inputs(NamedTuple):
 
     mask (batch|1, heads|1, seq|1, all keys|1): this rank's rows and every key's column, boolean or
     added to the scores. ``documents``: ids of all queries (batch|1, n) and of all keys, equal ones
-    attend. seed: int64 scalar, for dropout. leaves: those of the plan's programs, all whole.
+    attend. seed: int64 scalar, for dropout. leaves: those of the plan's programs, all whole. sinks
+    (heads): the score of a key of value 0 that all queries see.
     """
 
     mask: Tensor | None = None
@@ -142,6 +143,7 @@ class Inputs(NamedTuple):
     key_documents: Tensor | None = None
     seed: Tensor | None = None
     leaves: Sequence[Tensor] = ()
+    sinks: Tensor | None = None
 
 
 def visit(

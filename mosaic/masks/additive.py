@@ -52,7 +52,9 @@ def additive(term: Term, constants: Constants) -> Additive:
         return Additive(biases=(term,))
     inner = peeled(term, constants)
     if inner is not None:
-        return additive(inner, constants)
+        below = additive(inner, constants)
+        ends = term.node.target == aten.detach.default and below.biases  # these get no gradient
+        return Additive(biases=(term,)) if ends else below
     readers = (zero, total, cast, filled, triangle, values)
     found = (read(term, constants) for read in readers)
     return next((x for x in found if x is not None), Additive(biases=(term,)))

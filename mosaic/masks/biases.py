@@ -13,6 +13,7 @@ from mosaic.masks.terms import Term, broadcast
 
 aten = torch.ops.aten
 FILLS = {*WHERE, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+HUGE = -1e30
 LEARNED = {
     *PRODUCTS,
     aten.linear.default,
@@ -50,6 +51,27 @@ def hides_by_inf(mask: Term, constants: Constants) -> bool:
         return False
     found = additive(mask, constants)
     return found.fill == -INF and all(is_mild(term.node, constants) for term in found.biases)
+
+
+def may_be_lowest(bias: fx.Node, constants: Constants) -> bool:
+    """Whether it may hold -inf, or a number so low that no score can be told from it."""
+    todo, seen = [bias], set()
+    while todo:
+        node = todo.pop()
+        known = constants(node)
+        if known is not None:
+            if (known <= HUGE).any():
+                return True
+        elif node.op == "placeholder":
+            if node.meta["val"].is_floating_point() and not node.meta.get("is_state"):
+                return True
+        elif any(isinstance(x, float) and abs(x) >= -HUGE for x in node.args):
+            return True
+        elif node.target not in LEARNED:
+            new = [x for x in numbers_of(node) if x not in seen]
+            todo += new
+            seen.update(new)
+    return False
 
 
 def numbers_of(node: fx.Node) -> list[fx.Node]:

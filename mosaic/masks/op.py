@@ -19,7 +19,8 @@ SCHEMA = (
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int? left=None, "
     "int? right=None, Tensor? query_documents=None, Tensor? key_documents=None, "
-    "Tensor[]? leaves=None, str tile='', str scores='', str method='') -> Tensor"
+    "Tensor[]? leaves=None, str tile='', str scores='', Tensor? sinks=None, str method='') "
+    "-> Tensor"
 )
 
 library = torch.library.Library("mosaic", "FRAGMENT")
@@ -43,6 +44,7 @@ def sdpa(
     leaves: Sequence[Tensor] | None = None,
     tile: str = "",
     scores: str = "",
+    sinks: Tensor | None = None,
     method: str = "",
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` in which query i sees key j only where
@@ -52,8 +54,9 @@ def sdpa(
 
     ``attn_mask`` is boolean or added to the scores, as ever. In its place there may be a
     ``TileProgram`` that makes it of ``leaves`` (``attention/tiles.py``). ``scores``: a program that
-    is given all leaves and the scaled score, and gives what replaces it, before the mask.
-    ``method``: the key of the one that the call names, for an axis that is cut.
+    is given all leaves and the scaled score, and gives what replaces it, before the mask. ``sinks``
+    (heads): scores of one more key that all queries see, of value 0. ``method``: the key of the one
+    that the call names, for an axis that is cut.
     """
     if tile:
         attn_mask = TileProgram.parse(tile)(*leaves or ())
@@ -67,7 +70,10 @@ def sdpa(
     if scores:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         change = partial(TileProgram.parse(scores), *leaves or ())
-        return written_out(query, key, value, mask, dropout_p, scale, enable_gqa, change)
+        return written_out(query, key, value, mask, dropout_p, scale, enable_gqa, change, sinks)
+    if sinks is not None:
+        mask = with_column(mask, sinks.to(query.dtype), query, key)
+        key, value = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, dropout_p, scale=scale, enable_gqa=enable_gqa
     )
@@ -82,6 +88,7 @@ def written_out(
     scale: float,
     enable_gqa: bool,
     change: Callable[[Tensor], Tensor],
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention by plain products, whose scores (batch, heads, queries, keys) are changed."""
     if enable_gqa:
@@ -94,8 +101,11 @@ def written_out(
         score = score.masked_fill(~mask, -float("inf"))
     elif mask is not None:
         score = score + mask
-    weights = torch.dropout(torch.ops.aten._safe_softmax.default(score, -1), dropout_p, True)
-    return (weights @ value.to(dtype)).to(query.dtype)
+    if sinks is not None:
+        column = sinks.to(dtype).view(-1, 1, 1).expand(*score.shape[:-1], 1)
+        score = torch.cat([score, column], -1)
+    weights = torch.ops.aten._safe_softmax.default(score, -1)[..., : key.shape[-2]]
+    return (torch.dropout(weights, dropout_p, True) @ value.to(dtype)).to(query.dtype)
 
 
 def in_band(
@@ -120,6 +130,18 @@ def allowed(mask: Tensor | None, seen: Tensor | None) -> Tensor | None:
     if mask.dtype == torch.bool:
         return mask & seen
     return torch.where(seen, mask, -float("inf"))
+
+
+def with_column(mask: Tensor | None, sinks: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """``mask`` as numbers to add, with those of one more key, which has a score of 0."""
+    if mask is None:
+        mask = query.new_zeros([])
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -float("inf"))
+    column = sinks.view(-1, 1, 1)
+    shape = [sinks.numel(), query.shape[-2], key.shape[-2]]
+    mask = mask.expand(torch.broadcast_shapes(mask.shape, shape))
+    return torch.cat([mask, column.expand(*mask.shape[:-1], 1)], -1)
 
 
 library.impl("sdpa", sdpa, "CompositeImplicitAutograd")

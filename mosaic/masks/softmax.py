@@ -21,8 +21,8 @@ from mosaic.attention import tiles
 from mosaic.attention.tiles import Ref, TileProgram
 from mosaic.masks.additive import INF, choices, number
 from mosaic.masks.constants import Constants
-from mosaic.masks.products import PRODUCTS, Scores, scores
-from mosaic.masks.terms import RESHAPED, Term, broadcast
+from mosaic.masks.products import PRODUCTS, SWAPPED, Operand, Scores, scores
+from mosaic.masks.terms import RESHAPED, Term, broadcast, permutation
 
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
@@ -34,11 +34,13 @@ LOW = -1e4
 
 @dataclass(frozen=True)
 class Step:
-    """A tensor that the scores meet while these are their leading dims, and what it does."""
+    """A tensor that the scores meet while these are their leading dims, and what it does.
+    ``scale``: of a bias, by which it was multiplied with the scores."""
 
     node: fx.Node
     lead: tuple[int, ...]
     how: Any
+    scale: float = 1.0
 
     @property
     def own_lead(self) -> tuple[int, ...]:
@@ -57,6 +59,8 @@ class Masked:
     ``lead``: the product's leading dims. ``factors``: of rows, for mul or div. ``bends``: the steps
     of a score program (a softcap) behind these. ``biases``: for add or sub. ``seen``: bools that
     are True (or False, as ``how`` says) where a score is kept; elsewhere it is ``fill``.
+    ``is_late``: some of the biases were added to what is filled, too. ``lessened``: by a number for
+    each row.
     """
 
     product: Scores
@@ -67,6 +71,8 @@ class Masked:
     biases: tuple[Step, ...] = ()
     seen: tuple[Step, ...] = ()
     fill: float = -INF
+    is_late: bool = False
+    lessened: bool = False
 
     @property
     def is_masked(self) -> bool:
@@ -90,12 +96,14 @@ class Masked:
 @dataclass(frozen=True)
 class Weights:
     """Weights: the softmax of ``scores``, with dropout; 0 where ``seen`` does not hold, or
-    (``is_safe``) where a row hides every key."""
+    (``is_safe``) where a row hides every key. ``left_out``: the softmax's first column (0) or its
+    last (-1), which is none of them."""
 
     scores: fx.Node
     dropout: float = 0.0
     seen: Step | None = None
     is_safe: bool = False
+    left_out: int | None = None
 
 
 # --- up: from the softmax to the product with the values ------------------------------------------
@@ -121,11 +129,25 @@ def made_of(node: fx.Node) -> Weights | None:
         if found is None or (rate and found.dropout):
             return None
         return replace(found, dropout=rate or found.dropout)
+    if node.target == aten.slice.Tensor:
+        found, side = weights(node.args[0]), side_left_out(node)
+        if found is None or found.left_out is not None or side is None:
+            return None
+        return replace(found, left_out=side)
     for condition, kept, other in choices(broadcast(node, node.meta["val"].ndim)):
         found = weights(kept.node) if other == 0 and isinstance(kept, Term) else None
         if found is not None and not found.seen:
             return replace(found, seen=step(node, condition.term.node, condition.positive))
     return None
+
+
+def side_left_out(node: fx.Node) -> int | None:
+    """Which one column a slice leaves out: the first (0) or the last (-1)."""
+    x, dim, start, stop, step = (*node.args, None, None, None)[:5]
+    *lead, n = x.meta["val"].shape
+    if dim % (len(lead) + 1) != len(lead):
+        return None
+    return {range(n - 1): -1, range(1, n): 0}.get(range(n)[start:stop:step])
 
 
 # --- down: from the softmax to the product of queries and keys ------------------------------------
@@ -151,6 +173,9 @@ class ScoresReader:
         if product is not None:
             bias = () if product.bias is None else (step(node, product.bias, aten.add.Tensor),)
             lead = tuple(node.meta["val"].shape[:-2])
+            q, k = of_half(product.q), of_half(product.k)
+            if q and k:
+                product = replace(product, q=q, k=k)
             return Masked(product, lead, scale=product.scale, biases=bias)
         if node.target in COPIED or is_cast_from_half(node) or keeps_rows(node):
             return self(node.args[0])
@@ -160,17 +185,20 @@ class ScoresReader:
         )
 
     def scaled(self, node: fx.Node) -> Masked | None:
-        """By a number, before there is a mask."""
+        """By a number, with the biases that are there (Falcon), before anything is filled."""
         if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) or node.kwargs:
             return None
         x, factor = node.args
         found = self(x) if isinstance(factor, (int, float)) else None
-        if found is None or found.is_masked or (factor == 0 and node.target == aten.div.Tensor):
+        if found is None or found.seen or (factor == 0 and node.target == aten.div.Tensor):
+            return None
+        if found.biases and factor <= 0:  # a low number would be a high one
             return None
         factor = 1 / factor if node.target == aten.div.Tensor else factor
         if found.bends:
-            return found.bent("mul.Tensor", float(factor))
-        return replace(found, scale=found.scale * factor)
+            return None if found.biases else found.bent("mul.Tensor", float(factor))
+        biases = tuple(replace(bias, scale=bias.scale * factor) for bias in found.biases)
+        return replace(found, scale=found.scale * factor, biases=biases)
 
     def capped(self, node: fx.Node) -> Masked | None:
         """``cap * tanh(scores / cap)``, before there is a mask: the scale has what is inside."""
@@ -191,20 +219,18 @@ class ScoresReader:
 
     def lessened(self, node: fx.Node) -> Masked | None:
         """By each row's maximum: a softmax stays the same."""
-        if node.target != aten.sub.Tensor or node.kwargs:
-            return None
-        x, largest = node.args
-        return self(x) if is_maximum(largest, x) and like(node, x) else None
+        found = self(node.args[0]) if is_lessened(node) else None
+        return found and replace(found, lessened=True)
 
     def added(self, node: fx.Node) -> Masked | None:
         if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
             return None
         for x, bias in operands(node, swap=node.target == aten.add.Tensor):
             found = self(x) if like(node, x) else None
-            if found is None or found.fill != -INF:
+            if found is None or not like(node, found.product.q.node, same_shape=False):
                 continue
-            if like(node, found.product.q.node, same_shape=False):
-                return replace(found, biases=(*found.biases, step(node, bias, node.target)))
+            biases = (*found.biases, step(node, bias, node.target))
+            return replace(found, biases=biases, is_late=found.fill > -INF)
         return None
 
     def filled(self, node: fx.Node) -> Masked | None:
@@ -214,7 +240,9 @@ class ScoresReader:
             if fill is None or not fill <= LOW or not isinstance(kept, Term):
                 continue
             found = self(kept.node)
-            if found is None or (found.seen and found.fill != fill) or not like(node, kept.node):
+            if found is None or found.is_late or not like(node, kept.node):
+                continue
+            if found.seen and found.fill != fill:
                 continue
             seen = step(node, condition.term.node, condition.positive)
             return replace(found, seen=(*found.seen, seen), fill=fill)
@@ -261,6 +289,14 @@ def is_of_rows(x: fx.Node) -> bool:
     return tuple(x.meta["val"].shape[-1:]) in ((), (1,))
 
 
+def is_lessened(node: fx.Node) -> bool:
+    """Whether a node is scores less each row's maximum."""
+    if node.target != aten.sub.Tensor or node.kwargs:
+        return False
+    x, largest = node.args
+    return is_maximum(largest, x) and like(node, x)
+
+
 def is_maximum(node: Any, x: Any) -> bool:
     """Whether ``node`` is the largest of each row of x."""
     while isinstance(node, fx.Node) and node.target in (aten.detach.default, operator.getitem):
@@ -299,6 +335,15 @@ def keeps_dtype(softmax: fx.Node) -> bool:
     """Or works in float32 on halves, as kernels do."""
     before, after = dtypes(softmax)
     return before == after or (before in HALF and after == torch.float32)
+
+
+def of_half(x: Operand) -> Operand | None:
+    """What was cast to float32 for the product, as kernels do in any case."""
+    node, order = x.node, x.order
+    if node.target in SWAPPED:
+        inner = permutation(node)
+        node, order = node.args[0], tuple(d if d is None else inner[d] for d in order)
+    return Operand(node.args[0], order) if is_cast_from_half(node) else None
 
 
 def is_cast_from_half(node: fx.Node) -> bool:

@@ -37,14 +37,20 @@ def scores_of(bound: Mapping[str, Any]) -> str:
     return bound.get("scores") or ""
 
 
-def mask_words_of(bound: Mapping[str, Any], mask: Tensor | None) -> str:
-    """All that a call says; ``mask``: an example of its ``attn_mask``."""
+def words_of(bound: Mapping[str, Any], mask: Tensor | None) -> str:
+    """What a call says, in words; ``mask``: the value of its ``attn_mask``."""
+    has_sinks = bound.get("sinks") is not None
     band, documents = band_of(bound), bool(documents_of(bound))
-    return mask_words(band, documents, mask, tile_of(bound), scores_of(bound))
+    return mask_words(band, documents, mask, tile_of(bound), scores_of(bound), has_sinks)
 
 
 def mask_words(
-    band: Band, documents: bool, mask: Tensor | None, tile: str = "", scores: str = ""
+    band: Band,
+    documents: bool,
+    mask: Tensor | None,
+    tile: str = "",
+    scores: str = "",
+    sinks: bool = False,
 ) -> str:
     """
     >>> mask_words(Band(4095, 0), True, None)
@@ -53,9 +59,12 @@ def mask_words(
     'float by tiles'
     >>> mask_words(Band(None, 0), False, None, "", "float32: tanh(%0); mul.Tensor(%1, 50.0)")
     'softcap 50, causal'
+    >>> mask_words(Band(None, 0), False, None, sinks=True)
+    'sinks, causal'
     """
+    said = ("sinks" if sinks else "", str(band), "documents" if documents else "")
     words = [score_words(scores)] if scores else []
-    words += [word for word in (str(band), "documents" if documents else "") if word]
+    words += [word for word in said if word]
     if mask is not None:
         of_keys = mask.ndim < 2 or mask.shape[-2] == 1
         words.append(TENSORS[of_keys, mask.dtype == torch.bool])

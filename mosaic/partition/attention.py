@@ -20,7 +20,7 @@ from mosaic.attention.tiles import TileProgram
 from mosaic.graph.source import where
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import PLAIN, STRUCTURED
-from mosaic.masks.words import band_of, documents_of, mask_words_of, scores_of, tile_of
+from mosaic.masks.words import band_of, documents_of, scores_of, tile_of, words_of
 from mosaic.partition.emitter import DECIDED
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.values import Call, Value, map_values
@@ -29,7 +29,7 @@ from mosaic.runtime.world import own_axes
 
 aten = torch.ops.aten
 QKV = ("query", "key", "value")
-MAKINGS = ("query_documents", "key_documents", "leaves")
+MAKINGS = ("query_documents", "key_documents", "leaves", "sinks")
 #: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for
 #: that do not compute it pair by pair.
 PIECES = 8
@@ -51,7 +51,7 @@ def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
     if place.dim == q.ndim - 1:
         return gathered(s, c, "cuts the head dim")
     rows = place.layout.blocks(place.outer, place.inner)
-    is_dense = bool(why_dense(words(c), case_of(c)))
+    is_dense = bool(why_dense(words_of(c.bound, value_of(c["attn_mask"])), case_of(c)))
     if band_of(c.bound) != FULL and is_dense and max(map(len, rows.ranks)) > PIECES:
         return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
     k, v, keys = with_keys(s, c, place)
@@ -83,12 +83,12 @@ def method_for(s: ShardingInterpreter, c: Call) -> Method:
 
 
 def makings(c: Call) -> dict[str, Any]:
-    """What a mask in words is made of: documents, and the leaves of its tiles."""
+    """Documents, the leaves of a mask's tiles, and sinks."""
     return {name: c.bound[name] for name in MAKINGS if c.bound.get(name) is not None}
 
 
 def whole_makings(s: ShardingInterpreter, c: Call) -> dict[str, Any]:
-    """Every rank makes its own part of the mask, of any rows and keys."""
+    """Every rank makes its own part of the mask, of any rows and keys; sinks are of all rows."""
     return map_values(lambda x: s.gather(x, "every rank makes its part of the mask"), makings(c))
 
 
@@ -178,7 +178,9 @@ def with_whole_queries(s: ShardingInterpreter, c: Call) -> Value:
         mask = entered(s, s.gather_aloud(mask, "is a mask of whole queries"))
     query = Layout.whole(q.shape[-2], s.axis.p)
     found = problem(s, c, method_for(s, c), query, keys, None)
-    parts = map_values(lambda x: entered(s, x), whole_makings(s, c))
+    parts = whole_makings(s, c)
+    masks = {name: x for name, x in parts.items() if name != "sinks"}  # these see the whole rows
+    parts |= map_values(lambda x: entered(s, x), masks)
     return marked(s, c, found, None, (q, k, v, mask), parts, enter=False)
 
 
@@ -232,6 +234,9 @@ def cut_makings(s: ShardingInterpreter, c: Call, place: Place) -> dict[str, Any]
     for name in MAKINGS[:2]:
         if name in found:
             found[name] = s.gather(found[name], "is broadcast") if is_heads else cut(found[name], 0)
+    if "sinks" in found:
+        sinks = found["sinks"]
+        found["sinks"] = cut(sinks, 0) if is_heads else s.gather(sinks, "is broadcast")
     return found
 
 
@@ -241,6 +246,7 @@ def problem(
     """What this axis makes of the attention; ``cut``: where it is in q, if not in the rows."""
     q, v, mask = c["query"], c["value"], c["attn_mask"]
     heads = cut if cut and cut.dim == q.ndim - 3 and q.ndim > 3 else None
+    words = words_of(c.bound, value_of(mask))
     return AttentionProblem(
         query=query,
         key=key,
@@ -255,8 +261,8 @@ def problem(
         has_rows=mask is not None and mask.shape[-2] > 1,
         tile=tile_of(c.bound),
         scores=scores_of(c.bound),
-        mask=words(c),
-        dense=why_dense(words(c), case_of(c)),
+        mask=words,
+        dense=why_dense(words, case_of(c)),
         scale=1 / math.sqrt(q.shape[-1]) if c["scale"] is None else float(c["scale"]),
         dropout=float(c["dropout_p"]),
         site=s.site(c.like) if c["dropout_p"] else 0,  # equal layers are then traced once
@@ -268,10 +274,8 @@ def problem(
     )
 
 
-def words(c: Call) -> str:
-    """Its mask, as plans print it."""
-    mask = c["attn_mask"]
-    return mask_words_of(c.bound, None if mask is None else mask.val)
+def value_of(mask: Value | None) -> torch.Tensor | None:
+    return None if mask is None else mask.val
 
 
 def case_of(c: Call) -> Case:
@@ -302,7 +306,7 @@ def marked(
 ) -> Value:
     """The node stays an SDPA, with what its axes make of it: ``rewrite_attention`` makes the op.
 
-    ``operands``: q, k, v and mask; ``parts``: the mask's ``makings``. ``enter``: every rank has a
+    ``operands``: q, k, v and mask; ``parts``: its ``makings``. ``enter``: every rank has a
     part of the work, and the gradients of whole operands are summed.
     """
     s.attentions.append((found, c))

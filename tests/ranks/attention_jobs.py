@@ -47,6 +47,7 @@ class Case(NamedTuple):
     n: int
     m: int
     dropout: float = 0.0
+    sinks: bool = False
 
     def __str__(self) -> str:
         return " ".join(str(field) for field in self)
@@ -133,7 +134,10 @@ def documents(case: Case) -> tuple[Tensor, Tensor]:
     return queries, keys
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, case: Case, seed: Tensor) -> Tensor:
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: list[Tensor], case: Case,
+    seed: Tensor,
+) -> Tensor:  # fmt: skip
     """Attention in one process: (batch, heads, n, v_dim)."""
     k, v = (x.repeat_interleave(HEADS // case.kv_heads, 1) for x in (k, v))
     scores = q @ k.mT * 0.5
@@ -148,7 +152,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, case: Case, seed
         seen = seen & mask
     elif mask is not None:
         scores = scores + mask
-    weights = scores.masked_fill(~seen, -1e300).softmax(-1) * seen
+    columns = [x.view(-1, 1, 1).expand(BATCH, HEADS, case.n, 1) for x in sinks]
+    weights = torch.cat([scores.masked_fill(~seen, -1e300), *columns], -1).softmax(-1)
+    weights = weights[..., : case.m] * seen
     if case.dropout:
         indices = [torch.arange(size) for size in weights.shape]
         weights = weights * uniform_keep(seed, 5, indices, case.dropout, F64)
@@ -167,6 +173,7 @@ class Problem(NamedTuple):
     grads: list[Tensor]
     seed: Tensor
     documents: tuple[Tensor | None, Tensor | None]
+    sinks: bool
 
 
 def problem(case: Case, group: str) -> Problem:
@@ -176,9 +183,11 @@ def problem(case: Case, group: str) -> Problem:
     whole = [torch.randn(BATCH, *shape, dtype=F64) for shape in shapes]
     mask, seed = make_mask(case), torch.tensor(11)
     inputs = [*whole, *([] if mask is None else [mask]), *tile_leaves(case)]
+    inputs += [torch.randn(HEADS, dtype=F64)] if case.sinks else []
     q, k, v, *rest = leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    rest, sinks = (rest[:-1], rest[-1:]) if case.sinks else (rest, [])
     made = TILES(*rest) if case.mask.endswith("tiles") else rest[0] if rest else None
-    out = plain(q, k, v, made, case, seed)
+    out = plain(q, k, v, made, sinks, case, seed)
     dout = torch.randn(out.shape, dtype=F64)
     grads = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], dout)
     query, key = layout(case.cut, case.n, p), layout(case.cut, case.m, p)
@@ -192,7 +201,8 @@ def problem(case: Case, group: str) -> Problem:
     )
     rows, keys = query.indices(rank), key.indices(rank)
     ids = documents(case) if case.mask.startswith("documents") else (None, None)
-    return Problem(inputs, plan, rows, keys, dout, out.detach(), list(grads), seed, ids)
+    known = (dout, out.detach(), list(grads), seed, ids, case.sinks)
+    return Problem(inputs, plan, rows, keys, *known)
 
 
 def strategy(case: Case, query: Layout, key: Layout, has_rows: bool) -> Strategy:
@@ -208,7 +218,12 @@ def strategy(case: Case, query: Layout, key: Layout, has_rows: bool) -> Strategy
 
 
 def my_rows(x: Tensor, rows: list[int]) -> Tensor:
-    return x if x.shape[2] == 1 else x[:, :, rows]
+    return x if is_of_all_rows(x) else x[:, :, rows]
+
+
+def is_of_all_rows(x: Tensor) -> bool:
+    """Sinks, or one row of a mask for all queries."""
+    return x.ndim < 4 or x.shape[2] == 1
 
 
 def local_inputs(known: Problem) -> list[Tensor]:
@@ -228,8 +243,9 @@ def op_of(known: Problem) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         if is_local:  # the keys are whole, and used by every rank's queries
             k, v = enter(k, group), enter(v, group)
+        rest, sinks = (rest[:-1], rest[-1]) if known.sinks else (rest, None)
         mask, leaves = (None, rest) if plan.tile else (rest[0] if rest else None, ())
-        return sharded_attention(q, k, v, Inputs(mask, *documents, seed, leaves), calls)
+        return sharded_attention(q, k, v, Inputs(mask, *documents, seed, leaves, sinks), calls)
 
     return run
 
@@ -252,11 +268,14 @@ def found(known: Problem, fn: Callable[..., Tensor]) -> list[Tensor]:
     grads = torch.autograd.grad(
         out, [x for x in leaves if x.requires_grad], known.dout[:, :, known.rows], allow_unused=True
     )
-    got = [out.detach(), *grads]
-    shared = known.plan.tile or known.plan.strategy.everywhere or known.inputs[-1].shape[2] == 1
-    for share in got[4:] if shared else []:  # one row of mask for all queries, or leaves
+    masks, sinks = (grads[3:-1], grads[-1:]) if known.sinks else (grads[3:], ())
+    everywhere = known.plan.strategy.everywhere
+    for share in masks:
+        if known.plan.tile or everywhere or is_of_all_rows(share):
+            dist.all_reduce(share)
+    for share in () if everywhere else sinks:  # where every rank has all rows, all of it
         dist.all_reduce(share)
-    return got
+    return [out.detach(), *grads]
 
 
 def difference(got: list[Tensor], want: list[Tensor]) -> float:
@@ -301,6 +320,19 @@ def dropout_cases() -> dict[str, float]:
         known = problem(case, group_name())
         got = found(known, op_of(known))
         errors[str(case)] = difference(got, expected(known))
+    return errors
+
+
+def sinks_cases(full: bool = False) -> dict[str, float]:
+    errors = {}
+    p = dist.get_world_size()
+    masks = ("full", "causal", "bool", "float", "window", "documents", "tiles")
+    options = itertools.product(methods_for(p), masks, (HEADS, 2, 1), CUTS, (0.0, 0.3))
+    for number, (method, mask, kv_heads, cut, dropout) in enumerate(options):
+        if full or number % 11 == 0:
+            case = Case(method, mask, kv_heads, cut, 11, 17, dropout, sinks=True)
+            known = problem(case, group_name())
+            errors[str(case)] = difference(found(known, op_of(known)), expected(known))
     return errors
 
 

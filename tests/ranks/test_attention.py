@@ -42,6 +42,11 @@ def test_dropout_draws_what_one_process_draws(ranks, p: int) -> None:
     check(ranks(p).run(jobs.dropout_cases))
 
 
+@pytest.mark.parametrize("p, every", [FULL(1, True), FULL(2, True), (3, False), FULL(4, True)])
+def test_sinks_are_counted_once(ranks, p: int, every: bool) -> None:
+    check(ranks(p).run(jobs.sinks_cases, every, timeout=240))
+
+
 @pytest.mark.parametrize(
     "inner, which", [("eager", "few"), FULL("eager", "others"), FULL("inductor", "one")]
 )

@@ -11,6 +11,7 @@ SAMPLE = [
     "alibi_baddbmm",
     "causal_padding_low",
     "row_bias",
+    "gpt_oss",
     "softcap_of_padding",
     "softcap_and_distances",
 ]

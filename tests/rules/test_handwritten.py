@@ -62,6 +62,23 @@ def test_stays_what_it_is(name: str) -> None:
     assert raised(OTHERS[name], given())[1] == 0
 
 
+def test_scores_in_float32_of_halves() -> None:
+    """Where nothing is added to them that halves would round."""
+
+    def program(q, k, v, pad):
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * 0.5
+        scores = scores.masked_fill(torch.ones(N, N).tril() == 0, torch.finfo(scores.dtype).min)
+        return (scores.softmax(-1).to(v.dtype) @ v).double()
+
+    inputs = given()
+    module, count = raised(program, inputs)
+    assert count == 1
+    found = with_gradients(lambda *xs: module(*xs)[0], inputs)
+    for ours, expected in zip(found, with_gradients(program, inputs), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02)
+
+
 def test_attention_in_a_vmap() -> None:
     """It arrives as products and a softmax of its own."""
 

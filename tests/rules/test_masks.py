@@ -140,6 +140,11 @@ MASKS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
         [bias(1, 3, N, N)],
         "causal, dense float",
     ),
+    "bias without gradient, causal": (
+        lambda x: torch.where(causal(), x.detach(), -INF),
+        [bias(1, 3, N, N)],
+        "causal, dense float",
+    ),
     "bias and triu": (
         lambda x: x + torch.triu(torch.full((N, N), -INF, **DOUBLE), 1),
         [bias(3, N, N)],
