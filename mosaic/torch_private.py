@@ -24,6 +24,7 @@ from torch._decomp import decomposition_table
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame, external_utils
 from torch._dynamo import reset as reset_dynamo
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.eval_frame import reset_code
@@ -39,6 +40,7 @@ from torch._functorch.predispatch import _vmap_decrement_nesting as VMAP_ENDS
 from torch._functorch.predispatch import _vmap_increment_nesting as VMAP_BEGINS
 from torch._functorch.predispatch import lazy_load_decompositions as VMAP_PREPARES
 from torch._guards import CompileContext, tracing
+from torch._higher_order_ops.flex_attention import flex_attention as flex_op
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._higher_order_ops.wrap import wrap as wrap_body
@@ -66,6 +68,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import _vmap_for_bhqkv as flex_vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -121,6 +124,8 @@ __all__ = [
     "flex_backward",
     "flex_blocks",
     "flex_forward",
+    "flex_op",
+    "for_every_pair",
     "functorch_restored",
     "get_data",
     "has_contexts",
@@ -606,6 +611,18 @@ def compile_by_eager(
 def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def for_every_pair(mod: Callable[..., Any], scores: int, buffers: int) -> Callable[..., Any]:
+    """A flex attention's ``mod(score, b, h, i, j, *buffers)`` for all batches, heads, queries and
+    keys at once; of ``scores`` (0 or 1) that come first, and so many buffers."""
+    every = flex_vmap(mod, prefix=(0,) * scores, suffix=(None,) * buffers)
+
+    def run(*operands: Any) -> Any:
+        with TransformGetItemToIndex():  # x[i] of a number i that is a tensor
+            return every(*operands)
+
+    return run
 
 
 #: What ``torch.nn.attention.flex_attention`` tells its kernels itself.

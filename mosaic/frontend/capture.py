@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
+from mosaic.frontend import flex
 from mosaic.frontend.fused import UNFUSED
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
 from mosaic.graph.history import with_history
@@ -40,6 +41,7 @@ from mosaic.torch_private import (
     autograd_function_apply,
     enter_autocast,
     exit_autocast,
+    flex_op,
     get_data,
     is_alias,
     no_tracing_context,
@@ -150,6 +152,8 @@ class _Interpreter(fx.Interpreter):
             return self.checkpoint(*args)
         if target in INLINED:
             return self.inner(args[0]).run(*args[INLINED[target] :])
+        if target is flex_op:
+            return flex.written_out(flex.Call(*args), self.run_inside)
         if target is autograd_function_apply:
             return self.autograd_function(target, args, kwargs)
         if target is enter_autocast:
@@ -180,6 +184,9 @@ class _Interpreter(fx.Interpreter):
         for node in body.graph.nodes:
             node.meta.update(marks)
         return self.inner(body).run(*args)
+
+    def run_inside(self, body: fx.GraphModule, *operands: Any) -> Any:
+        return self.inner(body).run(*operands)
 
     def inner(self, body: fx.GraphModule) -> _Interpreter:
         return _Interpreter(body, self.modes, self.policies, self.histories)
