@@ -24,7 +24,6 @@ from torch._decomp import decomposition_table
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame, external_utils
 from torch._dynamo import reset as reset_dynamo
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.eval_frame import reset_code
@@ -125,7 +124,7 @@ __all__ = [
     "flex_blocks",
     "flex_forward",
     "flex_op",
-    "for_every_pair",
+    "flex_vmap",
     "functorch_restored",
     "get_data",
     "has_contexts",
@@ -611,18 +610,6 @@ def compile_by_eager(
 def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
-
-
-def for_every_pair(mod: Callable[..., Any], scores: int, buffers: int) -> Callable[..., Any]:
-    """A flex attention's ``mod(score, b, h, i, j, *buffers)`` for all batches, heads, queries and
-    keys at once; of ``scores`` (0 or 1) that come first, and so many buffers."""
-    every = flex_vmap(mod, prefix=(0,) * scores, suffix=(None,) * buffers)
-
-    def run(*operands: Any) -> Any:
-        with TransformGetItemToIndex():  # x[i] of a number i that is a tensor
-            return every(*operands)
-
-    return run
 
 
 #: What ``torch.nn.attention.flex_attention`` tells its kernels itself.

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from mosaic.torch_private import (
     FakeTensorMode,
-    for_every_pair,
+    flex_vmap,
     functorch_restored,
     make_fx,
     pytree,
@@ -53,29 +54,53 @@ def written_out(call: Call, run: Callable[..., Any]) -> tuple[Tensor, Tensor, Te
     working = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ k.transpose(-2, -1)).to(working) * call.scale
-    sizes = tuple(scores.shape)
-    scores = run(spelled(call.score_mod, sizes, (scores,), call.score_buffers), scores, *call.score_buffers)
-    seen = run(spelled(call.mask_mod, sizes, (), call.mask_buffers), *call.mask_buffers)
+    sizes, device = scores.shape, q.device
+    given = scores, *call.score_buffers
+    scores = run(spelled(call.score_mod, sizes, device, given, has_score=True), *given)
+    given = call.mask_buffers
+    seen = run(spelled(call.mask_mod, sizes, device, given), *given)
     scores = torch.where(seen, scores, -math.inf)
     out = torch._safe_softmax(scores, -1).to(q.dtype) @ v
-    lse = scores.logsumexp(-1) / math.log(2)
-    return out, lse, scores.amax(-1) / math.log(2)
+    return out, scores.logsumexp(-1) / math.log(2), scores.amax(-1) / math.log(2)
 
 
 def spelled(
-    mod: fx.GraphModule, sizes: Sequence[int], scores: Sequence[Tensor], buffers: Sequence[Any]
+    mod: fx.GraphModule,
+    sizes: Sequence[int],
+    device: torch.device,
+    operands: Sequence[Any],
+    has_score: bool = False,
 ) -> fx.GraphModule:
-    """``mod`` for all batches, heads, queries and keys at once: a graph of plain ops."""
-    device = next(x.device for x in (*scores, *buffers) if isinstance(x, Tensor)) if scores or any(isinstance(x, Tensor) for x in buffers) else "cpu"
+    """``mod(score, b, h, i, j, *buffers)`` for all batches, heads, queries and keys at once, as
+    plain ops on its operands: the scores, if it has any, and the buffers."""
+    before, behind = operands[:has_score], operands[has_score:]
+    every = flex_vmap(mod, prefix=(0,) * len(before), suffix=(None,) * len(behind))
 
-    def every(*operands: Any) -> Any:
+    def run(*operands: Any) -> Any:
         positions = (torch.arange(n, device=device) for n in sizes)
-        given, rest = operands[: len(scores)], operands[len(scores) :]
-        return for_every_pair(mod, len(scores), len(rest))(*given, *positions, *rest)
+        with ByIndex():
+            return every(*operands[:has_score], *positions, *operands[has_score:])
 
     with without_modes(), functorch_restored(), FakeTensorMode(allow_non_fake_inputs=True):
-        blanks = pytree.tree_map_only(torch.Tensor, blank, (*scores, *buffers))
-        return make_fx(every)(*blanks)
+        return make_fx(run)(*pytree.tree_map_only(Tensor, blank, tuple(operands)))
+
+
+class ByIndex(TorchFunctionMode):
+    """``x[i, 0]`` of a position i, a tensor without dims: not a look at its number, but an op."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        indices = pytree.tree_leaves(args[1]) if func is Tensor.__getitem__ else ()
+        are_known = all(type(x) is int or is_number(x) for x in indices)
+        if not are_known or not any(isinstance(x, Tensor) for x in indices):
+            return func(*args, **(kwargs or {}))
+        x, given = args[0], [i for i in indices if isinstance(i, Tensor)]
+        for dim, i in reversed(list(enumerate(indices))):
+            x = x if isinstance(i, Tensor) else x.select(dim, i)
+        return torch.ops.aten.index(x, given)
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.ndim
 
 
 def blank(x: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""Models that attend by other calls than SDPA, and what one rank does with them in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from model_jobs import run_model
+from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex_module
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from walk import strips_of_masks
+
+import mosaic
+
+N, BATCH, HEADS, DIM, BLOCK = 37, 2, 4, 8, 16
+INF = float("inf")
+
+
+def causal(model: nn.Module, data: Tensor) -> Callable:
+    return lambda b, h, i, j: i >= j
+
+
+def window(model: nn.Module, data: Tensor) -> Callable:
+    return lambda b, h, i, j: (i >= j) & (i - j < 9)
+
+
+def documents(model: nn.Module, data: Tensor) -> Callable:
+    return lambda b, h, i, j: (i >= j) & (data[b, i] == data[b, j])
+
+
+def prefix(model: nn.Module, data: Tensor) -> Callable:
+    """As long as the last document's number, which only the data says."""
+    return lambda b, h, i, j: (i >= j) | (j < 3 * data[b, -1])
+
+
+def dilated(model: nn.Module, data: Tensor) -> Callable:
+    """By heads: every second key, or every third; some rows of padding see none."""
+    return lambda b, h, i, j: ((i - j) % (2 + h % 2) == 0) & (data[b, i] > 0)
+
+
+MASKS = {f.__name__: f for f in (causal, window, documents, prefix, dilated)}
+
+
+def alibi(model: nn.Module) -> Callable:
+    slopes = model.slopes
+    return lambda score, b, h, i, j: score + slopes[h] * (j - i)
+
+
+def relative(model: nn.Module) -> Callable:
+    """A learned bias of heads and distances."""
+    table = model.table
+    return lambda score, b, h, i, j: score + table[h, (i - j).abs().clamp(max=15)]
+
+
+def doubled(model: nn.Module) -> Callable:
+    return lambda score, b, h, i, j: torch.where(i >= j, score * 2, -INF)
+
+
+SCORES = {f.__name__: f for f in (alibi, relative, doubled)}
+
+
+class Flex(nn.Module):
+    """One layer of ``flex_attention``; ``makes_mask``: its BlockMask is made in forward."""
+
+    def __init__(self, mask: str, scores: str, kv_heads: int, makes_mask: bool) -> None:
+        super().__init__()
+        self.mask, self.scores, self.makes_mask = mask, scores, makes_mask
+        self.kv_heads = kv_heads
+        self.q = nn.Linear(HEADS * DIM, HEADS * DIM)
+        self.kv = nn.Linear(HEADS * DIM, 2 * kv_heads * DIM)
+        self.table = nn.Parameter(torch.randn(HEADS, 16))
+        self.slopes = nn.Parameter(torch.rand(HEADS))
+
+    def mask_of(self, data: Tensor) -> BlockMask:
+        mod = MASKS[self.mask](self, data)
+        return create_block_mask(mod, len(data), HEADS, N, N, device="cpu", BLOCK_SIZE=BLOCK)
+
+    def forward(self, x: Tensor, data: Tensor, mask: BlockMask | None) -> Tensor:
+        q = self.q(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2 * self.kv_heads, DIM)).transpose(1, 2).chunk(2, 1)
+        if self.makes_mask:
+            mask = self.mask_of(data)
+        mod = SCORES[self.scores](self) if self.scores else None
+        gqa = self.kv_heads < HEADS
+        out = flex_attention(q, k, v, mod, mask, scale=0.3, enable_gqa=gqa)
+        return x + out.transpose(1, 2).flatten(2)
+
+
+def flex(mask: str = "", scores: str = "", kv_heads: int = HEADS, makes_mask: bool = False) -> Any:
+    model = Flex(mask, scores, kv_heads, makes_mask).double()
+    data = torch.arange(N).expand(BATCH, N) // torch.tensor([[11], [7]])
+    x = torch.randn(BATCH, N, HEADS * DIM).double()
+    outside = model.mask_of(data) if mask and not makes_mask else None
+    return model, (x.requires_grad_(), data, outside), {}
+
+
+def pass_all(*tensors: Tensor) -> None:
+    pass
+
+
+def run_input(build: Callable[[], Any], options: dict | None, p: int = 1) -> dict:
+    """As ``run_model``; flex's refusal to learn on the CPU is that of its kernels for CPUs. With
+    what of its masks was made for all keys, and what the plan says of them."""
+    with mock.patch.object(flex_module, "_validate_device", pass_all), mosaic.plans() as plans:
+        found = run_model(build, options, p)
+    masks = [a.mask for plan in plans for a in plan.attentions]
+    return {**found, "strips": strips_of_masks(plans, N, p), "masks": masks}

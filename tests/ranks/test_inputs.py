@@ -1,0 +1,42 @@
+"""Models that attend by other calls than SDPA: what they give is what they give in one process."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from compare import assert_close, compare_gradients
+from input_jobs import flex, run_input
+from sampling import FULL
+
+#: What a case is, and how the plan calls its mask.
+CASES = {
+    "causal": ({"mask": "causal"}, "causal"),
+    "window": ({"mask": "window"}, "causal, window 9"),
+    "documents": ({"mask": "documents"}, "causal, documents"),
+    "prefix": ({"mask": "prefix"}, "boolean by tiles"),
+    "dilated": ({"mask": "dilated"}, "boolean by tiles"),
+    "alibi": ({"mask": "causal", "scores": "alibi"}, "causal, float by tiles"),
+    "relative": ({"mask": "documents", "scores": "relative"}, "causal, documents, float by tiles"),
+    "doubled": ({"scores": "doubled"}, "causal"),
+    "full": ({}, ""),
+    "gqa": ({"mask": "documents", "kv_heads": 2}, "causal, documents"),
+    "made_inside": ({"mask": "documents", "makes_mask": True}, "causal, documents"),
+}
+FEW = [(name, 2) for name in CASES]
+MORE = [(name, p) for name in CASES for p in (1, 3)] + [("documents", 4)]
+
+
+@pytest.mark.parametrize("name, p", [*FEW, *(FULL(*case) for case in MORE)])
+def test_flex_attention(ranks, name: str, p: int) -> None:
+    given, words = CASES[name]
+    check(ranks, partial(flex, **given), words, p)
+
+
+def check(ranks, build, words: str, p: int) -> None:
+    want = run_input(build, None)
+    for rank, got in enumerate(ranks(p).run(run_input, build, {"inner": "eager"}, p)):
+        assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-12)
+        compare_gradients(want["gradients"], got["gradients"], 1e-12)
+        assert got["masks"] == [words]
+        assert not got["strips"], "\n".join(got["strips"])
