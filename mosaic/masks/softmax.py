@@ -25,6 +25,7 @@ from mosaic.masks.terms import RESHAPED, Term, broadcast
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 COPIED = (aten.clone.default, aten.contiguous.default, aten.alias.default)
+PARTS = (aten.slice.Tensor, aten.select.int)
 MAXIMA = (aten.amax.default, aten.max.dim)
 HALF = (torch.bfloat16, torch.float16)
 LOW = -1e4
@@ -261,7 +262,7 @@ def along_last(node: fx.Node) -> bool:
 
 def keeps_rows(node: fx.Node) -> bool:
     """A view of the leading dims alone: batches and heads folded into one dim, or apart again."""
-    if node.target not in (*RESHAPED, aten.expand.default) or node.target == aten.slice.Tensor:
+    if node.target not in (*RESHAPED, aten.expand.default) or node.target in PARTS:
         return False
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
     if node.target == aten.expand.default:
