@@ -66,7 +66,11 @@ from torch.fx.experimental.proxy_tensor import make_fx, snapshot_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    _convert_mask_to_block_mask,
+    _dense_to_ordered,
+)
 from torch.nn.attention.flex_attention import _vmap_for_bhqkv as flex_vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -135,6 +139,7 @@ __all__ = [
     "is_of_functorch",
     "is_traceable_wrapper_subclass",
     "is_whole_function",
+    "lists_of_blocks",
     "make_fx",
     "multi_head_attention_op",
     "never_compiles",
@@ -610,6 +615,12 @@ def compile_by_eager(
 def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def lists_of_blocks(seen: Tensor, block: tuple[int, int], whole_apart: bool) -> list[Tensor]:
+    """As ``create_block_mask`` makes them of a mask (batch, heads, queries, keys)."""
+    kinds = _convert_mask_to_block_mask(seen, *block, separate_full_blocks=whole_apart)
+    return [x for kind in kinds if kind is not None for x in _dense_to_ordered(kind)]
 
 
 #: What ``torch.nn.attention.flex_attention`` tells its kernels itself.

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.frontend import flex
+from mosaic.frontend.block_masks import BlockCheck, Blocks, checks_of
 from mosaic.frontend.fused import UNFUSED
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
 from mosaic.graph.history import with_history
@@ -68,6 +69,7 @@ class Captured:
     inputs: tuple[Input, ...]
     mutated: tuple[int, ...]  # the first outputs are the new values of these inputs
     policies: Mapping[int, Policy] = field(default_factory=dict)  # of checkpoints, by ac_graph_id
+    checks: Sequence[BlockCheck] = ()  # of BlockMasks, before a run
 
 
 @torch.library.custom_op("mosaic::autograd_function", mutates_args=())
@@ -93,11 +95,13 @@ class _Interpreter(fx.Interpreter):
         modes: Modes,
         policies: dict[int, Policy],
         histories: dict[fx.Node, list[fx.Node]],
+        blocks: list[Blocks],
     ):
         super().__init__(module, garbage_collect_values=False)  # a vmap asks for its operands late
         self.modes = modes
         self.policies = policies
         self.histories = histories  # the tracer runs all twice, and knows of gradients at first
+        self.blocks = blocks  # of the BlockMasks of flex attentions
         self.ambient = modes
         self.outer: list[Modes] = []
         self.mapped = Region()
@@ -153,7 +157,7 @@ class _Interpreter(fx.Interpreter):
         if target in INLINED:
             return self.inner(args[0]).run(*args[INLINED[target] :])
         if target is flex_op:
-            return flex.written_out(flex.Call(*args), self.run_inside)
+            return flex.written_out(flex.Call(*args), self.run_inside, self.blocks)
         if target is autograd_function_apply:
             return self.autograd_function(target, args, kwargs)
         if target is enter_autocast:
@@ -189,7 +193,7 @@ class _Interpreter(fx.Interpreter):
         return self.inner(body).run(*operands)
 
     def inner(self, body: fx.GraphModule) -> _Interpreter:
-        return _Interpreter(body, self.modes, self.policies, self.histories)
+        return _Interpreter(body, self.modes, self.policies, self.histories, self.blocks)
 
     def autograd_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What stays behind in the table are the bodies and the constants, not the traced tensors.
@@ -279,10 +283,11 @@ def capture(module: fx.GraphModule) -> Captured:
     ambient = Modes.current()
     policies: dict[int, Policy] = {}
     histories: dict[fx.Node, list[fx.Node]] = {}
+    blocks: list[Blocks] = []
 
     class Program(torch.nn.Module):
         def forward(self, *args: Any) -> Any:
-            run = _Interpreter(module, ambient, policies, histories).run
+            run = _Interpreter(module, ambient, policies, histories, blocks).run
             return run(*regrouped(args, given))
 
     traced: fx.GraphModule
@@ -313,7 +318,8 @@ def capture(module: fx.GraphModule) -> Captured:
     mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
     refuse_learned(traced.graph, inputs, mutated)
     refuse_shared(module, traced.graph, inputs, mutated)
-    return Captured(traced.graph, traced, inputs, mutated, policies)
+    checks = checks_of(traced.graph, blocks)
+    return Captured(traced.graph, traced, inputs, mutated, policies, checks)
 
 
 def detach_data(module: fx.GraphModule) -> None:

@@ -18,14 +18,20 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from mosaic.frontend.block_masks import Blocks
 from mosaic.torch_private import (
     FakeTensorMode,
     flex_vmap,
     functorch_restored,
+    lists_of_blocks,
     make_fx,
     pytree,
     without_modes,
 )
+
+
+#: A block of all queries and keys: of a call without a BlockMask.
+LARGEST = 2**30
 
 
 class Call(NamedTuple):
@@ -46,43 +52,94 @@ class Call(NamedTuple):
         found: fx.GraphModule = self.block_mask[-1]
         return found
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """Queries and keys of a block."""
+        queries, keys = self.block_mask[-3:-1]
+        return queries, keys
 
-def written_out(call: Call, run: Callable[..., Any]) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def lists(self) -> list[Tensor]:
+        """How many blocks of keys, and which, each block of queries looks at; then of those that
+        it sees whole."""
+        return [x for x in self.block_mask[2:6] if x is not None]
+
+
+def written_out(
+    call: Call, run: Callable[..., Any], known: list[Blocks]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the scores' log-sum-exp and maximum, both to base 2. ``run(body, *operands)``
-    runs a graph of plain ops."""
+    runs a graph of plain ops; what BlockMasks say by their lists is noted in ``known``."""
     q, k, v = call.query, call.key, call.value
     working = torch.float64 if q.dtype == torch.float64 else torch.float32
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ k.transpose(-2, -1)).to(working) * call.scale
-    sizes, device = scores.shape, q.device
+    every, device = [range(n) for n in scores.shape], q.device
     given = scores, *call.score_buffers
-    scores = run(spelled(call.score_mod, sizes, device, given, has_score=True), *given)
-    given = call.mask_buffers
-    seen = run(spelled(call.mask_mod, sizes, device, given), *given)
+    scores = run(spelled(call.score_mod, every, device, given, has_score=True), *given)
+    seen = run(spelled(call.mask_mod, every, device, call.mask_buffers), *call.mask_buffers)
+    seen = beside_lists(seen, call, run, known)
     scores = torch.where(seen, scores, -math.inf)
     out = torch._safe_softmax(scores, -1).to(q.dtype) @ v
     return out, scores.logsumexp(-1) / math.log(2), scores.amax(-1) / math.log(2)
 
 
+def beside_lists(
+    seen: Tensor, call: Call, run: Callable[..., Any], known: list[Blocks]
+) -> Tensor:
+    """``seen``, marked with the lists of its BlockMask, and those that create_block_mask makes."""
+    lists, buffers = call.lists, call.mask_buffers
+    lengths, device = (seen.shape[2], seen.shape[3]), seen.device
+    made: Sequence[Tensor] = ()
+    if max(call.block) < LARGEST:
+        every = [range(n) for n in (*lists[0].shape[:2], *lengths)]
+        small = run(spelled(call.mask_mod, every, device, buffers), *buffers)
+        made = lists_of_blocks(small, call.block, len(lists) > 2)
+    tensors = [x for x in buffers if isinstance(x, Tensor)]
+    numbers = [None if isinstance(x, Tensor) else x for x in buffers]
+    mod, batches, heads = call.mask_mod, *seen.shape[:2]
+
+    def part(start: int, stop: int, *tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        filled = [next(given) if x is None else x for x in numbers]
+        every = [range(batches), range(heads), range(start, stop), range(lengths[1])]
+        return at(mod, every, device, filled)
+
+    known.append(Blocks(part, lengths, call.block))
+    return torch.ops.mosaic.block_mask(seen, lists, made, tensors, len(known) - 1)
+
+
 def spelled(
     mod: fx.GraphModule,
-    sizes: Sequence[int],
+    every: Sequence[range],
     device: torch.device,
     operands: Sequence[Any],
     has_score: bool = False,
 ) -> fx.GraphModule:
-    """``mod(score, b, h, i, j, *buffers)`` for all batches, heads, queries and keys at once, as
-    plain ops on its operands: the scores, if it has any, and the buffers."""
-    before, behind = operands[:has_score], operands[has_score:]
-    every = flex_vmap(mod, prefix=(0,) * len(before), suffix=(None,) * len(behind))
+    """``mod`` for all these batches, heads, queries and keys, as plain ops on its operands."""
 
     def run(*operands: Any) -> Any:
-        positions = (torch.arange(n, device=device) for n in sizes)
-        with ByIndex():
-            return every(*operands[:has_score], *positions, *operands[has_score:])
+        return at(mod, every, device, operands, has_score)
 
     with without_modes(), functorch_restored(), FakeTensorMode(allow_non_fake_inputs=True):
         return make_fx(run)(*pytree.tree_map_only(Tensor, blank, tuple(operands)))
+
+
+def at(
+    mod: fx.GraphModule,
+    every: Sequence[range],
+    device: torch.device,
+    operands: Sequence[Any],
+    has_score: bool = False,
+) -> Tensor:
+    """``mod(score, b, h, i, j, *buffers)`` at these batches, heads, queries and keys. Operands are
+    the scores, if it has any, and the buffers."""
+    before, behind = operands[:has_score], operands[has_score:]
+    each = flex_vmap(mod, prefix=(0,) * len(before), suffix=(None,) * len(behind))
+    positions = (torch.arange(x.start, x.stop, device=device) for x in every)
+    with ByIndex():
+        found: Tensor = each(*before, *positions, *behind)
+        return found
 
 
 class ByIndex(TorchFunctionMode):
