@@ -25,8 +25,8 @@ from mosaic.torch_private import pytree
 #: How many pairs of query and key are looked at together.
 PAIRS = 2**24
 FIX = (
-    "make the mask by create_block_mask from the mask_mod that it holds; where blocks are chosen by "
-    "other means, let mask_mod say so: chosen[b, h, q_idx // 128, kv_idx // 128]"
+    "make the mask by create_block_mask from the mask_mod that it holds; where blocks are chosen "
+    "by other means, let mask_mod say so: chosen[b, h, q_idx // 128, kv_idx // 128]"
 )
 
 
@@ -42,7 +42,11 @@ class Blocks(NamedTuple):
 
 @torch.library.custom_op("mosaic::block_mask", mutates_args=())
 def block_mask(
-    seen: Tensor, lists: Sequence[Tensor], made: Sequence[Tensor], buffers: Sequence[Tensor], number: int
+    seen: Tensor,
+    lists: Sequence[Tensor],
+    made: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    number: int,
 ) -> Tensor:
     """``seen`` in the captured graph, beside the lists of its BlockMask, those that would be made
     of it, and what its mask_mod reads."""
@@ -67,7 +71,7 @@ def checks_of(graph: fx.Graph, known: Sequence[Blocks]) -> list[BlockCheck]:
         node.replace_all_uses_with(seen)
         graph.erase_node(node)
     graph.eliminate_dead_code(lambda n: n.is_impure(impure_random=False))
-    return [check for check in checks if not check.is_done]
+    return [check for check in checks if check.needed]
 
 
 def is_same(x: Any, y: Any) -> bool:
@@ -170,14 +174,13 @@ class BlockCheck:
     lists: int
     blocks: Blocks
     where: str | None
-    is_done: bool = field(default=False, init=False)  # for good: nothing is needed
-    _last: list[tuple[Any, int]] = field(default_factory=list, init=False, repr=False)
+    _last: list[tuple[Any, int]] | None = field(default=None, init=False, repr=False)
 
     def __call__(self, args: Sequence[Any]) -> None:
         """Raise UnsupportedError where the lists and mask_mod disagree; the same tensors are looked
         at once."""
         given = [args[i] for i in self.needed]
-        if self.is_done or self.has_seen(given):
+        if self.has_seen(given):
             return
         with torch.no_grad():
             found = self.make(*(whole(x) if isinstance(x, Tensor) else x for x in given))
@@ -191,14 +194,13 @@ class BlockCheck:
                 reason="flex's kernels follow the lists, Mosaic follows mask_mod",
                 fix=FIX,
             )
-        self.is_done = not given
         self._last = [(weakref.ref(x), version(x)) for x in given if isinstance(x, Tensor)]
 
     def has_seen(self, given: Sequence[Any]) -> bool:
         """Whether these tensors were looked at last time, and nobody wrote to them since. (Numbers
         of a program never change.)"""
         tensors = [x for x in given if isinstance(x, Tensor)]
-        if len(tensors) != len(self._last):
+        if self._last is None or len(tensors) != len(self._last):
             return False
         pairs = zip(tensors, self._last, strict=True)
         return all(ref() is x and n == version(x) != -1 for x, (ref, n) in pairs)

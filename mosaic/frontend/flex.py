@@ -29,7 +29,6 @@ from mosaic.torch_private import (
     without_modes,
 )
 
-
 #: A block of all queries and keys: of a call without a BlockMask.
 LARGEST = 2**30
 
@@ -84,9 +83,7 @@ def written_out(
     return out, scores.logsumexp(-1) / math.log(2), scores.amax(-1) / math.log(2)
 
 
-def beside_lists(
-    seen: Tensor, call: Call, run: Callable[..., Any], known: list[Blocks]
-) -> Tensor:
+def beside_lists(seen: Tensor, call: Call, run: Callable[..., Any], known: list[Blocks]) -> Tensor:
     """``seen``, marked with the lists of its BlockMask, and those that create_block_mask makes."""
     lists, buffers = call.lists, call.mask_buffers
     lengths, device = (seen.shape[2], seen.shape[3]), seen.device
