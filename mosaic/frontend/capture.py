@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
-from mosaic.frontend import flex
+from mosaic.frontend import flash, flex
 from mosaic.frontend.block_masks import BlockCheck, Blocks, checks_of
 from mosaic.frontend.fused import UNFUSED
+from mosaic.frontend.refused import schema_of
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
 from mosaic.graph.history import with_history
 from mosaic.graph.inputs import Input, Policy
@@ -166,7 +167,7 @@ class _Interpreter(fx.Interpreter):
             return self.switch(replace(self.outer.pop(), grad=self.modes.grad))
         if target is set_grad_enabled:
             return self.switch(replace(self.modes, grad=args[0]))
-        target = UNFUSED.get(target, target)
+        target = flash.CALLS.get(name_of(target), UNFUSED.get(target, target))
         if kwargs.get("out") is not None:
             return written_to(kwargs["out"], target(*args, **{**kwargs, "out": None}))
         return super().call_function(target, args, kwargs)
@@ -196,6 +197,8 @@ class _Interpreter(fx.Interpreter):
         return _Interpreter(body, self.modes, self.policies, self.histories, self.blocks)
 
     def autograd_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(name_of(n.target) in flash.CALLS for n in args[0].graph.nodes):
+            return self.inner(args[0]).run(*args[2:])[0]  # whose gradient we know
         # What stays behind in the table are the bodies and the constants, not the traced tensors.
         template = tuple(torch.empty(0) if isinstance(a, torch.Tensor) else a for a in args)
         number = AUTOGRAD_FUNCTIONS.add(target, template, kwargs)
@@ -211,6 +214,12 @@ class _Interpreter(fx.Interpreter):
     def switch(self, modes: Modes) -> None:
         self.modes = modes
         modes.autocast_on()
+
+
+def name_of(target: Any) -> str | None:
+    """An op's name, without its overload."""
+    schema = schema_of(target)
+    return None if schema is None else str(schema.name)
 
 
 def base_of(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from mosaic.frontend.block_masks import Blocks
+from mosaic.frontend.fused import attended
 from mosaic.torch_private import (
     FakeTensorMode,
     flex_vmap,
@@ -69,17 +70,17 @@ def written_out(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the scores' log-sum-exp and maximum, both to base 2. ``run(body, *operands)``
     runs a graph of plain ops; what BlockMasks say by their lists is noted in ``known``."""
-    q, k, v = call.query, call.key, call.value
-    working = torch.float64 if q.dtype == torch.float64 else torch.float32
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = (q @ k.transpose(-2, -1)).to(working) * call.scale
-    every, device = [range(n) for n in scores.shape], q.device
-    given = scores, *call.score_buffers
-    scores = run(spelled(call.score_mod, every, device, given, has_score=True), *given)
+    q, k = call.query, call.key
+    every, device = [range(n) for n in (*q.shape[:3], k.shape[2])], q.device
+
+    def change(scores: Tensor) -> Tensor:
+        given = scores, *call.score_buffers
+        found: Tensor = run(spelled(call.score_mod, every, device, given, has_score=True), *given)
+        return found
+
     seen = run(spelled(call.mask_mod, every, device, call.mask_buffers), *call.mask_buffers)
     seen = beside_lists(seen, call, run, known)
-    scores = torch.where(seen, scores, -math.inf)
-    out = torch._safe_softmax(scores, -1).to(q.dtype) @ v
+    out, scores = attended(q, k, call.value, call.scale, change, seen)
     return out, scores.logsumexp(-1) / math.log(2), scores.amax(-1) / math.log(2)
 
 

@@ -1,0 +1,148 @@
+"""Calls of flash attention, by torch and by the package flash_attn, as what they are defined to be.
+
+    varlen_attn(q, k, v, cu_seqlens, cu_seqlens, ..., window_size=(-1, 0))      (tokens, heads, dim)
+    ->   document = bucketize(arange(tokens), cu_seqlens, right=True)
+         seen = (document[:, None] == document) & (key <= query)
+
+Where each text begins stays data: other texts of as many tokens in all are no new program. What is
+seen follows a call's own numbers: the last query of a text stands beside its last key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mosaic.api.errors import UnsupportedError
+from mosaic.frontend.fused import attended
+
+
+class Positions(NamedTuple):
+    """Where queries (n, 1) and keys (1, m) stand, counted alike, and in which text."""
+
+    queries: Tensor
+    keys: Tensor
+    query_texts: Tensor | None = None
+    key_texts: Tensor | None = None
+
+    def seen(self, causal: bool, left: int, right: int) -> Tensor | None:
+        """The keys that are at most ``left`` before a query and ``right`` behind it, in its text;
+        -1: no bound."""
+        right = 0 if causal else right
+        i, j = self.queries, self.keys
+        found = [] if self.query_texts is None else [self.query_texts == self.key_texts]
+        found += [] if left < 0 else [j >= i - left]
+        found += [] if right < 0 else [j <= i + right]
+        return reduce(torch.logical_and, found) if found else None
+
+
+def aligned(queries: int, keys: int, device: torch.device) -> Positions:
+    """Of one text: its last query beside its last key."""
+    i, j = (torch.arange(n, device=device) for n in (queries, keys))
+    return Positions((i + (keys - queries))[:, None], j[None])
+
+
+def packed(q: Tensor, k: Tensor, begins: Tensor, key_begins: Tensor) -> Positions:
+    """Of texts one behind the other. (What is behind the last one is one more text.)"""
+    i, text = located(len(q), begins)
+    j, key_text = located(len(k), key_begins)
+    if begins is not key_begins:  # else a text's queries and keys stand at the same numbers
+        last = len(begins) - 1
+        i, j = i - begins[text.clamp(max=last)], j - key_begins[key_text.clamp(max=last)]
+    return Positions(i[:, None], j[None], text[:, None], key_text[None])
+
+
+def located(n: int, begins: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions, and which text each is in, counted from 1: where the next one begins."""
+    i = torch.arange(n, device=begins.device)
+    return i, torch.bucketize(i, begins.long(), right=True)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, at: Positions, scale: float | None, causal: bool,
+    window: tuple[int, int], softcap: float = 0.0, slopes: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(batch, seq, heads, dim): the output, and the log-sum-exp (batch, heads, queries)."""
+
+    def change(scores: Tensor) -> Tensor:
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if slopes is None:
+            return scores
+        return scores - slopes[..., None, None] * (at.queries - at.keys).abs()
+
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, scores = attended(*heads, scale, change, at.seen(causal, *window), dropout)
+    return out.transpose(1, 2), scores.logsumexp(-1).float()
+
+
+def refuse(**given: Any) -> None:
+    names = [name for name, x in given.items() if x is not None and x is not False]
+    if names:
+        raise UnsupportedError(
+            f"a call of flash attention with {', '.join(names)}",
+            reason="it is for decoding with a cache, or for looking at the weights",
+            fix="leave it out, or call it outside of the compiled function",
+        )
+
+
+def of_torch(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor | None,
+    max_q: int, max_k: int, is_causal: bool = False, scale: float | None = None,
+    window_size: list[int] | None = None, enable_gqa: bool = False,
+    seqused_k: Tensor | None = None, block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``torch.nn.attention.varlen``'s op."""
+    refuse(seqused_k=seqused_k, block_table=block_table)
+    at = packed(query, key, cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k)
+    operands = (x[None] for x in (query, key, value))
+    left, right = window_size or (-1, -1)
+    out, lse = flash_attention(*operands, at, scale, is_causal, (left, right))
+    return out[0], lse[0], torch.zeros(2, dtype=torch.int64, device=query.device)
+
+
+def of_package(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool,
+    window_size_left: int, window_size_right: int, softcap: float,
+    alibi_slopes: Tensor | None, return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What ``flash_attn_func`` runs."""
+    refuse(return_attn_probs=return_softmax)
+    window, at = (window_size_left, window_size_right), aligned(q.shape[1], k.shape[1], q.device)
+    given = (softmax_scale, causal, window, softcap, alibi_slopes, dropout_p)
+    out, lse = flash_attention(q, k, v, at, *given)
+    return out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device=q.device)
+
+
+def packed_of_package(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
+    window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, return_softmax: bool = False,
+    block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None, zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What ``flash_attn_varlen_func`` runs."""
+    refuse(return_attn_probs=return_softmax, block_table=block_table)
+    refuse(leftpad_k=leftpad_k, seqused_k=seqused_k)
+    if alibi_slopes is not None and alibi_slopes.ndim > 1:
+        refuse(**{"alibi_slopes of each text": alibi_slopes})
+    window, at = (window_size_left, window_size_right), packed(q, k, cu_seqlens_q, cu_seqlens_k)
+    given = (softmax_scale, causal, window, softcap, alibi_slopes, dropout_p)
+    out, lse = flash_attention(*(x[None] for x in (q, k, v)), at, *given)
+    return out[0], lse[0], q.new_empty(0), torch.zeros(2, dtype=torch.int64, device=q.device)
+
+
+#: By the name of the op: those of the package are there when somebody has imported it.
+CALLS: dict[str, Callable[..., Any]] = {
+    "torch_attn::_varlen_attn": of_torch,
+    "flash_attn::_flash_attn_forward": of_package,
+    "flash_attn::_flash_attn_varlen_forward": packed_of_package,
+}
