@@ -25,7 +25,6 @@ from mosaic.api.errors import UnsupportedError
 from mosaic.frontend import flash, flex
 from mosaic.frontend.block_masks import BlockCheck, Blocks, checks_of
 from mosaic.frontend.fused import UNFUSED
-from mosaic.frontend.refused import schema_of
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
 from mosaic.graph.history import with_history
 from mosaic.graph.inputs import Input, Policy
@@ -167,7 +166,7 @@ class _Interpreter(fx.Interpreter):
             return self.switch(replace(self.outer.pop(), grad=self.modes.grad))
         if target is set_grad_enabled:
             return self.switch(replace(self.modes, grad=args[0]))
-        target = flash.CALLS.get(name_of(target), UNFUSED.get(target, target))
+        target = flash.call_of(target) or UNFUSED.get(target, target)
         if kwargs.get("out") is not None:
             return written_to(kwargs["out"], target(*args, **{**kwargs, "out": None}))
         return super().call_function(target, args, kwargs)
@@ -197,8 +196,6 @@ class _Interpreter(fx.Interpreter):
         return _Interpreter(body, self.modes, self.policies, self.histories, self.blocks)
 
     def autograd_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(name_of(n.target) in flash.CALLS for n in args[0].graph.nodes):
-            return self.inner(args[0]).run(*args[2:])[0]  # whose gradient we know
         # What stays behind in the table are the bodies and the constants, not the traced tensors.
         template = tuple(torch.empty(0) if isinstance(a, torch.Tensor) else a for a in args)
         number = AUTOGRAD_FUNCTIONS.add(target, template, kwargs)
@@ -214,12 +211,6 @@ class _Interpreter(fx.Interpreter):
     def switch(self, modes: Modes) -> None:
         self.modes = modes
         modes.autocast_on()
-
-
-def name_of(target: Any) -> str | None:
-    """An op's name, without its overload."""
-    schema = schema_of(target)
-    return None if schema is None else str(schema.name)
 
 
 def base_of(x: Tensor) -> Tensor:
@@ -259,6 +250,13 @@ def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
     return tuple(Input(i, *source) for i, source in enumerate(sources))
 
 
+def value_of(placeholder: fx.Node) -> Any:
+    """What an input is like; no size where nobody reads that: it may be any."""
+    value = placeholder.meta["example_value"]
+    is_read = placeholder.users or not isinstance(value, torch.SymInt)
+    return value if is_read else 0
+
+
 def specialise(value: Any) -> Any:
     """A placeholder's value at known sizes. Dynamo puts a guard on each, so that every other size
     is compiled anew."""
@@ -282,8 +280,9 @@ def capture(module: fx.GraphModule) -> Captured:
     """
     check_transforms(module)
     detach_data(module)
+    flash.forget_lengths(module)
     inputs = read_inputs(module)
-    given = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]
+    given = [value_of(n) for n in module.graph.find_nodes(op="placeholder")]
     known = [specialise(value) for value in flattened(given)]
     mode = FakeTensorMode()
     with mode:

@@ -10,15 +10,18 @@ seen follows a call's own numbers: the last query of a text stands beside its la
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.frontend.fused import attended
+from mosaic.frontend.refused import schema_of
 
 
 class Positions(NamedTuple):
@@ -109,40 +112,68 @@ def of_torch(
 
 
 def of_package(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool,
-    window_size_left: int, window_size_right: int, softcap: float,
-    alibi_slopes: Tensor | None, return_softmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What ``flash_attn_func`` runs."""
-    refuse(return_attn_probs=return_softmax)
-    window, at = (window_size_left, window_size_right), aligned(q.shape[1], k.shape[1], q.device)
-    given = (softmax_scale, causal, window, softcap, alibi_slopes, dropout_p)
-    out, lse = flash_attention(q, k, v, at, *given)
-    return out, lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64, device=q.device)
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:  # fmt: skip
+    """``flash_attn_func``."""
+    refuse(return_attn_probs=return_attn_probs)
+    at = aligned(q.shape[1], k.shape[1], q.device)
+    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p)
+    return flash_attention(q, k, v, at, *given)[0]
 
 
 def packed_of_package(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
-    window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None, return_softmax: bool = False,
-    block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
-    seqused_k: Tensor | None = None, zero_tensors: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What ``flash_attn_varlen_func`` runs."""
-    refuse(return_attn_probs=return_softmax, block_table=block_table)
-    refuse(leftpad_k=leftpad_k, seqused_k=seqused_k)
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0,
+    softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, block_table: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``flash_attn_varlen_func``."""
+    refuse(return_attn_probs=return_attn_probs, block_table=block_table)
     if alibi_slopes is not None and alibi_slopes.ndim > 1:
         refuse(**{"alibi_slopes of each text": alibi_slopes})
-    window, at = (window_size_left, window_size_right), packed(q, k, cu_seqlens_q, cu_seqlens_k)
-    given = (softmax_scale, causal, window, softcap, alibi_slopes, dropout_p)
-    out, lse = flash_attention(*(x[None] for x in (q, k, v)), at, *given)
-    return out[0], lse[0], q.new_empty(0), torch.zeros(2, dtype=torch.int64, device=q.device)
+    at = packed(q, k, cu_seqlens_q, cu_seqlens_k)
+    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p)
+    return flash_attention(*(x[None] for x in (q, k, v)), at, *given)[0][0]
 
 
-#: By the name of the op: those of the package are there when somebody has imported it.
+PACKAGE = "flash_attn.flash_attn_interface"
 CALLS: dict[str, Callable[..., Any]] = {
     "torch_attn::_varlen_attn": of_torch,
-    "flash_attn::_flash_attn_forward": of_package,
-    "flash_attn::_flash_attn_varlen_forward": packed_of_package,
+    f"{PACKAGE}.flash_attn_func": of_package,
+    f"{PACKAGE}.flash_attn_varlen_func": packed_of_package,
 }
+
+
+def call_of(target: Any) -> Callable[..., Any] | None:
+    """What capture runs in place of a call in Dynamo's graph, if it is one of these."""
+    schema = schema_of(target)
+    if schema is not None:
+        return CALLS.get(schema.name)
+    return CALLS.get(f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}")
+
+
+def allow_package() -> None:
+    """Have Dynamo keep calls of the package, if anybody has imported it. (It breaks the graph at
+    such an autograd.Function where one tensor says where queries and keys begin.)"""
+    package = sys.modules.get(PACKAGE)
+    for name in CALLS if package else ():
+        function = getattr(package, name.removeprefix(f"{PACKAGE}."), None)
+        if function is not None:
+            torch.compiler.allow_in_graph(function)
+
+
+def forget_lengths(module: fx.GraphModule) -> None:
+    """Take the length of the longest text out of these calls: nothing depends on it, and every
+    other one would be another program."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            run = call_of(node.target)
+            if run is not None:
+                given = inspect.signature(run).bind(*node.args, **node.kwargs).arguments
+                longest = {name: 0 for name in given if name.startswith("max_")}
+                node.args, node.kwargs = (), {**given, **longest}

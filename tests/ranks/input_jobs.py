@@ -7,13 +7,17 @@ from typing import Any
 from unittest import mock
 
 import torch
+from flash_package import installed
 from model_jobs import run_model
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from walk import strips_of_masks
 
 import mosaic
+
+package = installed()
 
 N, BATCH, HEADS, DIM, BLOCK = 37, 2, 4, 8, 16
 INF = float("inf")
@@ -95,6 +99,64 @@ def flex(mask: str = "", scores: str = "", kv_heads: int = HEADS, makes_mask: bo
     x = torch.randn(BATCH, N, HEADS * DIM).double()
     outside = model.mask_of(data) if mask and not makes_mask else None
     return model, (x.requires_grad_(), data, outside), {}
+
+
+class Packed(nn.Module):
+    """One layer of attention within texts that stand one behind the other, by one of its ``calls``;
+    in one process always by those of the package."""
+
+    def __init__(self, call: str, kv_heads: int, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.call, self.kv_heads, self.window = call, kv_heads, window
+        self.q = nn.Linear(HEADS * DIM, HEADS * DIM)
+        self.kv = nn.Linear(HEADS * DIM, 2 * kv_heads * DIM)
+
+    def forward(
+        self, x: Tensor, y: Tensor, begins: Tensor, key_begins: Tensor, longest: int
+    ) -> Tensor:
+        q = self.q(x).unflatten(-1, (HEADS, DIM))
+        k, v = self.kv(y).unflatten(-1, (2 * self.kv_heads, DIM)).chunk(2, -2)
+        if self.call == "dense":
+            out = package.flash_attn_func(q, k, v, 0.0, 0.3, True, (9, -1))
+        elif self.call == "package" or not torch.compiler.is_compiling():
+            given = {"softmax_scale": 0.3, "window_size": self.window}
+            texts = (begins, key_begins, longest, longest)
+            out = package.flash_attn_varlen_func(q, k, v, *texts, **given)
+        else:
+            given = {"scale": 0.3, "window_size": self.window, "enable_gqa": self.kv_heads < HEADS}
+            out = varlen_attn(q, k, v, begins, key_begins, longest, longest, **given)
+        return x + out.flatten(-2)
+
+
+#: Where texts begin, of queries and of longer keys; one is empty.
+BEGINS, KEY_BEGINS = [0, 11, 11, 29, N], [0, 13, 17, 40, 51]
+
+
+def packed(
+    call: str, kv_heads: int = HEADS, window: tuple[int, int] = (-1, -1), crosses: bool = False
+) -> Any:
+    model = Packed(call, kv_heads, window).double()
+    lead = (BATCH,) if call == "dense" else ()
+    x = torch.randn(*lead, N, HEADS * DIM).double().requires_grad_()
+    y = torch.randn(*lead, KEY_BEGINS[-1], HEADS * DIM).double() if crosses else x
+    begins = torch.tensor(BEGINS, dtype=torch.int32)
+    key_begins = torch.tensor(KEY_BEGINS, dtype=torch.int32) if crosses else begins
+    return model, (x, y, begins, key_begins, 23), {}
+
+
+def other_texts(call: str, p: int) -> list[tuple[int, float]]:
+    """How many programs there are after each of some batches of texts, and how wrong it is."""
+    mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, (x, _, begins, _, _), _ = packed(call, window=(-1, 0))
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"})
+    found = []
+    with mosaic.plans() as plans:
+        for n in (23, 18, 12, 30):
+            begins = torch.tensor([0, 5, 5, n, N], dtype=torch.int32)
+            got, want = (f(x, x, begins, begins, n) for f in (compiled, model))
+            found.append((len(plans), (got - want).abs().max().item()))
+    return found
 
 
 def pass_all(*tensors: Tensor) -> None:

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 from compare import assert_close, compare_gradients
-from input_jobs import flex, run_input
-from sampling import FULL
+from input_jobs import flex, other_texts, packed, run_input
+from sampling import FULL, sampled
 
 #: What a case is, and how the plan calls its mask.
 CASES = {
@@ -31,6 +31,37 @@ MORE = [(name, p) for name in CASES for p in (1, 3)] + [("documents", 4)]
 def test_flex_attention(ranks, name: str, p: int) -> None:
     given, words = CASES[name]
     check(ranks, partial(flex, **given), words, p)
+
+
+TEXTS = {
+    "varlen": ({"call": "varlen"}, "documents"),
+    "varlen_causal": ({"call": "varlen", "window": (-1, 0), "kv_heads": 2}, "causal, documents"),
+    "varlen_window": ({"call": "varlen", "window": (5, 0)}, "causal, window 6, documents"),
+    "varlen_crossing": (
+        {"call": "varlen", "window": (-1, 0), "crosses": True},
+        "documents, boolean by tiles",
+    ),
+    "package": ({"call": "package", "window": (5, 2)}, "window -5 to +2, documents"),
+    "package_dense": ({"call": "dense", "kv_heads": 1}, "causal, window 10"),
+    "package_dense_crossing": ({"call": "dense", "crosses": True}, "window --5 to +14"),
+}
+LESS = ("varlen", "varlen_window", "package_dense")
+
+
+@pytest.mark.parametrize("p", [2, FULL(1), FULL(3)])
+@pytest.mark.parametrize("name", sampled(TEXTS, LESS))
+def test_texts(ranks, name: str, p: int) -> None:
+    given, words = TEXTS[name]
+    check(ranks, partial(packed, **given), words, p)
+
+
+@pytest.mark.parametrize("call", ["varlen", FULL("package")])
+def test_other_texts_are_no_other_program(ranks, call: str) -> None:
+    """But for the second length of the longest one, which Dynamo takes for a number till then."""
+    for found in ranks(2).run(other_texts, call, 2):
+        counts, errors = zip(*found, strict=True)
+        assert counts == (1, 2, 2, 2)
+        assert max(errors) < 1e-12
 
 
 def check(ranks, build, words: str, p: int) -> None:
