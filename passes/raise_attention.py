@@ -23,7 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from mosaic.api.errors import UnsupportedError
 from mosaic.graph.emit import insert
+from mosaic.graph.source import where
 from mosaic.masks.additive import INF
 from mosaic.masks.biases import hides_fully, is_mild
 from mosaic.masks.conditions import Allowed
@@ -79,9 +81,24 @@ def raise_attention(graph: fx.Graph, context: Context) -> int:
             rewrite(graph, node, found)
             count += 1
     graph.eliminate_dead_code(lambda n: n.is_impure() and n.target != aten.dropout.default)
+    refuse_unread(graph)
     undo_repeat_kv(graph)
     merge_common(graph)  # the layers' masks
     return count
+
+
+def refuse_unread(graph: fx.Graph) -> None:
+    """Raise UnsupportedError for a call of flex or flash attention, written out by the frontend,
+    that is no attention of ours: whole, it would hold all scores."""
+    for node in graph.find_nodes(op="call_function", target=aten._safe_softmax.default):
+        raise UnsupportedError(
+            "a call of flex or flash attention changes its scores in a way that is not followed",
+            where=where(node),
+            reason="its score_mod may add to a score what is made of positions and tensors, "
+            "multiply it by a number, and hide it",
+            fix="say what is hidden in mask_mod, and leave out softcap and their like; or write it "
+            "as a product, a softmax and a product, which stays whole on every rank",
+        )
 
 
 def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
