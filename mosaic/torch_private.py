@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from traceback import FrameSummary
@@ -128,6 +128,7 @@ __all__ = [
     "flex_blocks",
     "flex_forward",
     "flex_op",
+    "flex_op_of_subclasses",
     "flex_vmap",
     "functorch_restored",
     "get_data",
@@ -615,6 +616,23 @@ def compile_by_eager(
 def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def flex_op_of_subclasses(
+    rules: Mapping[type, Callable[..., Any]], as_whole: Callable[[Any], Any]
+) -> None:
+    """What ``flex_op`` does with tensors of these classes; where Dynamo runs it on sizes, beside
+    plain ones, with those that ``as_whole`` gives."""
+    known = flex_op.python_key_table
+    known.update(rules)
+    on_sizes = known[FakeTensorMode]
+
+    def run(mode: FakeTensorMode, *args: Any) -> Any:
+        with mode:
+            args = pytree.tree_map(as_whole, args)
+        return on_sizes(mode, *args)
+
+    known[FakeTensorMode] = run
 
 
 def lists_of_blocks(seen: Tensor, block: tuple[int, int], whole_apart: bool) -> list[Tensor]:

@@ -11,6 +11,7 @@ seen follows a call's own numbers: the last query of a text stands beside its la
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 from collections.abc import Callable
 from functools import reduce
@@ -37,10 +38,12 @@ class Positions(NamedTuple):
         -1: no bound."""
         right = 0 if causal else right
         i, j = self.queries, self.keys
-        found = [] if self.query_texts is None else [self.query_texts == self.key_texts]
+        found: list[Tensor] = []
+        if self.query_texts is not None and self.key_texts is not None:
+            found.append(self.query_texts == self.key_texts)
         found += [] if left < 0 else [j >= i - left]
         found += [] if right < 0 else [j <= i + right]
-        return reduce(torch.logical_and, found) if found else None
+        return reduce(operator.and_, found) if found else None
 
 
 def aligned(queries: int, keys: int, device: torch.device) -> Positions:
@@ -79,9 +82,9 @@ def flash_attention(
             return scores
         return scores - slopes[..., None, None] * (at.queries - at.keys).abs()
 
-    heads = (x.transpose(1, 2) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, scores = attended(*heads, scale, change, at.seen(causal, *window), dropout)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, scores = attended(q, k, v, scale, change, at.seen(causal, *window), dropout)
     return out.transpose(1, 2), scores.logsumexp(-1).float()
 
 
@@ -105,9 +108,9 @@ def of_torch(
     """``torch.nn.attention.varlen``'s op."""
     refuse(seqused_k=seqused_k, block_table=block_table)
     at = packed(query, key, cu_seq_q, cu_seq_q if cu_seq_k is None else cu_seq_k)
-    operands = (x[None] for x in (query, key, value))
+    q, k, v = query[None], key[None], value[None]
     left, right = window_size or (-1, -1)
-    out, lse = flash_attention(*operands, at, scale, is_causal, (left, right))
+    out, lse = flash_attention(q, k, v, at, scale, is_causal, (left, right))
     return out[0], lse[0], torch.zeros(2, dtype=torch.int64, device=query.device)
 
 
@@ -138,7 +141,7 @@ def packed_of_package(
         refuse(**{"alibi_slopes of each text": alibi_slopes})
     at = packed(q, k, cu_seqlens_q, cu_seqlens_k)
     given = (softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p)
-    return flash_attention(*(x[None] for x in (q, k, v)), at, *given)[0][0]
+    return flash_attention(q[None], k[None], v[None], at, *given)[0][0]
 
 
 PACKAGE = "flash_attn.flash_attn_interface"

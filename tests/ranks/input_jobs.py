@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from flash_package import installed
-from model_jobs import run_model
+from model_jobs import gradients, run_model
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -99,6 +100,44 @@ def flex(mask: str = "", scores: str = "", kv_heads: int = HEADS, makes_mask: bo
     x = torch.randn(BATCH, N, HEADS * DIM).double()
     outside = model.mask_of(data) if mask and not makes_mask else None
     return model, (x.requires_grad_(), data, outside), {}
+
+
+class Stack(nn.Module):
+    """Its blocks share one mask, which is made before them."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Flex(**given) for _ in range(2))
+
+    def forward(self, x: Tensor, data: Tensor) -> Tensor:
+        mask = self.blocks[0].mask_of(data)
+        for block in self.blocks:
+            x = block(x, data, mask)
+        return x.square().mean()
+
+
+def run_stack(p: int) -> dict:
+    """Compiled block by block, on ShardedTensors."""
+    torch.manual_seed(0)
+    model = Stack(mask="documents", scores="relative", kv_heads=2, makes_mask=False).double()
+    x, data = torch.randn(BATCH, N, HEADS * DIM).double(), torch.arange(N).expand(BATCH, N) // 9
+    called: Any = model
+    if p > 1:
+        mosaic.init(sp_size=p)
+        spec = mosaic.ShardingSpec(inputs={"x": "batch rows -"}, axes={"rows": "auto"})
+        called = mosaic.parallelize(model, spec, inner="eager")
+    with mock.patch.object(flex_module, "_validate_device", pass_all):
+        loss = called(x, data)
+        loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def flex_without_a_compiler() -> str:
+    mosaic.init(sp_size=2)
+    x = mosaic.distribute(torch.randn(1, 2, N, DIM), 2)
+    with pytest.raises(mosaic.UnsupportedError) as error:
+        flex_attention(x, x, x)
+    return str(error.value)
 
 
 class Packed(nn.Module):

@@ -6,7 +6,14 @@ from functools import partial
 
 import pytest
 from compare import assert_close, compare_gradients
-from input_jobs import flex, other_texts, packed, run_input
+from input_jobs import (
+    flex,
+    flex_without_a_compiler,
+    other_texts,
+    packed,
+    run_input,
+    run_stack,
+)
 from sampling import FULL, sampled
 
 #: What a case is, and how the plan calls its mask.
@@ -31,6 +38,19 @@ MORE = [(name, p) for name in CASES for p in (1, 3)] + [("documents", 4)]
 def test_flex_attention(ranks, name: str, p: int) -> None:
     given, words = CASES[name]
     check(ranks, partial(flex, **given), words, p)
+
+
+def test_blocks_that_share_a_mask(ranks) -> None:
+    want = run_stack(1)
+    for rank, got in enumerate(ranks(2).run(run_stack, 2)):
+        assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-12)
+        compare_gradients(want["gradients"], got["gradients"], 1e-12)
+
+
+def test_flex_attention_without_a_compiler(ranks) -> None:
+    for said in ranks(2).run(flex_without_a_compiler):
+        assert "flex_attention of a tensor that is cut, outside of a compiled function" in said
+        assert "flex_attention(x, x, x)" in said
 
 
 TEXTS = {
