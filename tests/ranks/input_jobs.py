@@ -124,7 +124,7 @@ def run_stack(p: int) -> dict:
     called: Any = model
     if p > 1:
         mosaic.init(sp_size=p)
-        spec = mosaic.ShardingSpec(inputs={"x": "batch rows -"}, axes={"rows": "auto"})
+        spec = mosaic.ShardingSpec(inputs={"x": "batch rows features"}, axes={"rows": "auto"})
         called = mosaic.parallelize(model, spec, inner="eager")
     with mock.patch.object(flex_module, "_validate_device", pass_all):
         loss = called(x, data)
