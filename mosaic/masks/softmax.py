@@ -150,6 +150,8 @@ class ScoresReader:
         if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) or node.kwargs:
             return None
         x, factor = node.args
+        if isinstance(factor, fx.Node) and not factor.meta["val"].ndim:
+            factor = number(Term(factor, ()), self.constants)
         found = self(x) if isinstance(factor, (int, float)) else None
         if found is None or found.is_masked or (factor == 0 and node.target == aten.div.Tensor):
             return None
@@ -182,7 +184,7 @@ class ScoresReader:
             found = self(x) if like(node, x) else None
             if found is None or found.fill != -INF:
                 continue
-            if like(node, found.product.q.node, same_shape=False):
+            if like(node, found.product.q.node, same_shape=False) or is_wide(node):
                 return replace(found, biases=(*found.biases, step(node, bias, node.target)))
         return None
 
@@ -278,6 +280,11 @@ def keeps_dtype(softmax: fx.Node) -> bool:
     """Or works in float32 on halves, as kernels do."""
     before, after = dtypes(softmax)
     return before == after or (before in HALF and after == torch.float32)
+
+
+def is_wide(node: fx.Node) -> bool:
+    """In float32; so are scores of halves where a bias is added to a cast of them."""
+    return bool(node.meta["val"].dtype == torch.float32)
 
 
 def is_cast_from_half(node: fx.Node) -> bool:

@@ -94,10 +94,19 @@ class Flex(nn.Module):
         return x + out.transpose(1, 2).flatten(2)
 
 
-def flex(mask: str = "", scores: str = "", kv_heads: int = HEADS, makes_mask: bool = False) -> Any:
-    model = Flex(mask, scores, kv_heads, makes_mask).double()
+def flex(
+    mask: str = "",
+    scores: str = "",
+    kv_heads: int = HEADS,
+    makes_mask: bool = False,
+    dtype: torch.dtype = torch.float64,
+    rounds: bool = False,
+) -> Any:
+    """``rounds``: what goes in is what bfloat16 would hold of it."""
+    model = Flex(mask, scores, kv_heads, makes_mask)
+    model = (model.bfloat16() if rounds else model).to(dtype)
     data = torch.arange(N).expand(BATCH, N) // torch.tensor([[11], [7]])
-    x = torch.randn(BATCH, N, HEADS * DIM).double()
+    x = torch.randn(BATCH, N, HEADS * DIM).to(torch.bfloat16 if rounds else dtype).to(dtype)
     outside = model.mask_of(data) if mask and not makes_mask else None
     return model, (x.requires_grad_(), data, outside), {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 from compare import assert_close, compare_gradients
 from input_jobs import (
     flex,
@@ -38,6 +39,20 @@ MORE = [(name, p) for name in CASES for p in (1, 3)] + [("documents", 4)]
 def test_flex_attention(ranks, name: str, p: int) -> None:
     given, words = CASES[name]
     check(ranks, partial(flex, **given), words, p)
+
+
+@pytest.mark.parametrize("name", ["alibi", FULL("relative"), FULL("documents"), FULL("doubled")])
+def test_halves(ranks, name: str) -> None:
+    """Biases are made and added in float32, as flex does."""
+    given, words = CASES[name]
+    build = partial(flex, **given, dtype=torch.bfloat16)
+    want = run_input(partial(flex, **given, rounds=True), None)
+    for got in ranks(2).run(run_input, build, {"inner": "eager"}, 2):
+        assert_close("loss", got["loss"].double(), want["loss"], 0.01)
+        found = {name: x.double() for name, x in got["gradients"].items() if x is not None}
+        kept = {name: x for name, x in want["gradients"].items() if name in found}
+        compare_gradients(kept, found, 0.03)
+        assert got["masks"] == [words]
 
 
 def test_blocks_that_share_a_mask(ranks) -> None:
