@@ -12,8 +12,14 @@ from flash_package import installed
 from model_jobs import gradients, run_model
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex_module
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 from torch.nn.attention.varlen import varlen_attn
+from transformers import LlamaConfig, LlamaForCausalLM
 from walk import strips_of_masks
 
 import mosaic
@@ -70,9 +76,12 @@ SCORES = {f.__name__: f for f in (alibi, relative, doubled)}
 class Flex(nn.Module):
     """One layer of ``flex_attention``; ``makes_mask``: its BlockMask is made in forward."""
 
-    def __init__(self, mask: str, scores: str, kv_heads: int, makes_mask: bool) -> None:
+    def __init__(
+        self, mask: str, scores: str, kv_heads: int, makes_mask: bool, reads_lse: bool = False
+    ) -> None:
         super().__init__()
         self.mask, self.scores, self.makes_mask = mask, scores, makes_mask
+        self.reads_lse = reads_lse
         self.kv_heads = kv_heads
         self.q = nn.Linear(HEADS * DIM, HEADS * DIM)
         self.kv = nn.Linear(HEADS * DIM, 2 * kv_heads * DIM)
@@ -90,7 +99,11 @@ class Flex(nn.Module):
             mask = self.mask_of(data)
         mod = SCORES[self.scores](self) if self.scores else None
         gqa = self.kv_heads < HEADS
-        out = flex_attention(q, k, v, mod, mask, scale=0.3, enable_gqa=gqa)
+        aux = AuxRequest(lse=True)
+        given = {"scale": 0.3, "enable_gqa": gqa, "return_aux": aux if self.reads_lse else None}
+        out = flex_attention(q, k, v, mod, mask, **given)
+        if self.reads_lse:
+            out = out[0] * torch.sigmoid(out[1].lse)[..., None]
         return x + out.transpose(1, 2).flatten(2)
 
 
@@ -99,11 +112,12 @@ def flex(
     scores: str = "",
     kv_heads: int = HEADS,
     makes_mask: bool = False,
+    reads_lse: bool = False,
     dtype: torch.dtype = torch.float64,
     rounds: bool = False,
 ) -> Any:
     """``rounds``: what goes in is what bfloat16 would hold of it."""
-    model = Flex(mask, scores, kv_heads, makes_mask)
+    model = Flex(mask, scores, kv_heads, makes_mask, reads_lse)
     model = (model.bfloat16() if rounds else model).to(dtype)
     data = torch.arange(N).expand(BATCH, N) // torch.tensor([[11], [7]])
     x = torch.randn(BATCH, N, HEADS * DIM).to(torch.bfloat16 if rounds else dtype).to(dtype)
@@ -147,6 +161,28 @@ def flex_without_a_compiler() -> str:
     with pytest.raises(mosaic.UnsupportedError) as error:
         flex_attention(x, x, x)
     return str(error.value)
+
+
+def run_llama(p: int) -> dict:
+    """transformers' Llama with grouped queries, of packed texts: by flex_attention on ranks, by
+    SDPA in one process, as flex has no backward for CPUs there."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=64, **sizes, **heads)
+    way = "sdpa" if p == 1 else "flex_attention"
+    model: Any = LlamaForCausalLM._from_config(config, attn_implementation=way)
+    ids, texts = torch.randint(0, 64, (BATCH, N)), torch.arange(N).expand(BATCH, N) % 19
+    called = model
+    if p > 1:
+        mosaic.init(sp_size=p)
+        called = torch.compile(model, backend="mosaic", options={"inner": "eager"})
+    given = {"labels": ids, "position_ids": texts, "use_cache": False}
+    with mock.patch.object(flex_module, "_validate_device", pass_all), mosaic.plans() as plans:
+        loss = called(ids, **given).loss
+        loss.backward()
+    masks = {a.mask for plan in plans for a in plan.attentions}
+    return {"loss": loss.detach(), "gradients": gradients(model), "masks": masks}
 
 
 class Packed(nn.Module):

@@ -13,6 +13,7 @@ from input_jobs import (
     other_texts,
     packed,
     run_input,
+    run_llama,
     run_stack,
 )
 from sampling import FULL, sampled
@@ -31,8 +32,9 @@ CASES = {
     "gqa": ({"mask": "documents", "kv_heads": 2}, "causal, documents"),
     "made_inside": ({"mask": "documents", "makes_mask": True}, "causal, documents"),
 }
-FEW = [(name, 2) for name in CASES]
-MORE = [(name, p) for name in CASES for p in (1, 3)] + [("documents", 4)]
+FEW = [(name, 2) for name in CASES if name not in ("causal", "window", "full", "doubled")]
+MORE = [(name, p) for name in CASES for p in (1, 2, 3) if (name, p) not in FEW]
+MORE.append(("documents", 4))
 
 
 @pytest.mark.parametrize("name, p", [*FEW, *(FULL(*case) for case in MORE)])
@@ -60,6 +62,16 @@ def test_blocks_that_share_a_mask(ranks) -> None:
     for rank, got in enumerate(ranks(2).run(run_stack, 2)):
         assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-12)
         compare_gradients(want["gradients"], got["gradients"], 1e-12)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("p", [2, 3])
+def test_llama_by_flex_attention(ranks, p: int) -> None:
+    want = run_llama(1)
+    for rank, got in enumerate(ranks(p).run(run_llama, p)):
+        assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-5)
+        compare_gradients(want["gradients"], got["gradients"], 1e-5)
+        assert got["masks"] == {"documents, boolean by tiles"}
 
 
 def test_flex_attention_without_a_compiler(ranks) -> None:
@@ -97,6 +109,16 @@ def test_other_texts_are_no_other_program(ranks, call: str) -> None:
         counts, errors = zip(*found, strict=True)
         assert counts == (1, 2, 2, 2)
         assert max(errors) < 1e-12
+
+
+@pytest.mark.parametrize("p", [2, FULL(3)])
+def test_log_sum_exp(ranks, p: int) -> None:
+    """With its gradient. It is of scores that are made for it: of all keys of a rank's rows."""
+    build = partial(flex, mask="documents", reads_lse=True)
+    want = run_input(build, None)
+    for rank, got in enumerate(ranks(p).run(run_input, build, {"inner": "eager"}, p)):
+        assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-12)
+        compare_gradients(want["gradients"], got["gradients"], 1e-12)
 
 
 def check(ranks, build, words: str, p: int) -> None:
