@@ -31,10 +31,11 @@ FIX = (
 
 
 class Blocks(NamedTuple):
-    """What a mask's lists are of. ``seen(from, to, *tensors)``: which keys those queries see,
-    boolean (batch|1, heads|1, queries, keys); ``lengths``: all queries and keys; ``block``: those
-    of a block."""
+    """What a mask's lists are of. ``text``: its mask_mod, if that says all. ``seen(from, to,
+    *tensors)``: which keys those queries see, boolean (batch|1, heads|1, queries, keys).
+    ``lengths``: all queries and keys; ``block``: those of a block."""
 
+    text: str
     seen: Callable[..., Tensor]
     lengths: tuple[int, int]
     block: tuple[int, int]
@@ -121,11 +122,16 @@ def check_of(
     graph: fx.Graph, mark: fx.Node, wanted: Sequence[fx.Node], lists: int, blocks: Blocks
 ) -> BlockCheck:
     """What makes the ``wanted`` tensors of the program's inputs, and compares them."""
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    ways = before(wanted)
     part, copies = fx.Graph(), {}
-    for number, node in enumerate(placeholders):
-        copies[node] = part.placeholder(f"x_{number}")
-    for node in before(graph, wanted):
+    needed: list[int] = []
+    for number, node in enumerate(graph.find_nodes(op="placeholder")):
+        if node in wanted or any(user in ways for user in node.users):
+            copies[node] = part.placeholder(f"x_{len(needed)}")
+            needed.append(number)
+    for node in graph.nodes:
+        if node not in ways:
+            continue
         if has_fractions(node) or sizes_of(node) > PAIRS:
             raise UnsupportedError(
                 "the block lists of a BlockMask are computed in the program, by other means than "
@@ -135,9 +141,6 @@ def check_of(
             )
         copies[node] = part.node_copy(node, copies.__getitem__)
     part.output([copies[n] for n in wanted])
-    for node in [n for n in part.nodes if n.op == "placeholder" and not n.users]:
-        part.erase_node(node)
-    needed = [i for i, node in enumerate(placeholders) if copies[node].users]
     make = fx.GraphModule(graph.owning_module or torch.nn.Module(), part)
     check = BlockCheck(make, needed, lists, blocks, where(mark))
     if not needed:
@@ -145,20 +148,25 @@ def check_of(
     return check
 
 
-def before(graph: fx.Graph, wanted: Sequence[fx.Node]) -> list[fx.Node]:
-    """What is computed for these nodes, in order."""
-    found, todo = set(), list(wanted)
+def before(wanted: Sequence[fx.Node]) -> set[fx.Node]:
+    """What is computed for these nodes."""
+    found: set[fx.Node] = set()
+    todo = list(wanted)
     while todo:
         node = todo.pop()
         if node not in found and node.op != "placeholder":
             found.add(node)
             todo += node.all_input_nodes
-    return [n for n in graph.nodes if n in found]
+    return found
 
 
 def sizes_of(node: fx.Node) -> int:
     vals = pytree.tree_leaves(node.meta.get("val"))
     return max((x.numel() for x in vals if isinstance(x, Tensor)), default=0)
+
+
+#: Of checks that are written alike, the tensors last looked at, and how often each was written to.
+LAST: dict[str, list[tuple[Any, int]]] = {}
 
 
 # --- before a run ---------------------------------------------------------------------------------
@@ -174,7 +182,12 @@ class BlockCheck:
     lists: int
     blocks: Blocks
     where: str | None
-    _last: list[tuple[Any, int]] | None = field(default=None, init=False, repr=False)
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        texts = [self.blocks.text, self.make.code, str(self.blocks[2:])]
+        has_constants = any(n.op == "get_attr" for n in self.make.graph.nodes)
+        self.key = str(id(self)) if has_constants or not texts[0] else "\n".join(texts)
 
     def __call__(self, args: Sequence[Any]) -> None:
         """Raise UnsupportedError where the lists and mask_mod disagree; the same tensors are looked
@@ -194,15 +207,15 @@ class BlockCheck:
                 reason="flex's kernels follow the lists, Mosaic follows mask_mod",
                 fix=FIX,
             )
-        self._last = [(weakref.ref(x), version(x)) for x in given if isinstance(x, Tensor)]
+        LAST[self.key] = [(weakref.ref(x), version(x)) for x in given if isinstance(x, Tensor)]
 
     def has_seen(self, given: Sequence[Any]) -> bool:
-        """Whether these tensors were looked at last time, and nobody wrote to them since. (Numbers
-        of a program never change.)"""
-        tensors = [x for x in given if isinstance(x, Tensor)]
-        if self._last is None or len(tensors) != len(self._last):
+        """Whether these tensors were looked at last time, maybe by another layer's check, and
+        nobody wrote to them since. (Numbers of a program never change.)"""
+        tensors, last = [x for x in given if isinstance(x, Tensor)], LAST.get(self.key)
+        if last is None or len(tensors) != len(last):
             return False
-        pairs = zip(tensors, self._last, strict=True)
+        pairs = zip(tensors, last, strict=True)
         return all(ref() is x and n == version(x) != -1 for x, (ref, n) in pairs)
 
 

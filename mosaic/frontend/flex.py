@@ -103,7 +103,9 @@ def beside_lists(seen: Tensor, call: Call, run: Callable[..., Any], known: list[
         every = [range(batches), range(heads), range(start, stop), range(lengths[1])]
         return at(mod, every, device, filled)
 
-    known.append(Blocks(part, lengths, call.block))
+    has_constants = any(n.op == "get_attr" for n in mod.graph.nodes)
+    text = "" if has_constants else f"{mod.code} {numbers}"
+    known.append(Blocks(text, part, lengths, call.block))
     return torch.ops.mosaic.block_mask(seen, lists, made, tensors, len(known) - 1)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import mosaic
+from mosaic.frontend import block_masks
 
 N, BLOCK = 50, 16
 WRONG = "lists of blocks say something else than its mask_mod"
@@ -63,6 +64,26 @@ def test_right_lists_of_the_users_own() -> None:
     want = flex_attention(x, x, x, block_mask=made())
     torch.testing.assert_close(compiled()(x, made(separate_full_blocks=False)), want)
     torch.testing.assert_close(compiled()(x, made()), want)
+
+
+def test_layers_that_are_alike_compare_once(monkeypatch) -> None:
+    looked = []
+    monkeypatch.setattr(block_masks, "state_of", spied(block_masks.state_of, looked))
+    ids, x, layers = torch.arange(N) // 20, torch.randn(1, 2, N, 8), [compiled(), compiled()]
+    for count in (1, 2):
+        mask = made(lambda b, h, i, j: ids[i] == ids[j])
+        for _ in range(2):
+            for layer in layers:
+                layer(x, mask)
+        assert len(looked) == count
+
+
+def spied(run, looked: list):
+    def look(lists):
+        looked.append(lists)
+        return run(lists)
+
+    return look
 
 
 def test_documents_that_are_written_to_afterwards() -> None:

@@ -125,6 +125,22 @@ def flex(
     return model, (x.requires_grad_(), data, outside), {}
 
 
+def other_documents(p: int) -> list[tuple[int, float]]:
+    """How many programs there are after each of some BlockMasks, and how wrong it is."""
+    mosaic.init(sp_size=p)
+    torch.manual_seed(0)
+    model, (x, data, _), _ = flex(mask="documents")
+    compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"})
+    found = []
+    with torch.no_grad(), mosaic.plans() as plans:
+        for n in (11, 5, 30):
+            data = torch.arange(N).expand(BATCH, N) // n
+            mask = model.mask_of(data)
+            got, want = (f(x.detach(), data, mask) for f in (compiled, model))
+            found.append((len(plans), (got - want).abs().max().item()))
+    return found
+
+
 class Stack(nn.Module):
     """Its blocks share one mask, which is made before them."""
 

@@ -10,6 +10,7 @@ from compare import assert_close, compare_gradients
 from input_jobs import (
     flex,
     flex_without_a_compiler,
+    other_documents,
     other_texts,
     packed,
     run_input,
@@ -55,6 +56,13 @@ def test_halves(ranks, name: str) -> None:
         kept = {name: x for name, x in want["gradients"].items() if name in found}
         compare_gradients(kept, found, 0.03)
         assert got["masks"] == [words]
+
+
+def test_other_documents_are_no_other_program(ranks) -> None:
+    for found in ranks(2).run(other_documents, 2):
+        counts, errors = zip(*found, strict=True)
+        assert counts == (1, 1, 1)
+        assert max(errors) < 1e-12
 
 
 def test_blocks_that_share_a_mask(ranks) -> None:
