@@ -66,8 +66,9 @@ def test_other_documents_are_no_other_program(ranks) -> None:
 
 
 def test_blocks_that_share_a_mask(ranks) -> None:
+    found = ranks(2).run(run_stack, 2)
     want = run_stack(1)
-    for rank, got in enumerate(ranks(2).run(run_stack, 2)):
+    for rank, got in enumerate(found):
         assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-12)
         compare_gradients(want["gradients"], got["gradients"], 1e-12)
 
@@ -123,15 +124,17 @@ def test_other_texts_are_no_other_program(ranks, call: str) -> None:
 def test_log_sum_exp(ranks, p: int) -> None:
     """With its gradient. It is of scores that are made for it: of all keys of a rank's rows."""
     build = partial(flex, mask="documents", reads_lse=True)
+    found = ranks(p).run(run_input, build, {"inner": "eager"}, p)
     want = run_input(build, None)
-    for rank, got in enumerate(ranks(p).run(run_input, build, {"inner": "eager"}, p)):
+    for rank, got in enumerate(found):
         assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-12)
         compare_gradients(want["gradients"], got["gradients"], 1e-12)
 
 
 def check(ranks, build, words: str, p: int) -> None:
+    found = ranks(p).run(run_input, build, {"inner": "eager"}, p)
     want = run_input(build, None)
-    for rank, got in enumerate(ranks(p).run(run_input, build, {"inner": "eager"}, p)):
+    for rank, got in enumerate(found):
         assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-12)
         compare_gradients(want["gradients"], got["gradients"], 1e-12)
         assert got["masks"] == [words]
