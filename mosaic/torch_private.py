@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from traceback import FrameSummary
@@ -39,6 +39,7 @@ from torch._functorch.predispatch import _vmap_decrement_nesting as VMAP_ENDS
 from torch._functorch.predispatch import _vmap_increment_nesting as VMAP_BEGINS
 from torch._functorch.predispatch import lazy_load_decompositions as VMAP_PREPARES
 from torch._guards import CompileContext, tracing
+from torch._higher_order_ops.flex_attention import flex_attention as flex_op
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._higher_order_ops.wrap import wrap as wrap_body
@@ -65,7 +66,12 @@ from torch.fx.experimental.proxy_tensor import make_fx, snapshot_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _Namespace
 from torch.fx.traceback import preserve_node_meta
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    _convert_mask_to_block_mask,
+    _dense_to_ordered,
+)
+from torch.nn.attention.flex_attention import _vmap_for_bhqkv as flex_vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -124,6 +130,9 @@ __all__ = [
     "flex_blocks",
     "flex_forward",
     "flex_index",
+    "flex_op",
+    "flex_op_of_subclasses",
+    "flex_vmap",
     "functorch_restored",
     "get_data",
     "has_contexts",
@@ -134,6 +143,7 @@ __all__ = [
     "is_of_functorch",
     "is_traceable_wrapper_subclass",
     "is_whole_function",
+    "lists_of_blocks",
     "make_fx",
     "multi_head_attention_op",
     "never_compiles",
@@ -615,6 +625,29 @@ def compile_by_eager(
 def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def flex_op_of_subclasses(
+    rules: Mapping[type, Callable[..., Any]], as_whole: Callable[[Any], Any]
+) -> None:
+    """What ``flex_op`` does with tensors of these classes; where Dynamo runs it on sizes, beside
+    plain ones, with those that ``as_whole`` gives."""
+    known = flex_op.python_key_table
+    known.update(rules)
+    on_sizes = known[FakeTensorMode]
+
+    def run(mode: FakeTensorMode, *args: Any) -> Any:
+        with mode:
+            args = pytree.tree_map(as_whole, args)
+        return on_sizes(mode, *args)
+
+    known[FakeTensorMode] = run
+
+
+def lists_of_blocks(seen: Tensor, block: tuple[int, int], whole_apart: bool) -> list[Tensor]:
+    """As ``create_block_mask`` makes them of a mask (batch, heads, queries, keys)."""
+    kinds = _convert_mask_to_block_mask(seen, *block, separate_full_blocks=whole_apart)
+    return [x for kind in kinds if kind is not None for x in _dense_to_ordered(kind)]
 
 
 #: What ``torch.nn.attention.flex_attention`` tells its kernels itself.

@@ -25,7 +25,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from mosaic.api.errors import UnsupportedError
 from mosaic.graph.emit import insert
+from mosaic.graph.source import where
 from mosaic.masks.additive import INF, additive
 from mosaic.masks.biases import hides_fully, is_mild, may_be_lowest
 from mosaic.masks.conditions import Allowed
@@ -69,6 +71,18 @@ class Found:
         return max((self.masked.lead, *own), key=len)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of what is added to the scores: of the operands, or float32, for scores of halves
+        in that."""
+        given = [x.meta["val"].dtype for x in (self.weights.scores, *(b.node for b in self.biases))]
+        is_wide = given[0] == torch.float32 in given[1:]
+        return torch.float32 if is_wide else self.operands[0].node.meta["val"].dtype
+
+    @property
+    def biases(self) -> tuple[Step, ...]:
+        return self.masked.biases
+
+    @property
     def is_viewed(self) -> bool:
         """Whether batches and heads are folded, or apart, in one product and not in all of it."""
         return not self.lead == self.masked.lead == self.last_lead
@@ -83,9 +97,24 @@ def raise_attention(graph: fx.Graph, context: Context) -> int:
             rewrite(graph, node, found)
             count += 1
     graph.eliminate_dead_code(lambda n: n.is_impure() and n.target != aten.dropout.default)
+    refuse_unread(graph)
     undo_repeat_kv(graph)
     merge_common(graph)  # the layers' masks
     return count
+
+
+def refuse_unread(graph: fx.Graph) -> None:
+    """Raise UnsupportedError for a call of flex or flash attention, written out by the frontend,
+    that is no attention of ours: whole, it would hold all scores."""
+    for node in graph.find_nodes(op="call_function", target=aten._safe_softmax.default):
+        raise UnsupportedError(
+            "a call of flex or flash attention changes its scores in a way that is not followed",
+            where=where(node),
+            reason="its score_mod may multiply a score by a number, cap it by tanh, add to it what "
+            "is made of positions and tensors, and hide it, in this order",
+            fix="say what is hidden in mask_mod; or write it as a product, a softmax and a product, "
+            "which stays whole on every rank",
+        )
 
 
 def find_attention(node: fx.Node, reader: ScoresReader) -> Found | None:
@@ -139,7 +168,7 @@ def fits(node: fx.Node, found: Found) -> bool:
         return False
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         return False  # einsum broadcasts what it sums over
-    if not holds_fill(found, q.node.meta["val"].dtype):
+    if not holds_fill(found, found.dtype):
         return False
     # What is viewed must not be broadcast.
     moved = (s for s in found.masked.steps if s.lead != found.lead and not s.is_broadcast)
@@ -243,7 +272,7 @@ def meeting(graph: fx.Graph, step: Step, lead: tuple[int, ...]) -> fx.Node:
 
 def masks(graph: fx.Graph, q: fx.Node, found: Found) -> tuple[fx.Node, fx.Node | None]:
     """The queries, and all masks as one: boolean, or added to the scores."""
-    below, bias = found.masked, total_bias(graph, q, found)
+    below, bias = found.masked, total_bias(graph, found)
     if not below.seen:
         return q, bias
     seen, *others = (boolean(graph, step, found.lead) for step in below.seen)
@@ -291,10 +320,10 @@ def nan_where_blind(
     return made(graph, aten.where.self, blind, made(graph, aten.mul.Tensor, factor, total), out)
 
 
-def total_bias(graph: fx.Graph, q: fx.Node, found: Found) -> fx.Node | None:
+def total_bias(graph: fx.Graph, found: Found) -> fx.Node | None:
     bias: fx.Node | None = None
-    for step in found.masked.biases:
-        one = cast(graph, meeting(graph, step, found.lead), q.meta["val"].dtype)
+    for step in found.biases:
+        one = cast(graph, meeting(graph, step, found.lead), found.dtype)
         one = made(graph, aten.neg.default, one) if step.how == aten.sub.Tensor else one
         one = one if step.scale == 1 else made(graph, aten.mul.Tensor, one, step.scale)
         bias = one if bias is None else made(graph, aten.add.Tensor, bias, one)

@@ -15,7 +15,8 @@ class MosaicError(RuntimeError):
     def __init__(
         self, title: str, *, where: str | None = None, fix: str | None = None, **facts: object
     ):
-        self.title = title
+        self.title, self.where = title, where
+        self.facts = {**facts, "fix": fix}
         lines = [title]
         if where:
             lines += [f"  {line}" for line in where.splitlines()]
@@ -23,6 +24,10 @@ class MosaicError(RuntimeError):
         width = max((len(word) for word in shown), default=0)
         lines += [f"  {word:<{width}}  {fact}" for word, fact in shown.items()]
         super().__init__("\n".join(lines))
+
+    def at(self, where: str | None) -> MosaicError:
+        """The same, said with the user's line."""
+        return type(self)(self.title, where=where, **self.facts)  # type: ignore[arg-type]
 
 
 class ShardingError(MosaicError):

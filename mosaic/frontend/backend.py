@@ -161,7 +161,7 @@ def partitioned(
     captured = capture(module)
     context = Context(
         spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
-        policies=captured.policies, worlds=worlds,
+        policies=captured.policies, worlds=worlds, checks=captured.checks,
     )  # fmt: skip
     context.goes_on = goes_on
     context.stays_cut = goes_on or bool(arriving) or spec.outputs != "whole"
@@ -271,6 +271,8 @@ def checked(
         given = flattened(args)
         if check is not None:
             check(given)
+        for one in context.checks:
+            one(given)
         mine = parts_of(given, context.mutated)
         found = iter(compiled(*mine))
         write_back(given, mine, context.mutated)

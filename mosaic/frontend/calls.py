@@ -26,6 +26,7 @@ from torch import fx
 
 from mosaic.api.errors import ShardingError, UnsupportedError
 from mosaic.api.spec import ShardingSpec, path_parts
+from mosaic.frontend.flash import allow_package
 from mosaic.frontend.model_inputs import replaced
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
@@ -124,6 +125,7 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compiled, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
+        allow_package()
         with Call(made) as this:
             result = compiled(*args, **kwargs)
         result = as_promised(result, made.spec, are_cut(args, kwargs))

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
+from mosaic.frontend import flash, flex
+from mosaic.frontend.block_masks import BlockCheck, Blocks, checks_of
 from mosaic.frontend.fused import UNFUSED
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
 from mosaic.graph.history import with_history
@@ -40,6 +42,7 @@ from mosaic.torch_private import (
     autograd_function_apply,
     enter_autocast,
     exit_autocast,
+    flex_op,
     get_data,
     is_alias,
     no_tracing_context,
@@ -66,6 +69,7 @@ class Captured:
     inputs: tuple[Input, ...]
     mutated: tuple[int, ...]  # the first outputs are the new values of these inputs
     policies: Mapping[int, Policy] = field(default_factory=dict)  # of checkpoints, by ac_graph_id
+    checks: Sequence[BlockCheck] = ()  # of BlockMasks, before a run
 
 
 @torch.library.custom_op("mosaic::autograd_function", mutates_args=())
@@ -91,11 +95,13 @@ class _Interpreter(fx.Interpreter):
         modes: Modes,
         policies: dict[int, Policy],
         histories: dict[fx.Node, list[fx.Node]],
+        blocks: list[Blocks],
     ):
         super().__init__(module, garbage_collect_values=False)  # a vmap asks for its operands late
         self.modes = modes
         self.policies = policies
         self.histories = histories  # the tracer runs all twice, and knows of gradients at first
+        self.blocks = blocks  # of the BlockMasks of flex attentions
         self.ambient = modes
         self.outer: list[Modes] = []
         self.mapped = Region()
@@ -150,6 +156,8 @@ class _Interpreter(fx.Interpreter):
             return self.checkpoint(*args)
         if target in INLINED:
             return self.inner(args[0]).run(*args[INLINED[target] :])
+        if target is flex_op:
+            return flex.written_out(flex.Call(*args), self.run_inside, self.blocks)
         if target is autograd_function_apply:
             return self.autograd_function(target, args, kwargs)
         if target is enter_autocast:
@@ -158,7 +166,7 @@ class _Interpreter(fx.Interpreter):
             return self.switch(replace(self.outer.pop(), grad=self.modes.grad))
         if target is set_grad_enabled:
             return self.switch(replace(self.modes, grad=args[0]))
-        target = UNFUSED.get(target, target)
+        target = flash.call_of(target) or UNFUSED.get(target, target)
         if kwargs.get("out") is not None:
             return written_to(kwargs["out"], target(*args, **{**kwargs, "out": None}))
         return super().call_function(target, args, kwargs)
@@ -181,8 +189,11 @@ class _Interpreter(fx.Interpreter):
             node.meta.update(marks)
         return self.inner(body).run(*args)
 
+    def run_inside(self, body: fx.GraphModule, *operands: Any) -> Any:
+        return self.inner(body).run(*operands)
+
     def inner(self, body: fx.GraphModule) -> _Interpreter:
-        return _Interpreter(body, self.modes, self.policies, self.histories)
+        return _Interpreter(body, self.modes, self.policies, self.histories, self.blocks)
 
     def autograd_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What stays behind in the table are the bodies and the constants, not the traced tensors.
@@ -239,6 +250,13 @@ def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
     return tuple(Input(i, *source) for i, source in enumerate(sources))
 
 
+def value_of(placeholder: fx.Node) -> Any:
+    """What an input is like; no size where nobody reads that: it may be any."""
+    value = placeholder.meta["example_value"]
+    is_read = placeholder.users or not isinstance(value, torch.SymInt)
+    return value if is_read else 0
+
+
 def specialise(value: Any) -> Any:
     """A placeholder's value at known sizes. Dynamo puts a guard on each, so that every other size
     is compiled anew."""
@@ -262,8 +280,9 @@ def capture(module: fx.GraphModule) -> Captured:
     """
     check_transforms(module)
     detach_data(module)
+    flash.forget_lengths(module)
     inputs = read_inputs(module)
-    given = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]
+    given = [value_of(n) for n in module.graph.find_nodes(op="placeholder")]
     known = [specialise(value) for value in flattened(given)]
     mode = FakeTensorMode()
     with mode:
@@ -272,10 +291,11 @@ def capture(module: fx.GraphModule) -> Captured:
     ambient = Modes.current()
     policies: dict[int, Policy] = {}
     histories: dict[fx.Node, list[fx.Node]] = {}
+    blocks: list[Blocks] = []
 
     class Program(torch.nn.Module):
         def forward(self, *args: Any) -> Any:
-            run = _Interpreter(module, ambient, policies, histories).run
+            run = _Interpreter(module, ambient, policies, histories, blocks).run
             return run(*regrouped(args, given))
 
     traced: fx.GraphModule
@@ -306,7 +326,8 @@ def capture(module: fx.GraphModule) -> Captured:
     mutated = tuple(names.index(name) for name in signature.user_inputs_to_mutate.values())
     refuse_learned(traced.graph, inputs, mutated)
     refuse_shared(module, traced.graph, inputs, mutated)
-    return Captured(traced.graph, traced, inputs, mutated, policies)
+    checks = checks_of(traced.graph, blocks)
+    return Captured(traced.graph, traced, inputs, mutated, policies, checks)
 
 
 def detach_data(module: fx.GraphModule) -> None:

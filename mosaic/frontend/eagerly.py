@@ -33,6 +33,8 @@ from mosaic.torch_private import (
     FakeTensorMode,
     FunctionalTensor,
     fake_mode_of,
+    flex_op,
+    flex_op_of_subclasses,
     is_composite,
     no_dispatch,
     pytree,
@@ -159,14 +161,32 @@ def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             program = program_of(func, args, kwargs)
             return program.wrapped(program.graph(x._local))
 
-    def as_whole(x: Any) -> Any:
-        if not isinstance(x, (ShardedTensor, DeferredTensor)):
-            return x
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-
     with mode_of(args, kwargs):
         args, kwargs = pytree.tree_map(as_whole, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def as_whole(x: Any) -> Any:
+    """Of a tensor that is cut one of the same sizes, in the mode at hand."""
+    if not isinstance(x, (ShardedTensor, DeferredTensor)):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def run_flex(*args: Any) -> Any:
+    """``flex_attention``, on sizes alone: without a compiler its mask and scores are functions of
+    single pairs, which no op tells us about."""
+    if is_traced(args):
+        return run_on_shapes(flex_op, args, {})
+    frame = user_frame()
+    raise UnsupportedError(
+        "flex_attention of a tensor that is cut, outside of a compiled function",
+        where=None if frame is None else str(frame),
+        fix='call it in a function that is compiled with backend="mosaic", or on x.full_tensor()',
+    )
+
+
+flex_op_of_subclasses({ShardedTensor: run_flex, DeferredTensor: run_flex}, as_whole)
 
 
 def mode_of(*arguments: Any) -> FakeTensorMode:

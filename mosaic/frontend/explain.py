@@ -18,6 +18,7 @@ from torch import fx
 from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import backend, calls
+from mosaic.frontend.flash import allow_package
 from mosaic.frontend.sharded_inputs import Output, outputs_of
 from mosaic.graph import pipeline
 from mosaic.partition.context import Context
@@ -66,6 +67,7 @@ def explain(
         without_collection(),
     ):
         plan = planning(compiled, found)
+        allow_package()
         torch.compile(fn, backend=plan, options=options, dynamic=False)(*args, **kwargs)
     return merged(found)
 

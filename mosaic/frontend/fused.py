@@ -7,6 +7,8 @@ statistics. These are the same computations, op by op.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic.torch_private import encoder_layer_op, multi_head_attention_op
+
+
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, change: Callable[[Tensor], Tensor],
+    seen: Tensor | None = None, dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention as it is defined, of (batch, heads, seq, dim) with grouped queries: the output, and
+    the scores, which ``change`` gives and which are -inf where a key is not ``seen``. A query that
+    sees no key gives 0. ``passes/raise_attention.py`` finds it."""
+    working = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = change((q @ k.transpose(-2, -1)).to(working) * scale)
+    if seen is not None:
+        scores = torch.where(seen, scores, -math.inf)
+    weights = torch._safe_softmax(scores, -1)
+    if dropout:
+        weights = torch.dropout(weights, dropout, True)
+    return weights.to(q.dtype) @ v, scores
 
 
 def multi_head_attention(

@@ -21,6 +21,7 @@ from mosaic.torch_private import (
     INLINED,
     HigherOrderOperator,
     autograd_function_apply,
+    flex_op,
     has_contexts,
     is_traceable_wrapper_subclass,
     placeholder_source,
@@ -28,14 +29,12 @@ from mosaic.torch_private import (
     tag_activation_checkpoint,
 )
 
-FOLLOWED = {*INLINED, tag_activation_checkpoint, autograd_function_apply}
+FOLLOWED = {*INLINED, tag_activation_checkpoint, autograd_function_apply, flex_op}
 LOOP = "write the loop in Python, which is unrolled, or {outside}"
 OUTSIDE = "do it outside of the compiled function (torch.compiler.disable: what passes is whole)"
 #: How to do without, by the name of a higher-order op.
 WAYS_OUT = {
     "cond": f"compute both and choose with torch.where, or {OUTSIDE}",
-    "flex_attention": "use F.scaled_dot_product_attention with is_causal, or with a mask made of "
-    "positions and documents: Mosaic reads what it means, and no dense mask is made",
     "triton_kernel_wrapper_mutation": "wrap the kernel in torch.library.custom_op with "
     f"mutates_args=(), or {OUTSIDE}",
     **dict.fromkeys(

@@ -34,7 +34,7 @@ def ours(error: BaseException, node: fx.Node | None = None) -> MosaicError:
     """The error that is ours in the chain of ``error``'s causes, or a new one that says all."""
     found = next((e for e in causes(error) if isinstance(e, MosaicError)), None)
     if found is not None:
-        return found
+        return found if found.where or node is None else found.at(where(node))
     title = "this is a bug in Mosaic, or an op that it does not know"
     if isinstance(error, DATA_DEPENDENT):
         title = "this depends on values, and a program is cut before there are any"

@@ -27,6 +27,7 @@ from mosaic.masks.terms import RESHAPED, Term, broadcast, permutation
 aten = torch.ops.aten
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 COPIED = (aten.clone.default, aten.contiguous.default, aten.alias.default)
+PARTS = (aten.slice.Tensor, aten.select.int)
 MAXIMA = (aten.amax.default, aten.max.dim)
 HALF = (torch.bfloat16, torch.float16)
 LOW = -1e4
@@ -189,6 +190,8 @@ class ScoresReader:
         if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) or node.kwargs:
             return None
         x, factor = node.args
+        if isinstance(factor, fx.Node) and not factor.meta["val"].ndim:
+            factor = number(Term(factor, ()), self.constants)
         found = self(x) if isinstance(factor, (int, float)) else None
         if found is None or found.seen or (factor == 0 and node.target == aten.div.Tensor):
             return None
@@ -227,7 +230,9 @@ class ScoresReader:
             return None
         for x, bias in operands(node, swap=node.target == aten.add.Tensor):
             found = self(x) if like(node, x) else None
-            if found is None or not like(node, found.product.q.node, same_shape=False):
+            if found is None:
+                continue
+            if not (is_wide(node) or like(node, found.product.q.node, same_shape=False)):
                 continue
             biases = (*found.biases, step(node, bias, node.target))
             return replace(found, biases=biases, is_late=found.fill > -INF)
@@ -319,7 +324,7 @@ def along_last(node: fx.Node) -> bool:
 
 def keeps_rows(node: fx.Node) -> bool:
     """A view of the leading dims alone: batches and heads folded into one dim, or apart again."""
-    if node.target not in (*RESHAPED, aten.expand.default) or node.target == aten.slice.Tensor:
+    if node.target not in (*RESHAPED, aten.expand.default) or node.target in PARTS:
         return False
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
     if node.target == aten.expand.default:
@@ -344,6 +349,11 @@ def of_half(x: Operand) -> Operand | None:
         inner = permutation(node)
         node, order = node.args[0], tuple(d if d is None else inner[d] for d in order)
     return Operand(node.args[0], order) if is_cast_from_half(node) else None
+
+
+def is_wide(node: fx.Node) -> bool:
+    """In float32; so are scores of halves where a bias is added to a cast of them."""
+    return bool(node.meta["val"].dtype == torch.float32)
 
 
 def is_cast_from_half(node: fx.Node) -> bool:

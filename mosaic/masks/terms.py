@@ -30,6 +30,7 @@ RESHAPED = {
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
+    aten.select.int,
     aten.slice.Tensor,
 }
 
@@ -128,24 +129,31 @@ def permutation(node: fx.Node) -> list[int]:
 
 
 def indexed(term: Term, constants: Constants) -> Term | None:
-    """``x[arange(b)[:, None], arange(n)[None]]``, as vmap writes: x, with its dims moved."""
+    """``x[arange(b)[:, None], arange(n)[None]]``, as vmap writes: x, with its dims moved; and
+    ``x[:, arange(n)]``: x."""
     x, indices = term.node.args
     shape = x.meta["val"].shape
-    if len(indices) != len(shape) or any(i is None for i in indices):
+    given = [(index, n) for index, n in zip(indices, shape, strict=False) if index is not None]
+    if not all(is_run(index, n, constants) for index, n in given):
         return None
-    dims = []
-    for index, n in zip(indices, shape, strict=True):
-        seen = operand(term, index)
-        value = constants(index)
-        if value is None or len(seen.coordinates) > 1:
-            return None
-        if value.dtype not in (torch.int64, torch.int32):  # bool and uint8 select
-            return None
-        if not torch.equal(value.long().reshape(-1), torch.arange(n)):
-            return None
-        dims.append(next(iter(seen.coordinates), 0))
+    if len(given) == 1 and given[0][0].meta["val"].ndim == 1:
+        return Term(x, term.dims)
+    if len(given) != len(shape):
+        return None
+    along = [operand(term, index).coordinates for index, _ in given]
+    if any(len(some) > 1 for some in along):
+        return None
+    dims = tuple(next(iter(some), 0) for some in along)
     is_diagonal = len([d for d in dims if d]) > len(set(dims) - {0})
-    return None if is_diagonal else Term(x, tuple(dims))
+    return None if is_diagonal else Term(x, dims)
+
+
+def is_run(index: fx.Node, n: int, constants: Constants) -> bool:
+    """Whether an index is 0, 1, 2 ... n - 1."""
+    value = constants(index)
+    if value is None or value.dtype not in (torch.int64, torch.int32):  # bool and uint8 select
+        return False
+    return torch.equal(value.long().reshape(-1), torch.arange(n))
 
 
 def arranged(graph: fx.Graph, term: Term, order: tuple[int, ...]) -> fx.Node:

@@ -16,7 +16,18 @@ from torch import fx
 from mosaic.attention.tiles import Ref, Step, TileProgram
 from mosaic.graph.ops import differentiable, is_pointwise
 from mosaic.masks.constants import Constants, filling, is_filled
-from mosaic.masks.terms import BATCH, HEAD, KEY, QUERY, Term, arranged, made, operand, peeled
+from mosaic.masks.terms import (
+    BATCH,
+    HEAD,
+    KEY,
+    QUERY,
+    Term,
+    arranged,
+    is_run,
+    made,
+    operand,
+    peeled,
+)
 
 aten = torch.ops.aten
 ORDER = (BATCH, HEAD, QUERY, KEY)
@@ -93,9 +104,11 @@ class Reading:
         return self.step("embedding", (ref, self.index(index, term.dims[:-1]), *options[:1]))
 
     def indexed(self, term: Term) -> Ref:
-        """``table[index]`` and ``table[:, index]``."""
+        """``table[index]``, ``table[:, index]`` and ``table[head, index]``."""
         table, indices = term.node.args
         used = [d for d, index in enumerate(indices) if index is not None]
+        if len(used) == 2:
+            return self.indexed_by_head(term)
         if len(used) != 1 or table.meta["val"].ndim > 2:
             raise UnreadableError
         (dim,) = used
@@ -104,6 +117,19 @@ class Reading:
         free = (*term.dims[:dim], *term.dims[ndim:])
         ref = self.table(table, (*free[:dim], 0, *free[dim:]), dim)
         return self.step("index", (ref, self.index(indices[dim], term.dims[dim:ndim])))
+
+    def indexed_by_head(self, term: Term) -> Ref:
+        """``table[arange(heads)[:, None, None], index]``, or the other way round."""
+        table, indices = term.node.args
+        shape = table.meta["val"].shape
+        for dim, (head, index) in enumerate((indices, indices[::-1])):
+            along = operand(term, head).coordinates, operand(term, index)
+            is_head = along[0] == {HEAD} and HEAD not in along[1].coordinates
+            if len(shape) == 2 and is_head and is_run(head, shape[dim], self.constants):
+                dims = (HEAD, 0) if dim == 0 else (0, HEAD)
+                ref = self.table(table, dims, 1 - dim)
+                return self.step("index", (ref, self.index(index, along[1].dims)))
+        raise UnreadableError
 
     def index(self, node: fx.Node, dims: tuple[int, ...]) -> Ref:
         if node.meta["val"].dtype not in (torch.int64, torch.int32):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -47,6 +48,7 @@ class Context:
     constants: int = 0  # tensors of the local program that are no inputs
     worlds: Sequence[World] = ()
     policies: Mapping[int, Policy] = field(default_factory=dict)  # of selective checkpoints
+    checks: Sequence[Callable[[Sequence[Any]], None]] = ()  # of its inputs, before it runs
     outputs: tuple[Output, ...] = ()  # with the new values of mutated inputs first
     axes: tuple[Axis, ...] = ()  # what is cut, on different mesh axes
     planners: list[ShardingInterpreter] = field(default_factory=list)  # one for each axis

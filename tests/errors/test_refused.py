@@ -13,6 +13,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -47,7 +48,13 @@ def cond(y: Tensor) -> Tensor:
 
 def flex(y: Tensor) -> Tensor:
     q = y.unflatten(-1, (2, -1)).transpose(1, 2)
-    return flex_attention(q, q, q)
+    return flex_attention(q, q, q, lambda score, b, h, i, j: torch.sigmoid(score))
+
+
+def decoded(y: Tensor) -> Tensor:
+    q, begins = y.unflatten(-1, (2, -1))[0], torch.tensor([0, y.shape[1]], dtype=torch.int32)
+    used = begins[1:]
+    return varlen_attn(q, q, q, begins, begins, 9, 9, seqused_k=used)
 
 
 def no_policy() -> tuple[nullcontext, nullcontext]:
@@ -104,14 +111,27 @@ cond holds a program of its own, which Mosaic does not cut
     )
 
 
-def test_flex_attention() -> None:
+def test_a_score_mod_that_is_not_followed() -> None:
     assert_expected_inline(
         message(flex, X),
         """\
-flex_attention holds a program of its own, which Mosaic does not cut
+a call of flex or flash attention changes its scores in a way that is not followed
   tests/errors/test_refused.py:LINE in flex
-    return flex_attention(q, q, q)
-  fix  use F.scaled_dot_product_attention with is_causal, or with a mask made of positions and documents: Mosaic reads what it means, and no dense mask is made""",  # noqa: E501
+    return flex_attention(q, q, q, lambda score, b, h, i, j: torch.sigmoid(score))
+  reason  its score_mod may multiply a score by a number, cap it by tanh, add to it what is made of positions and tensors, and hide it, in this order
+  fix     say what is hidden in mask_mod; or write it as a product, a softmax and a product, which stays whole on every rank""",  # noqa: E501
+    )
+
+
+def test_varlen_attention_with_a_cache() -> None:
+    assert_expected_inline(
+        message(decoded, X).partition("\n\nWhile executing")[0],
+        """\
+a call of flash attention with seqused_k
+  tests/errors/test_refused.py:LINE in decoded
+    return varlen_attn(q, q, q, begins, begins, 9, 9, seqused_k=used)
+  reason  it is for decoding with a cache, or for looking at the weights
+  fix     leave it out, or call it outside of the compiled function""",
     )
 
 
