@@ -112,8 +112,8 @@ def refuse_unread(graph: fx.Graph) -> None:
             where=where(node),
             reason="its score_mod may multiply a score by a number, cap it by tanh, add to it what "
             "is made of positions and tensors, and hide it, in this order",
-            fix="say what is hidden in mask_mod; or write it as a product, a softmax and a product, "
-            "which stays whole on every rank",
+            fix="say what is hidden in mask_mod; or write it as a product, a softmax and a "
+            "product, which stays whole on every rank",
         )
 
 
