@@ -48,8 +48,10 @@ class Visit:
         """The calls of ``kernels.forward`` that do it all: the piece of each, and its options."""
         case = kernels.Case.of(q, k, v, self.mask, self.keep is not None)
         if self.seen is not None and self.mask is None:
-            if self.pieces and kernels.takes(case):
-                yield self.at_once(q, k)
+            piece, options = self.at_once(q, k)
+            given = kernels.Case.of(q, k, v, options["mask"], self.keep is not None)
+            if self.pieces and kernels.takes(given, piece):
+                yield piece, options
                 return
             case = case._replace(mask=torch.bool)
         for piece in kernels.cut(case, self.pieces):

@@ -34,7 +34,6 @@ from mosaic.attention import kernels
 from mosaic.attention.attend import attend, attend_backward
 from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.kernels.flex import FLEX
-from mosaic.attention.kernels.kernel import STRUCTURE
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.strategy import LOCAL
@@ -226,7 +225,7 @@ def check_errors(device: torch.device) -> list[str]:
 
 def use_flex_on_cpu() -> None:
     """As if flex did all structures there."""
-    kernels.KERNELS = (FLEX._replace(fits=lambda case: case.mask == STRUCTURE), MATH)
+    kernels.KERNELS = (FLEX._replace(fits=lambda case: case.is_structured), MATH)
 
 
 # --- time and memory ------------------------------------------------------------------------------

@@ -32,9 +32,11 @@ from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
 from mosaic.attention.kernels.flash_attn import FLASH_ATTN_3, FLASH_ATTN_4
 from mosaic.attention.kernels.flex import FLEX
-from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Case, Gradients, Kernel
+from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, FORWARD, quickest
+from mosaic.attention.kernels.seen_first import SEEN_FIRST
+from mosaic.attention.kernels.short import SHORT
 from mosaic.attention.merge import Partial
 from mosaic.attention.structure import Structure
 
@@ -45,10 +47,12 @@ __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "takes"
 #: blocks without rows or keys.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
+    SHORT,  #        cuda  16, 32 bits   ... 64     keys           any       128 tokens at most
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
     FLASH_ATTN_3,  # cuda  16 bits       ... 256    none           any       Hopper
     CUDNN,  #        cuda  16 bits       ... 128    none           square    Hopper and later
     FLASH,  #        cuda  16 bits       ... 256    none           any       Ampere and later
+    SEEN_FIRST,  #   cuda  16 bits       ... 256    keys           none      Hopper, flash_attn 4
     FLEX,  #         cuda  16, 32 bits   16 ... 256 structure      in its mask   Ampere and later
     EFFICIENT,  #    cuda  16, 32 bits   any        bool, float    any, as a bias
     CPU_FLASH,  #    cpu   any           equal      none           square
@@ -135,9 +139,9 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def takes(case: Case) -> bool:
-    """Whether a kernel does a block whose mask is a ``Structure``."""
-    return any(kernel.fits(case._replace(mask=STRUCTURE)) for kernel in _table())
+def takes(case: Case, piece: Piece) -> bool:
+    """Whether a kernel does a block as it is, whose mask is a ``Structure``."""
+    return any(kernel.does(case, piece) for kernel in _table())
 
 
 def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
@@ -150,7 +154,9 @@ def _cut(case: Case, piece: Piece) -> tuple[Piece, ...]:
     can = (
         kernel
         for kernel in _table()
-        if kernel.fits(case) and (kernel.bands != "square" or piece.lower is None)
+        if kernel.fits(case)
+        and not kernel.is_short_of(piece)
+        and (kernel.bands != "square" or piece.lower is None)
     )
     if next(can, MATH).is_whole(piece):
         return (piece,)

@@ -21,8 +21,9 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 Bounds = tuple[int | None, int | None]
 
 
-#: A ``Case``'s mask that is no tensor but a ``Structure``.
-STRUCTURE = "structure"
+#: A ``Case``'s mask that is no tensor but a ``Structure``; one that says which keys all queries and
+#: heads see.
+STRUCTURE, KEYS = "structure", "keys"
 
 
 class Case(NamedTuple):
@@ -47,7 +48,7 @@ class Case(NamedTuple):
             q.dtype,
             q.shape[-1],
             v.shape[-1],
-            STRUCTURE if isinstance(mask, Structure) else None if mask is None else mask.dtype,
+            _mask_of(mask),
             dropout,
             q.numel() == 0 or k.numel() == 0,
         )
@@ -58,8 +59,18 @@ class Case(NamedTuple):
         return self.mask is None and not self.dropout and not self.empty
 
     @property
+    def is_structured(self) -> bool:
+        return self.mask in (STRUCTURE, KEYS)
+
+    @property
     def half_on_cuda(self) -> bool:
         return self.device == "cuda" and self.dtype in (torch.float16, torch.bfloat16)
+
+
+def _mask_of(mask: Tensor | Structure | None) -> torch.dtype | str | None:
+    if isinstance(mask, Structure):
+        return KEYS if mask.is_of_keys else STRUCTURE
+    return None if mask is None else mask.dtype
 
 
 @cache
@@ -83,7 +94,7 @@ class Kernel(NamedTuple):
     "tile" does any band, at the cost of rows x keys; "native" does any band, at the cost of what is
     seen; "short" does so with no more rows than keys (flash attention 2 takes a right side as long
     as the keys for unbounded).
-    ``most_batches``: in one call.
+    ``most_batches``: in one call. ``most_tokens``: of rows, and of keys.
     """
 
     name: str
@@ -92,9 +103,10 @@ class Kernel(NamedTuple):
     forward: Callable[..., Partial]
     backward: Callable[..., Gradients]
     most_batches: int | None = None
+    most_tokens: int | None = None
 
     def does(self, case: Case, piece: Piece) -> bool:
-        if not self.fits(case):
+        if not self.fits(case) or self.is_short_of(piece):
             return False
         if self.bands == "none":
             return piece.band == (None, None)
@@ -102,6 +114,10 @@ class Kernel(NamedTuple):
             several = piece.rows * piece.keys > 1  # cuDNN refuses one query with one key
             return several and (piece.causal or piece.band == (None, None))
         return self.bands == "tile" or self.is_whole(piece)
+
+    def is_short_of(self, piece: Piece) -> bool:
+        """Whether a piece has more rows or keys than it can do."""
+        return self.most_tokens is not None and max(piece.rows, piece.keys) > self.most_tokens
 
     def is_whole(self, piece: Piece) -> bool:
         """Whether it does a band in one piece, at the cost of what is seen."""
