@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mosaic.attention import kernels
-from mosaic.attention.blocks import FULL, Piece, pieces, stretch
+from mosaic.attention.blocks import FULL, Band, Piece, pieces, stretch
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.structure import (
@@ -33,7 +34,7 @@ class Visit:
     """All that is known of some visiting keys: what is seen of them, their mask, their dropout.
 
     ``seen`` is what of the mask is structure, and ``mask`` the rest. ``pieces`` have the band in
-    them; ``band`` is its structure, if it has a bound.
+    them; ``band`` makes its structure, if it has a bound.
     """
 
     pieces: tuple[Piece, ...]
@@ -41,7 +42,7 @@ class Visit:
     mask: Tensor | None = None
     shift: Tensor | None = None
     seen: Structure | None = None
-    band: Structure | None = None
+    band: Callable[[], Structure] | None = None
     keep: Callable[[Piece], Tensor] | None = None
 
     def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Piece, dict[str, Any]]]:
@@ -54,12 +55,16 @@ class Visit:
                 yield piece, options
                 return
             case = case._replace(mask=torch.bool)
+        elif self.band is not None and kernels.is_quicker_at_once(case, self.pieces):
+            yield self.at_once(q, k)
+            return
         for piece in kernels.cut(case, self.pieces):
             yield piece, self.options(piece)
 
     def at_once(self, q: Tensor, k: Tensor) -> tuple[Piece, dict[str, Any]]:
         """All rows and keys, with the band in the mask: a kernel leaves out what is not seen."""
-        mask = together([part for part in (self.seen, self.band) if part is not None])
+        band = None if self.band is None else self.band()
+        mask = together([part for part in (self.seen, band) if part is not None])
         whole = Piece(0, q.shape[2], 0, k.shape[2])
         options = {"band": whole.band, "scale": self.scale, "mask": mask}
         return whole, {**options, "keep": None, "shift": None}
@@ -112,11 +117,13 @@ def visit(
     seen = pieces(rows, keys, plan.band)
     structure = structure_at(plan, rows, keys, inputs) if seen else None
     mask = mask_at(plan, rows, keys, inputs) if seen and not is_read(plan, inputs) else None
-    band = None
-    if structure is not None and plan.band != FULL:
-        band = of_band(plan.band, *(positions(x, q.device) for x in (rows, keys)))
+    band = None if plan.band == FULL else partial(_band, plan.band, rows, keys, q.device)
     keep = _keep(plan, rows, keys, q, inputs.seed) if plan.dropout else None
     return Visit(seen, plan.scale, mask, shift, structure, band, keep)
+
+
+def _band(band: Band, rows: Intervals, keys: Intervals, device: torch.device) -> Structure:
+    return of_band(band, positions(rows, device), positions(keys, device))
 
 
 def is_read(plan: AttentionPlan, inputs: Inputs) -> bool:

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import mosaic
+from mosaic.api.errors import UnsupportedError
 from mosaic.attention import kernels
 from mosaic.attention.attend import attend, attend_backward
 from mosaic.attention.blocks import FULL, Band
@@ -106,12 +107,17 @@ CHECKS = (
     Check("padding of heads", CAUSAL, "heads", kv_heads=4),
     Check("prefix, documents", FULL, "prefix", True),
     Check("distances", mask="distances"),
+    Check("padding, 120 tokens", mask="padding", tokens=120),
+    Check("no key", mask="nothing"),
+    Check("no key, documents", CAUSAL, "nothing", True),
     Check("3 tokens", CAUSAL, "padding", True, tokens=3),
     *(Check(f"head dim {n}", CAUSAL, "", True, n, n) for n in (16, 96, 128, 256)),
     Check("head dim 64, v 128", CAUSAL, "", True, 64, 128),
     Check("float16", CAUSAL, "padding", True, dtype=torch.float16),
     Check("float32, head dim 128", CAUSAL, "padding", True, 128, 128, dtype=torch.float32),
 )
+#: The kernels that take a mask as structure.
+STRUCTURED = ("short", "flash_attn 4, seen keys", "flash_attn 4, masks", "flex")
 #: Boolean programs as ``analyze_masks`` reads them: of positions of queries and keys, and lengths.
 TILES = {
     "prefix": "bool: le.Tensor(%1, %0); lt.Tensor(%1, %2); bitwise_or.Tensor(%3, %4)",
@@ -130,6 +136,8 @@ def inputs_of(check: Check, device: torch.device) -> Inputs:
         ids = ids.flip(1)[:, torch.randperm(n, device=device)] if check.mask == "shuffled" else ids
     lengths = torch.tensor([n // 3, n - n // 9], device=device).view(2, 1, 1, 1)
     mask = at < lengths if check.mask in ("padding", "heads") else None
+    if check.mask == "nothing":
+        mask = (at < lengths) & (lengths > n // 2)
     if check.mask == "heads":
         mask = mask & (at % torch.arange(2, 6, device=device).view(1, 4, 1, 1) > 0)
     leaves = ()
@@ -193,29 +201,48 @@ def checked(check: Check, device: torch.device) -> tuple[str, str]:
         check = replace(check, tokens=min(check.tokens, 300))
         use_flex_on_cpu()
     inputs, tensors = inputs_of(check, device), tensors_of(check, device)
-    seen, tile = dense(check, inputs, device), TILES.get(check.mask, "")
+    seen = dense(check, inputs, device)
     want = plain(tensors, seen, torch.float64)
     base = errors(plain(tensors, seen, check.dtype), want)
-    start = time.perf_counter()
+    allowed = [max(ROUNDING[check.dtype], 4 * e) for e in base]
+    cells, wrong = [f"{base[0]:.1e} {base[1]:.1e}"], []
+    for name in STRUCTURED:
+        text, problem = cell(check, name, inputs, tensors, want, allowed)
+        cells.append(text)
+        wrong += [problem] if problem else []
+    return f"{check.name:32}{''.join(f'{text:26}' for text in cells)}", "; ".join(wrong)
+
+
+def cell(
+    check: Check,
+    name: str,
+    inputs: Inputs,
+    tensors: list[Tensor],
+    want: list[Tensor],
+    allowed: list[float],
+) -> tuple[str, str]:
+    """What to print of a kernel, and what is wrong."""
     try:
-        found = errors(by_ranks(tensors, inputs, check.band, check.dim**-0.5, tile), want)
+        with kernels.using(name):
+            scale, tile = check.dim**-0.5, TILES.get(check.mask, "")
+            found = errors(by_ranks(tensors, inputs, check.band, scale, tile), want)
+    except UnsupportedError:
+        return "-", ""
     except Exception as error:  # one that fails must not stop the rest
         first = (str(error).splitlines() or [""])[0]
-        words = f"{check.name}: {type(error).__name__}: {first}"
-        return words, words
-    allowed = [max(ROUNDING[check.dtype], 4 * e) for e in base]
-    is_right = all(error <= most for error, most in zip(found, allowed, strict=True))
-    text, known = (" ".join(f"{e:.1e}" for e in pair) for pair in (found, base))
-    took = time.perf_counter() - start
-    line = f"{check.name:32}{known:20}{text}{'' if is_right else '!'}   {took:.1f} s"
-    return line, "" if is_right else f"{check.name}: errors {text}, allowed {allowed}"
+        return "fails", f"{check.name}, {name}: {type(error).__name__}: {first}"
+    text = f"{found[0]:.1e} {found[1]:.1e}"
+    if all(error <= most for error, most in zip(found, allowed, strict=True)):
+        return text, ""
+    return text + "!", f"{check.name}, {name}: errors {text}, allowed {allowed}"
 
 
 def check_errors(device: torch.device) -> list[str]:
     """What is wrong. On a GPU processes share the checks: nearly all of the time is compilation."""
-    say(f"{'relative errors: out, gradients':32}{'plain math':20}flex, on 3 ranks")
+    names = "".join(f"{name:26}" for name in ("plain math", *STRUCTURED))
+    say(f"{'relative errors: out, gradients':32}{names}on 3 ranks")
     wrong = []
-    with ProcessPoolExecutor(8, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(14, get_context("spawn")) as pool:
         run = pool.map if device.type == "cuda" else map
         for line, problem in run(partial(checked, device=device), CHECKS):
             say(line)

@@ -31,10 +31,11 @@ from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
 from mosaic.attention.kernels.flash_attn import FLASH_ATTN_3, FLASH_ATTN_4
+from mosaic.attention.kernels.flash_masks import FLASH_MASKS
 from mosaic.attention.kernels.flex import FLEX
-from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
+from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
-from mosaic.attention.kernels.measured import BACKWARD, FORWARD, quickest
+from mosaic.attention.kernels.measured import BACKWARD, BOTH, FORWARD, quickest
 from mosaic.attention.kernels.seen_first import SEEN_FIRST
 from mosaic.attention.kernels.short import SHORT
 from mosaic.attention.merge import Partial
@@ -42,9 +43,9 @@ from mosaic.attention.structure import Structure
 
 __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "takes", "using"]
 
-#: Which kernel does a block: the first that fits; the fastest stands first (for short sequences it
-#: is looked up). ``MATH`` is right for every mask that is a tensor, and alone does dropout and
-#: blocks without rows or keys.
+#: Which kernel does a block: of those that fit, the one that took least where it was ``measured``;
+#: the first, where none was. ``MATH`` is right for every mask that is a tensor, and alone does
+#: dropout and blocks without rows or keys.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
     SHORT,  #        cuda  16, 32 bits   ... 64     keys           any       128 tokens at most
@@ -52,7 +53,8 @@ KERNELS: tuple[Kernel, ...] = (
     FLASH_ATTN_3,  # cuda  16 bits       ... 256    none           any       Hopper
     CUDNN,  #        cuda  16 bits       ... 128    none           square    Hopper and later
     FLASH,  #        cuda  16 bits       ... 256    none           any       Ampere and later
-    SEEN_FIRST,  #   cuda  16 bits       ... 256    keys           none      Hopper, flash_attn 4
+    SEEN_FIRST,  #   cuda  16 bits       ... 256    keys           none      Hopper, as 4
+    FLASH_MASKS,  #  cuda  16 bits       16 ... 128 structure      in its mask   Hopper, as 4
     FLEX,  #         cuda  16, 32 bits   16 ... 256 structure      in its mask   Ampere and later
     EFFICIENT,  #    cuda  16, 32 bits   any        bool, float    any, as a bias
     CPU_FLASH,  #    cpu   any           equal      none           square
@@ -144,6 +146,17 @@ def takes(case: Case, piece: Piece) -> bool:
     return any(kernel.does(case, piece) for kernel in _table())
 
 
+def is_quicker_at_once(case: Case, pieces: tuple[Piece, ...]) -> bool:
+    """Whether bands without another mask are done quicker as a structure of positions: by flex,
+    which keeps no wide sums, than by what knows bands."""
+    bounded = [piece for piece in pieces if piece.band != (None, None)]
+    if not bounded or not case.plain or not FLEX.fits(case._replace(mask=STRUCTURE)):
+        return False
+    largest = max(bounded, key=lambda piece: piece.area)
+    able = [kernel for kernel in _table() if kernel.does(case, largest)]
+    return FLEX in _table() and quickest([*able, FLEX], case, largest, BOTH) is FLEX
+
+
 def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
     """The pieces of a block, as the kernels that will do them want them: whole for a kernel that
     knows bands; rectangles and triangles; or, with neither, blocks of rows."""
@@ -167,7 +180,7 @@ def _piece(q: Tensor, k: Tensor, band: Bounds) -> Piece:
     return Piece(0, q.shape[2], 0, k.shape[2], *band)
 
 
-def _choose(case: Case, piece: Piece, direction: int) -> Kernel:
+def _choose(case: Case, piece: Piece, way: slice) -> Kernel:
     able = [kernel for kernel in _table() if kernel.does(case, piece)]
     if not able:
         names = ", ".join(kernel.name for kernel in _table()) or "no kernel"
@@ -177,4 +190,4 @@ def _choose(case: Case, piece: Piece, direction: int) -> Kernel:
             piece=piece,
             fix="leave mosaic.attention.kernels' table as it is: its last kernel does every block",
         )
-    return quickest(able, case, max(piece.rows, piece.keys), direction)
+    return quickest(able, case, piece, way)

@@ -50,7 +50,7 @@ def _installed(version: int) -> bool:
     return any(Path(folder, *inner).with_suffix(".py").is_file() for folder in folders)
 
 
-def _imported(version: int) -> Any:
+def imported(version: int) -> Any:
     try:
         return import_module(_MODULES[version])
     except ImportError as error:
@@ -80,7 +80,7 @@ def _options(version: int, scale: float, left: int | None, right: int | None) ->
 )
 def flash_attn(q, k, v, scale, left, right, version, used):
     """out (batch, heads, s, v_dim) and lse (batch, heads, s)."""
-    module = _imported(version)
+    module = imported(version)
     options = _options(version, scale, left, right)
     tensors = [seq_first(x) for x in (q, k, v)]
     if version == 4:
@@ -106,7 +106,7 @@ def _(q, k, v, scale, left, right, version, used):
 )
 def flash_attn_backward(dout, q, k, v, out, lse, scale, left, right, version, used):
     """dq, dk and dv, each shaped like its input."""
-    module = _imported(version)
+    module = imported(version)
     options = _options(version, scale, left, right)
     dout, q, k, v, out = (seq_first(x) for x in (dout, q, k, v, out))
     new = torch.empty if used is None else torch.zeros  # what is not used is not written

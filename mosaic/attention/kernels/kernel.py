@@ -27,7 +27,8 @@ STRUCTURE, KEYS = "structure", "keys"
 
 
 class Case(NamedTuple):
-    """All that the choice of a kernel depends on, beside the band."""
+    """All that the choice of a kernel depends on, beside the band. ``program`` and the dtypes of
+    its ``leaves`` are a ``Structure``'s; ``heads`` are those of all batches."""
 
     device: str
     capability: int
@@ -37,6 +38,9 @@ class Case(NamedTuple):
     mask: torch.dtype | str | None
     dropout: bool
     empty: bool
+    heads: int = 1
+    program: str = ""
+    leaves: tuple[torch.dtype, ...] = ()
 
     @classmethod
     def of(
@@ -51,6 +55,8 @@ class Case(NamedTuple):
             _mask_of(mask),
             dropout,
             q.numel() == 0 or k.numel() == 0,
+            q.shape[0] * q.shape[1],
+            *_program_of(mask),
         )
 
     @property
@@ -71,6 +77,12 @@ def _mask_of(mask: Tensor | Structure | None) -> torch.dtype | str | None:
     if isinstance(mask, Structure):
         return KEYS if mask.is_of_keys else STRUCTURE
     return None if mask is None else mask.dtype
+
+
+def _program_of(mask: Tensor | Structure | None) -> tuple[str, tuple[torch.dtype, ...]]:
+    if not isinstance(mask, Structure):
+        return "", ()
+    return mask.program, tuple(leaf.dtype for leaf in mask.leaves)
 
 
 @cache
