@@ -192,7 +192,7 @@ def _backward(dout, q, k, v, out, lse, *, mask, scale, **_) -> Gradients:
 
 def _fits(case: Case) -> bool:
     able = case.is_structured and FLEX.fits(case) and case.capability == 9
-    fits = max(case.head_dim, case.v_dim) <= MOST_DIMS and reads(case.program, case.leaves)
+    fits = case.head_dim == case.v_dim and case.head_dim <= MOST_DIMS and reads(case.program, case.leaves)
     return able and fits and FLASH_ATTN_4.fits(case._replace(mask=None))
 
 

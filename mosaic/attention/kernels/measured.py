@@ -66,11 +66,11 @@ def quickest(able: Sequence[Kernel], case: Case, piece: Piece, way: slice) -> Ke
     if case.device != "cuda" or not case.plain:
         return able[0]
     point, known = Point.of(case, piece), table(device_name())
-    nearest = min(known, key=point.apart)
-    if point.apart(nearest) == inf:
+    nearest = min(known, key=point.apart, default=None)
+    if nearest is None or point.apart(nearest) == inf:
         return able[0]
     times = known[nearest]
-    return min(able, key=lambda kernel: sum(times.get(kernel.name, UNKNOWN)[way]))
+    return min(able, key=lambda kernel: sum([*times.get(kernel.name, UNKNOWN)][way]))
 
 
 def device_name() -> str:
