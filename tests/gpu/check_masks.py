@@ -111,13 +111,16 @@ CHECKS = (
     Check("no key", mask="nothing"),
     Check("no key, documents", CAUSAL, "nothing", True),
     Check("3 tokens", CAUSAL, "padding", True, tokens=3),
-    *(Check(f"head dim {n}", CAUSAL, "", True, n, n) for n in (16, 32, 48, 72, 80, 96, 120, 128, 256)),
+    *(
+        Check(f"head dim {n}", CAUSAL, "", True, n, n)
+        for n in (16, 32, 48, 72, 80, 96, 120, 128, 256)
+    ),
     Check("head dim 64, v 128", CAUSAL, "", True, 64, 128),
     Check("float16", CAUSAL, "padding", True, dtype=torch.float16),
     Check("float32, head dim 128", CAUSAL, "padding", True, 128, 128, dtype=torch.float32),
 )
 #: The kernels that take a mask as structure.
-STRUCTURED = ("short", "flash_attn 4, seen keys", "flash_attn 4, masks", "flex")
+STRUCTURED = ("short", "short float32", "flash_attn 4, seen keys", "flash_attn 4, masks", "flex")
 #: Boolean programs as ``analyze_masks`` reads them: of positions of queries and keys, and lengths.
 TILES = {
     "prefix": "bool: le.Tensor(%1, %0); lt.Tensor(%1, %2); bitwise_or.Tensor(%3, %4)",

@@ -37,7 +37,7 @@ from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Case, Gradients, 
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, BOTH, FORWARD, quickest
 from mosaic.attention.kernels.seen_first import SEEN_FIRST
-from mosaic.attention.kernels.short import SHORT
+from mosaic.attention.kernels.short import SHORT, SHORT_SINGLE
 from mosaic.attention.merge import Partial
 from mosaic.attention.structure import Structure
 
@@ -48,7 +48,8 @@ __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "takes"
 #: dropout and blocks without rows or keys.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
-    SHORT,  #        cuda  16, 32 bits   ... 64     keys           any       128 tokens at most
+    SHORT,  #        cuda  16 bits       ... 64     keys           any       128 tokens at most
+    SHORT_SINGLE,  # cuda  32 bits       ... 64     keys           any       32 tokens at most
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
     FLASH_ATTN_3,  # cuda  16 bits       ... 256    none           any       Hopper
     CUDNN,  #        cuda  16 bits       ... 128    none           square    Hopper and later

@@ -33,8 +33,8 @@ from mosaic.attention.kernels.seen_blocks import BLOCK
 from mosaic.attention.merge import Partial
 from mosaic.attention.tiles import Ref, Step, TileProgram
 
-#: Wider heads have tiles of fewer keys than a block.
-MOST_DIMS = 128
+#: Wider heads have tiles of fewer keys than a block; of 16 the gradients were wrong.
+DIMS = range(64, 129)
 KINDS: dict[torch.dtype, type] = {torch.int32: int, torch.int64: int, torch.bool: bool}
 OF_NUMBERS: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
@@ -192,8 +192,9 @@ def _backward(dout, q, k, v, out, lse, *, mask, scale, **_) -> Gradients:
 
 def _fits(case: Case) -> bool:
     able = case.is_structured and FLEX.fits(case) and case.capability == 9
-    fits = case.head_dim == case.v_dim and case.head_dim <= MOST_DIMS and reads(case.program, case.leaves)
-    return able and fits and FLASH_ATTN_4.fits(case._replace(mask=None))
+    fits = case.head_dim == case.v_dim and case.head_dim in DIMS
+    known = able and fits and reads(case.program, case.leaves)
+    return known and FLASH_ATTN_4.fits(case._replace(mask=None))
 
 
 #: On Hopper, where it was tried.

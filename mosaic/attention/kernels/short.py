@@ -16,8 +16,8 @@ from torch import Tensor
 from mosaic.attention.kernels.kernel import KEYS, Bounds, Case, Gradients, Kernel, seq_first
 from mosaic.attention.merge import Partial, accumulator
 
-#: Rows of a head, and keys.
-MOST_TOKENS = 128
+#: Rows of a head, and keys: what the registers hold. Products of float32 are not those of TF32.
+MOST_TOKENS, MOST_TOKENS_SINGLE = 128, 32
 #: Wider heads leave too few registers.
 MOST_DIMS = 64
 #: Triton's matrix products are of no less.
@@ -119,24 +119,26 @@ def strides(x: Tensor) -> tuple[int, ...]:
     return tuple(0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def _seen(mask) -> Tensor | None:
-    return None if mask is None else mask.of_keys()
-
-
 def _forward(q, k, v, *, band, mask, scale, **_) -> Partial:
-    return torch.ops.mosaic.short(q, k, v, _seen(mask), scale, *band)
+    seen = None if mask is None else mask.keys()
+    return torch.ops.mosaic.short(q, k, v, seen, scale, *band)
 
 
 def _backward(dout, q, k, v, out, lse, *, band, mask, scale, **_) -> Gradients:
+    seen = None if mask is None else mask.keys()
     op = torch.ops.mosaic.short_backward
-    return (*op(dout, q, k, v, _seen(mask), out, lse.contiguous(), scale, *band), None)
+    return (*op(dout, q, k, v, seen, out, lse.contiguous(), scale, *band), None)
 
 
-def _fits(case: Case) -> bool:
-    known = case.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    able = case.device == "cuda" and case.capability >= 8 and find_spec("triton") is not None
-    fits = case.mask in (None, KEYS) and not case.dropout and not case.empty
-    return able and known and fits and max(case.head_dim, case.v_dim) <= MOST_DIMS
+def _kernel(name: str, dtypes: tuple[torch.dtype, ...], most: int) -> Kernel:
+    def fits(case: Case) -> bool:
+        able = case.device == "cuda" and case.capability >= 8 and find_spec("triton") is not None
+        known = case.dtype in dtypes and max(case.head_dim, case.v_dim) <= MOST_DIMS
+        plain = case.mask in (None, KEYS) and not case.dropout and not case.empty
+        return able and known and plain
+
+    return Kernel(name, fits, "native", _forward, _backward, most_tokens=most)
 
 
-SHORT = Kernel("short", _fits, "native", _forward, _backward, most_tokens=MOST_TOKENS)
+SHORT = _kernel("short", (torch.float16, torch.bfloat16), MOST_TOKENS)
+SHORT_SINGLE = _kernel("short float32", (torch.float32,), MOST_TOKENS_SINGLE)
