@@ -207,6 +207,7 @@ def package(version: int) -> SimpleNamespace:
             into.copy_(grad)
 
     def backward_4(q, k, v, out, dout, lse, **given):
+        assert q.shape[-1] % 32 == v.shape[-1] % 32 == 0  # others: wrong, silently, on Hopper
         backward(dout, q, k, v, out, lse, **given)
 
     if version == 4:
@@ -280,8 +281,8 @@ def test_stand_ins_with_structure_are_right(check: check_masks.Check) -> None:
     half, by_pairs = check.dtype != torch.float32, check.band != FULL or check.documents
     by_keys = check.mask in ("padding", "nothing") and (not by_pairs or check.tokens == 3)
     assert ("flash_attn 4, seen keys" in done) == (half and by_keys)
-    equal = 64 <= check.dim == check.v_dim <= 128
-    assert ("flash_attn 4, masks" in done) == (half and equal and check.mask != "distances")
+    by_masks = max(check.dim, check.v_dim) <= 128 and check.mask != "distances"
+    assert ("flash_attn 4, masks" in done) == (half and by_masks)
 
 
 @pytest.mark.usefixtures("hopper")

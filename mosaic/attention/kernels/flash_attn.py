@@ -23,6 +23,7 @@ from mosaic.attention.kernels.kernel import (
     Case,
     Gradients,
     Kernel,
+    multiple_of,
     multiple_of_8,
     narrowed,
     seq_first,
@@ -33,6 +34,8 @@ from mosaic.attention.kernels.kernel import (
 )
 from mosaic.attention.merge import Partial
 
+#: Of head dims, in version 4.
+STEP_4 = 32
 _MODULES = {
     3: "flash_attn_interface",
     4: "flash_attn.cute.interface",
@@ -129,10 +132,17 @@ def _(dout, q, k, v, out, lse, scale, left, right, version, used):
 
 
 def _dims(version: int, head_dim: int, v_dim: int) -> tuple[int, int]:
-    """The padded dims of q and k, and of v: multiples of 8; equal before version 4, whose tiles go
-    by the first, so that it must not be the smaller."""
-    widest = multiple_of_8(max(head_dim, v_dim))
-    return widest, multiple_of_8(v_dim) if version == 4 else widest
+    """The padded dims of q and k, and of v. Tiles of version 4 go by the first, so that it must not
+    be the smaller; before it they are equal.
+
+    Version 3 wants multiples of 8. On Hopper, 4's backward sums up queries in tiles as wide as the
+    next multiple of 16, and reads those sums as of the next multiple of 32 (4.0.0b36: dq is wrong,
+    silently, for head dims 16, 48, 80 and 112).
+    """
+    widest = max(head_dim, v_dim)
+    if version == 4:
+        return multiple_of(STEP_4, widest), multiple_of(STEP_4, v_dim)
+    return multiple_of_8(widest), multiple_of_8(widest)
 
 
 def _kernel(version: int, capabilities: range) -> Kernel:

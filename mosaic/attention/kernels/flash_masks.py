@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosaic.attention.kernels.flash_attn import FLASH_ATTN_4, imported
+from mosaic.attention.kernels.flash_attn import FLASH_ATTN_4, STEP_4, imported
 from mosaic.attention.kernels.flex import FLEX, with_lists
 from mosaic.attention.kernels.kernel import (
     MOST_BATCHES,
     Case,
     Gradients,
     Kernel,
-    multiple_of_8,
+    multiple_of,
     narrowed,
     seq_first,
     widened,
@@ -33,8 +33,8 @@ from mosaic.attention.kernels.seen_blocks import BLOCK
 from mosaic.attention.merge import Partial
 from mosaic.attention.tiles import Ref, Step, TileProgram
 
-#: Wider heads have tiles of fewer keys than a block; of 16 the gradients were wrong.
-DIMS = range(64, 129)
+#: Wider heads have tiles of fewer keys than a block.
+MOST_DIMS = 128
 KINDS: dict[torch.dtype, type] = {torch.int32: int, torch.int64: int, torch.bool: bool}
 OF_NUMBERS: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
@@ -172,19 +172,21 @@ def _(dout, q, k, v, out, lse, leaves, program, scale):
     return dq, dk, dv
 
 
-def _wide(x: Tensor) -> Tensor:
-    return widened(x, multiple_of_8(x.shape[-1]))
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """All with the same head dim: others fail."""
+    dim = multiple_of(STEP_4, max(x.shape[-1] for x in tensors))
+    return [widened(x, dim) for x in tensors]
 
 
 def _forward(q, k, v, *, mask, scale, **_) -> Partial:
-    wide = [_wide(x) for x in (q, k, v)]
+    wide = _wide(q, k, v)
     op = torch.ops.mosaic.flash_masked
     out, lse = op(*wide, list(mask.leaves), mask.program, scale)
     return narrowed(out, v.shape[-1]), lse
 
 
 def _backward(dout, q, k, v, out, lse, *, mask, scale, **_) -> Gradients:
-    wide = [_wide(x) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype))]
+    wide = _wide(dout.to(q.dtype), q, k, v, out.to(q.dtype))
     op = torch.ops.mosaic.flash_masked_backward
     grads = op(*wide, lse.contiguous(), list(mask.leaves), mask.program, scale)
     return without_padding(grads, q, k, v)
@@ -192,7 +194,7 @@ def _backward(dout, q, k, v, out, lse, *, mask, scale, **_) -> Gradients:
 
 def _fits(case: Case) -> bool:
     able = case.is_structured and FLEX.fits(case) and case.capability == 9
-    fits = case.head_dim == case.v_dim and case.head_dim in DIMS
+    fits = max(case.head_dim, case.v_dim) <= MOST_DIMS
     known = able and fits and reads(case.program, case.leaves)
     return known and FLASH_ATTN_4.fits(case._replace(mask=None))
 

@@ -156,7 +156,12 @@ def whole_lse(lse: Tensor, s: int) -> Tensor:
 
 
 def multiple_of_8(n: int) -> int:
-    return -(-n // 8) * 8
+    return multiple_of(8, n)
+
+
+def multiple_of(step: int, n: int) -> int:
+    """The next one, from n on."""
+    return -(-n // step) * step
 
 
 def widened(x: Tensor, dim: int) -> Tensor:

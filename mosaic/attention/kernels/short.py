@@ -20,6 +20,8 @@ from mosaic.attention.merge import Partial, accumulator
 MOST_TOKENS, MOST_TOKENS_SINGLE = 128, 32
 #: Wider heads leave too few registers.
 MOST_DIMS = 64
+#: Numbers of a problem's keys: with so few, most of a program is its start.
+FEW = 64
 #: Triton's matrix products are of no less.
 LEAST = 16
 
@@ -77,7 +79,8 @@ def launch(
     kernel = getattr(import_module("mosaic.attention.kernels.short_triton"), name)
     (batch, heads, s, d), (_, kv_heads, t, e) = tensors["q"].shape, tensors["v"].shape
     rows, keys, d_width, e_width = (padded(n) for n in (s, t, d, e))
-    loop, warps = together(rows * keys)
+    loop = 4 if t * d <= FEW else 1
+    warps = 1 if rows * keys <= 32 * 32 else 4
     problems = batch * kv_heads
     with torch.cuda.device_of(tensors["q"]):
         kernel[(-(-problems // loop),)](
@@ -107,11 +110,6 @@ def launch(
 def padded(n: int) -> int:
     """To a power of 2."""
     return max(LEAST, 1 << (n - 1).bit_length())
-
-
-def together(pairs: int) -> tuple[int, int]:
-    """Problems of a program, and its warps, for tiles of so many rows x keys: what was quickest."""
-    return (2, 1) if pairs <= 32 * 32 else (1, 4)
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
