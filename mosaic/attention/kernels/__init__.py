@@ -148,8 +148,8 @@ def takes(case: Case, piece: Piece) -> bool:
 
 
 def is_quicker_at_once(case: Case, pieces: tuple[Piece, ...]) -> bool:
-    """Whether bands without another mask are done quicker as a structure of positions: by flex,
-    which keeps no wide sums, than by what knows bands."""
+    """Whether bands without another mask are done quicker as a structure of positions, by flex,
+    than by a kernel that knows bands."""
     bounded = [piece for piece in pieces if piece.band != (None, None)]
     if not bounded or not case.plain or not FLEX.fits(case._replace(mask=STRUCTURE)):
         return False

@@ -80,7 +80,7 @@ def launch(
     (batch, heads, s, d), (_, kv_heads, t, e) = tensors["q"].shape, tensors["v"].shape
     rows, keys, d_width, e_width = (padded(n) for n in (s, t, d, e))
     loop = 4 if t * d <= FEW else 1
-    warps = 1 if rows * keys <= 32 * 32 else 4
+    warps = 1 if rows * keys * tensors["q"].itemsize <= 2048 else 4
     problems = batch * kv_heads
     with torch.cuda.device_of(tensors["q"]):
         kernel[(-(-problems // loop),)](
