@@ -3,11 +3,12 @@
     python tests/gpu/check_masks.py [--only NAME] [--skip errors rates] [--device cpu]
 
 First relative errors of the output and of the worst gradient, by every kernel that takes a mask as
-structure, for three simulated ranks in zigzag: each visits the keys of all, merges, and goes back with the global output and log-sum-exp. Then
-milliseconds of forward and backward and the peak memory, of one attention with 32 heads that share
-8 of keys, head dim 128, bfloat16: by Mosaic on one rank with the mask that a model builds, and by
-``torch.nn.attention.flex_attention`` with a BlockMask that is made before. Exits 1 if a result is
-wrong or fails. On a CPU sizes are small and the flex kernels are plain math: right or wrong only.
+structure, for three simulated ranks in zigzag: each visits the keys of all, merges, and goes back
+with the global output and log-sum-exp. Then milliseconds of forward and backward and the peak
+memory, of one attention with 32 heads that share 8 of keys, head dim 128, bfloat16: by Mosaic on
+one rank with the mask that a model builds, and by ``torch.nn.attention.flex_attention`` with a
+BlockMask that is made before. Exits 1 if a result is wrong or fails. On a CPU sizes are small and
+the flex kernels are plain math: right or wrong only.
 """
 
 from __future__ import annotations
