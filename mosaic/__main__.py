@@ -1,5 +1,5 @@
 """``python -m mosaic``: print the table of rules, one line per op; with ``methods`` the README's
-table of methods."""
+table of methods; with ``calibrate`` measure this GPU's kernels, to choose by."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from mosaic.attention.kernels.calibrate import calibrate
 from mosaic.attention.table import methods_table
 from mosaic.partition.table import TABLE, Rule
 
@@ -27,4 +28,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(methods_table() if sys.argv[1:] == ["methods"] else table())
+    if sys.argv[1:] == ["calibrate"]:
+        calibrate()
+    else:
+        print(methods_table() if sys.argv[1:] == ["methods"] else table())

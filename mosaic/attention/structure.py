@@ -52,6 +52,15 @@ class Structure(NamedTuple):
         """(batch|1, heads|1, rows|1, keys|1), for a kernel that wants a tensor."""
         return self.parsed(*self.of_piece(piece).leaves)
 
+    @property
+    def is_of_keys(self) -> bool:
+        """Whether all queries and heads see the same keys."""
+        return all(leaf.ndim == 0 or leaf.shape[1] == leaf.shape[2] == 1 for leaf in self.leaves)
+
+    def keys(self) -> Tensor:
+        """Those that all queries see: boolean (batch|1, 1, 1, keys|1)."""
+        return TileProgram.parse(self.program)(*self.leaves)
+
     def of_batches(self, some: slice) -> Structure:
         """For these batches alone."""
         leaves = (part_of(leaf, 0, some.start, some.stop) for leaf in self.leaves)

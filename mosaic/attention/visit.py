@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mosaic.attention import kernels
 from mosaic.attention.blocks import FULL, Band, Piece, pieces, sees_any, stretch
+from mosaic.attention.kernels.kernel import STRUCTURE
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.scores import then, with_bias
@@ -36,8 +37,8 @@ class Visit:
 
     ``seen`` is what of the mask is structure, ``bias`` a float program that is added to the scores,
     and ``mask`` the rest. ``scores``: what changes the scores before. ``pieces`` of the queries at
-    ``rows`` and the keys at ``keys`` have the band, ``bounds``, in them; ``band`` is its structure,
-    if it has a bound.
+    ``rows`` and the keys at ``keys`` have the band, ``bounds``, in them; ``band`` makes its
+    structure, if it has a bound.
     """
 
     rows: Intervals
@@ -47,7 +48,7 @@ class Visit:
     mask: Tensor | None = None
     shift: Tensor | None = None
     seen: Structure | None = None
-    band: Structure | None = None
+    band: Callable[[], Structure] | None = None
     keep: Callable[[Piece], Tensor] | None = None
     bias: Structure | None = None
     scores: Structure | None = None
@@ -81,8 +82,13 @@ class Visit:
         """The calls of ``kernels.forward`` that do it all: the piece of each, and its options."""
         changes = self.scores is not None
         case = kernels.Case.of(q, k, v, self.mask, self.keep is not None, changes)
-        at_once = case._replace(scores=changes or self.bias is not None)
-        if self.is_structure and kernels.takes(at_once) and not self.is_empty:
+        if self.is_structure and not self.is_empty:
+            piece, options = self.at_once(q, k)
+            given = (options["mask"], self.keep is not None, options["scores"] is not None)
+            if kernels.takes(kernels.Case.of(q, k, v, *given), piece):
+                yield piece, options
+                return
+        elif self.band is not None and kernels.is_quicker_at_once(case, self.pieces):
             yield self.at_once(q, k)
             return
         for piece in kernels.cut(case._replace(mask=self.dtype), self.pieces):
@@ -99,7 +105,8 @@ class Visit:
 
     def at_once(self, q: Tensor, k: Tensor) -> tuple[Piece, dict[str, Any]]:
         """All rows and keys, with the band in the mask: a kernel leaves out what is not seen."""
-        parts = [part for part in (self.seen, self.band) if part is not None]
+        band = None if self.band is None else self.band()
+        parts = [part for part in (self.seen, band) if part is not None]
         mask = together(parts) if parts else of_all(q)
         whole = Piece(0, q.shape[2], 0, k.shape[2])
         options = {"band": whole.band, "scale": self.scale, "mask": mask}
@@ -165,17 +172,20 @@ def visit(
     leaves = tuple(part(leaf, rows, keys) for leaf in inputs.leaves)
     bias = Structure(plan.tile, leaves) if plan.has_bias else None
     scores = Structure(plan.scores, leaves) if plan.scores else None
-    band = None
-    if plan.band != FULL and (structure or bias or scores):
-        band = of_band(plan.band, *(positions(x, q.device) for x in (rows, keys)))
+    band = None if plan.band == FULL else partial(_band, plan.band, rows, keys, q.device)
     keep = _keep(plan, rows, keys, q, inputs.seed) if plan.dropout else None
     return Visit(*where, plan.scale, mask, shift, structure, band, keep, bias, scores)
+
+
+def _band(band: Band, rows: Intervals, keys: Intervals, device: torch.device) -> Structure:
+    return of_band(band, positions(rows, device), positions(keys, device))
 
 
 def is_in_kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a kernel computes a plan's programs pair by pair: then no tile is made."""
     changes = bool(plan.scores) or plan.has_bias
-    return kernels.takes(kernels.Case.of(q, k, v, None, bool(plan.dropout), changes))
+    case = kernels.Case.of(q, k, v, None, bool(plan.dropout), changes)._replace(mask=STRUCTURE)
+    return kernels.takes(case, Piece(0, q.shape[2], 0, k.shape[2]))
 
 
 def is_of_keys(mask: Tensor) -> bool:

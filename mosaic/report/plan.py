@@ -155,7 +155,7 @@ def mask_notes(context: Context) -> list[str]:
     notes = []
     for found, node in context.attentions:
         if node.meta["val"].device.type == "cuda" and found.mask not in ("", str(found.band)):
-            how = f"made dense: {found.dense}" if found.dense else "computed in the kernel (flex)"
+            how = f"made dense: {found.dense}" if found.dense else "computed in the kernel"
             notes.append(f"mask: {found.mask}: {how} [{line(node)}]")
     return list(dict.fromkeys(notes))
 

@@ -60,7 +60,11 @@ CHECKS = (
     Check("window 50 ... 20", Band(49, 20)),
     Check("GQA", kv_heads=2),
     Check("GQA causal", CAUSAL, kv_heads=2),
-    *(Check(f"head dim {n} causal", CAUSAL, n, n) for n in (20, 24, 96, 128, 192, 256)),
+    Check("GQA, head dim 80", FULL, 80, 80, kv_heads=2),
+    *(
+        Check(f"head dim {n} causal", CAUSAL, n, n)
+        for n in (16, 20, 24, 48, 72, 80, 96, 112, 128, 192, 256)
+    ),
     Check("head dim 64, v 128", CAUSAL, 64, 128),
     Check("head dim 128, v 64", CAUSAL, 128, 64),
     Check("head dim 192, v 128", CAUSAL, 192, 128),

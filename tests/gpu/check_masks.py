@@ -1,17 +1,18 @@
 """Masks and changes of scores that are run as structure, against float64.
 
-    python tests/gpu/check_masks.py [--device cpu]
+    python tests/gpu/check_masks.py [--only NAME] [--device cpu]
 
-Relative errors of the output and of the worst gradient, for three simulated ranks in zigzag: each
-visits the keys of all, merges, and goes back with the global output and log-sum-exp. Exits 1 if a
-result is wrong or fails. On a CPU the flex kernels are plain math.
+Relative errors of the output and of the worst gradient, by every kernel that takes a mask as
+structure, for three simulated ranks in zigzag: each visits the keys of all, merges, and goes back
+with the global output and log-sum-exp. Exits 1 if a result is wrong or fails. On a CPU the flex
+kernels are plain math.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,11 +21,11 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
+from mosaic.api.errors import UnsupportedError
 from mosaic.attention import kernels
 from mosaic.attention.attend import attend, attend_backward
 from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.kernels.flex import FLEX
-from mosaic.attention.kernels.kernel import STRUCTURE
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.mask_gradients import OfLeaves
 from mosaic.attention.plan import AttentionPlan
@@ -58,7 +59,8 @@ def by_ranks(
     """out, dq, dk, dv and those of learned leaves, for q, k, v and dout, of what ranks do, one
     after the other."""
     q, k, v, dout = tensors
-    layouts = [Layout.zigzag(x.shape[2], ranks) for x in (q, k)]
+    cut = Layout.zigzag if inputs.query_documents is None else partial(Layout.zigzags, chunk=32)
+    layouts = [cut(x.shape[2], ranks) for x in (q, k)]
     queries, keys = ([list(layout.indices(r)) for r in range(ranks)] for layout in layouts)
     whole = AttentionPlan(LOCAL, 0, "", *layouts, band, scale, tile=tile, scores=scores)
     given = (dout, q, k, v, *(inputs.leaves[i] for i in whole.learned))
@@ -113,8 +115,14 @@ CHECKS = (
     Check("padding of heads", CAUSAL, "heads", kv_heads=4),
     Check("prefix, documents", FULL, "prefix", True),
     Check("distances", mask="distances"),
+    Check("padding, 120 tokens", mask="padding", tokens=120),
+    Check("no key", mask="nothing"),
+    Check("no key, documents", CAUSAL, "nothing", True),
     Check("3 tokens", CAUSAL, "padding", True, tokens=3),
-    *(Check(f"head dim {n}", CAUSAL, "", True, n, n) for n in (16, 96, 128, 256)),
+    *(
+        Check(f"head dim {n}", CAUSAL, "", True, n, n)
+        for n in (16, 32, 48, 72, 80, 96, 120, 128, 256)
+    ),
     Check("head dim 64, v 128", CAUSAL, "", True, 64, 128),
     Check("softcap", cap=2.0),
     Check("softcap, documents, causal", CAUSAL, documents=True, cap=2.0),
@@ -131,6 +139,8 @@ CHECKS = (
     Check("float16", CAUSAL, "padding", True, dtype=torch.float16),
     Check("float32, head dim 128", CAUSAL, "padding", True, 128, 128, dtype=torch.float32),
 )
+#: The kernels that take a mask as structure.
+STRUCTURED = ("short", "short float32", "flash_attn 4, seen keys", "flash_attn 4, masks", "flex")
 #: Boolean programs as ``analyze_masks`` reads them: of positions of queries and keys, and lengths.
 TILES = {
     "prefix": "bool: le.Tensor(%1, %0); lt.Tensor(%1, %2); bitwise_or.Tensor(%3, %4)",
@@ -158,6 +168,8 @@ def inputs_of(check: Check, device: torch.device) -> Inputs:
         ids = ids.flip(1)[:, torch.randperm(n, device=device)] if check.mask == "shuffled" else ids
     lengths = torch.tensor([n // 3, n - n // 9], device=device).view(2, 1, 1, 1)
     mask = at < lengths if check.mask in ("padding", "heads") else None
+    if check.mask == "nothing":
+        mask = (at < lengths) & (lengths > n // 2)
     if check.mask == "heads":
         mask = mask & (at % torch.arange(2, 6, device=device).view(1, 4, 1, 1) > 0)
     leaves = ()
@@ -254,32 +266,58 @@ def checked(check: Check, device: torch.device) -> tuple[str, str]:
     if device.type == "cpu":
         check = replace(check, tokens=min(check.tokens, 300))
         use_flex_on_cpu()
+    else:
+        use_flex_for_scores()
+    base, found = tried(check, STRUCTURED, device)
+    cells = [f"{base[0]:.1e} {base[1]:.1e}", *(text for text, _ in found.values())]
+    wrong = [problem for _, problem in found.values() if problem]
+    return f"{check.name:32}{''.join(f'{text:26}' for text in cells)}", "; ".join(wrong)
+
+
+def tried(
+    check: Check, names: Sequence[str], device: torch.device
+) -> tuple[tuple[float, float], dict[str, tuple[str, str]]]:
+    """The errors of plain math, and by the names of kernels what ``cell`` says of them."""
     inputs, tensors = inputs_of(check, device), tensors_of(check, device)
     seen, programs = dense(check, inputs, device), programs_of(check, inputs)
     want = plain(check, tensors, inputs, seen, torch.float64)
     base = errors(plain(check, tensors, inputs, seen, check.dtype), want)
-    start = time.perf_counter()
+    allowed = [max(ROUNDING[check.dtype], 4 * e) for e in base]
+    call = partial(by_ranks, tensors, inputs, check.band, check.dim**-0.5, *programs)
+    return base, {name: cell(check, name, call, want, allowed) for name in names}
+
+
+def cell(
+    check: Check,
+    name: str,
+    call: Callable[[], list[Tensor]],
+    want: list[Tensor],
+    allowed: list[float],
+) -> tuple[str, str]:
+    """What to print of a kernel, and what is wrong."""
     try:
-        found = errors(by_ranks(tensors, inputs, check.band, check.dim**-0.5, *programs), want)
+        with kernels.using(name):
+            found = errors(call(), want)
+    except UnsupportedError:
+        return "-", ""
     except Exception as error:  # one that fails must not stop the rest
         first = (str(error).splitlines() or [""])[0]
-        words = f"{check.name}: {type(error).__name__}: {first}"
-        return words, words
-    allowed = [max(ROUNDING[check.dtype], 4 * e) for e in base]
-    is_right = all(error <= most for error, most in zip(found, allowed, strict=True))
-    text, known = (" ".join(f"{e:.1e}" for e in pair) for pair in (found, base))
-    took = time.perf_counter() - start
-    line = f"{check.name:32}{known:20}{text}{'' if is_right else '!'}   {took:.1f} s"
-    return line, "" if is_right else f"{check.name}: errors {text}, allowed {allowed}"
+        return "fails", f"{check.name}, {name}: {type(error).__name__}: {first}"
+    text = f"{found[0]:.1e} {found[1]:.1e}"
+    if all(error <= most for error, most in zip(found, allowed, strict=True)):
+        return text, ""
+    return text + "!", f"{check.name}, {name}: errors {text}, allowed {allowed}"
 
 
-def check_errors(device: torch.device) -> list[str]:
+def check_errors(device: torch.device, only: str) -> list[str]:
     """What is wrong. On a GPU processes share the checks: nearly all of the time is compilation."""
-    say(f"{'relative errors: out, gradients':32}{'plain math':20}flex, on 3 ranks")
+    names = "".join(f"{name:26}" for name in ("plain math", *STRUCTURED))
+    say(f"{'relative errors: out, gradients':32}{names}on 3 ranks")
     wrong = []
-    with ProcessPoolExecutor(8, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(14, get_context("spawn")) as pool:
         run = pool.map if device.type == "cuda" else map
-        for line, problem in run(partial(checked, device=device), CHECKS):
+        checks = [check for check in CHECKS if check.name.startswith(only)]
+        for line, problem in run(partial(checked, device=device), checks):
             say(line)
             wrong += [problem] if problem else []
     return wrong
@@ -287,16 +325,24 @@ def check_errors(device: torch.device) -> list[str]:
 
 def use_flex_on_cpu() -> None:
     """As if flex did all structures there."""
-    kernels.KERNELS = (FLEX._replace(fits=lambda case: case.mask == STRUCTURE), MATH)
+    kernels.KERNELS = (FLEX._replace(fits=lambda case: case.is_structured), MATH)
+
+
+def use_flex_for_scores() -> None:
+    """As if what changes scores had been checked."""
+    able = FLEX._replace(fits=lambda case: FLEX.fits(case._replace(scores=False)))
+    kernels.KERNELS = tuple(able if kernel is FLEX else kernel for kernel in kernels.KERNELS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--only", default="", help="checks whose names begin so")
+    given = parser.parse_args()
+    device = torch.device(given.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     say(f"torch {torch.__version__}, {where}\n")
-    wrong = check_errors(device)
+    wrong = check_errors(device, given.only)
     say("\n" + "\n".join(wrong or ["all right"]))
     return int(bool(wrong))
 

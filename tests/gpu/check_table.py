@@ -4,12 +4,12 @@
     python tests/gpu/check_table.py --device cpu --rows 300        # that it works, at small sizes
 
 First every kernel at batches of 65,535, 65,536 and 600,000 against plain math in float64; then the
-times of kernels for short sequences, from which the table of kernels chooses; then a model in the
-way of nanoTabPFN (nn.MultiheadAttention with its default need_weights, which folds heads into the
-batch): 10 columns, 3 layers, embed 96, 4 heads. 150,000 rows forward and training, in bfloat16
-autocast and in float32; 1,000,000 rows forward as one rank of 16, whose collectives are a fake
-process group's: they send nothing and take no time. Plain PyTorch would keep rows x rows weights
-(3 TB in float32). A short table comes last. Exits 1 if something is wrong or fails.
+times of kernels for short sequences; then a model in the way of nanoTabPFN (nn.MultiheadAttention
+with its default need_weights, which folds heads into the batch): 10 columns, 3 layers, embed 96, 4
+heads. 150,000 rows forward and training, in bfloat16 autocast and in float32; 1,000,000 rows
+forward as one rank of 16, whose collectives are a fake process group's: they send nothing and take
+no time. Plain PyTorch would keep rows x rows weights (3 TB in float32). A short table comes last.
+Exits 1 if something is wrong or fails.
 """
 
 from __future__ import annotations

@@ -6,20 +6,30 @@ flash_attn packages, and the checks of ``gpu/check_kernels.py`` are run on them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu import check_masks
 from gpu.check_kernels import CHECKS, Check, cell, errors, exact, mask_of, plain
 from torch import Tensor
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.attention import kernels
-from mosaic.attention.kernels import aten, efficient, flash_attn
+from mosaic.attention.blocks import FULL, Band, Piece
+from mosaic.attention.kernels import aten, efficient, flash_attn, flash_masks, flex, measured, short
+from mosaic.attention.kernels import calibrate as calibrate_module
+from mosaic.attention.kernels.calibrate import POINTS, calibrate
 from mosaic.attention.kernels.math import MATH
-from mosaic.attention.kernels.measured import BACKWARD, FORWARD, HALF, SINGLE
+from mosaic.attention.kernels.measured import BACKWARD, FORWARD, Point
+from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.strategy import LOCAL
+from mosaic.attention.structure import Structure, of_keys
+from mosaic.attention.visit import Inputs, visit
+from mosaic.layout import Layout
 
 NAMES = ("flash_attn 4", "flash_attn 3", "cudnn", "flash", "efficient")
 
@@ -38,7 +48,7 @@ def run(q, k, v, **sides) -> tuple[Tensor, Tensor]:
 def run_back(dout, q, k, v, out, lse, need=False, **sides) -> list[Tensor | None]:
     assert all(x.dtype == q.dtype for x in (dout, k, v, out)) and lse.is_contiguous()
     grads = MATH.backward(dout, q, k, v, out, lse, **options(q, k, **sides), need_dmask=need)
-    return [None if grad is None else grad.to(q.dtype) for grad in grads]
+    return [None if grad is None else grad.to(q.dtype) for grad in grads[:4]]
 
 
 def swap(*tensors: Tensor) -> list[Tensor]:
@@ -120,8 +130,34 @@ def memory_efficient_back(dout, q, k, v, bias, out, lse, a, b, p, needed, causal
     return run_back(dout, q, k, v, out, lse[:, :, : q.shape[2]].contiguous(), **sides)
 
 
+def launch(name, tensors, seen, scale, band) -> None:
+    """In place of the Triton kernels."""
+    q, k, v, out, lse = (tensors[name] for name in ("q", "k", "v", "out", "lse"))
+    assert max(q.shape[2], k.shape[2]) <= (32 if q.dtype == torch.float32 else 128)
+    given = {"band": band, "mask": seen, "scale": scale, "keep": None, "shift": None}
+    if name == "forward":
+        found, into = MATH.forward(q, k, v, **given), (out, lse)
+    else:
+        assert lse.is_contiguous()
+        grads = MATH.backward(tensors["dout"], q, k, v, out, lse, **given, need_dmask=False)
+        found, into = grads[:3], [tensors[name] for name in ("dq", "dk", "dv")]
+    for place, x in zip(into, found, strict=True):
+        place.copy_(x)
+
+
+def options_of(q, k, leaves, program, scale, way) -> dict:
+    """In place of blocks and a function of a pair: the mask."""
+    assert flash_masks.reads(program, [leaf.dtype for leaf in leaves]) and way in (0, 1)
+    mask = Structure(program, tuple(leaves)).tile(Piece(0, q.shape[2], 0, k.shape[2]))
+    return {"softmax_scale": scale, "mask": mask}
+
+
+def keys_of(used: Tensor, k: Tensor) -> Tensor:
+    return (torch.arange(k.shape[1]) < used[:, None])[:, None, None]
+
+
 def package(version: int) -> SimpleNamespace:
-    def sides(softmax_scale, causal, window_size_left, window_size_right) -> dict:
+    def sides(softmax_scale, causal=False, window_size_left=None, window_size_right=None) -> dict:
         if version == 4:
             assert -1 not in (window_size_left, window_size_right)
         return {"scale": softmax_scale, **sides_of(causal, window_size_left, window_size_right)}
@@ -135,9 +171,14 @@ def package(version: int) -> SimpleNamespace:
         alibi_slopes=None,
         return_softmax=False,
         return_lse=True,
+        seqused_k=None,
+        mask=None,
         **given,
     ):
-        out, lse = run(*swap(q, k, v), **sides(**given))
+        mask = mask if seqused_k is None else keys_of(seqused_k, k)
+        out, lse = run(*swap(q, k, v), **sides(**given), bias=mask)
+        if seqused_k is not None:  # what the package says then is not known
+            out[seqused_k == 0] = lse[seqused_k == 0] = float("nan")
         return out.transpose(1, 2), lse, None, None
 
     def backward(
@@ -155,14 +196,18 @@ def package(version: int) -> SimpleNamespace:
         alibi_slopes=None,
         deterministic=False,
         is_causal=None,
+        seqused_k=None,
+        mask=None,
         **given,
     ):
-        given = {"causal": is_causal, **given}
-        grads = run_back(*swap(dout, q, k, v, out), lse, **sides(**given))[:3]
+        mask = mask if seqused_k is None else keys_of(seqused_k, k)
+        given = given if is_causal is None else {"causal": is_causal, **given}
+        grads = run_back(*swap(dout, q, k, v, out), lse, **sides(**given), bias=mask)[:3]
         for into, grad in zip((dq, dk, dv), swap(*grads), strict=True):
             into.copy_(grad)
 
     def backward_4(q, k, v, out, dout, lse, **given):
+        assert q.shape[-1] % 32 == v.shape[-1] % 32 == 0  # others: wrong, silently, on Hopper
         backward(dout, q, k, v, out, lse, **given)
 
     if version == 4:
@@ -192,6 +237,10 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_attn, "_installed", lambda version: True)
     versions = {module: version for version, module in flash_attn._MODULES.items()}
     monkeypatch.setattr(flash_attn, "import_module", lambda name: package(versions[name]))
+    monkeypatch.setattr(flash_masks, "options_of", options_of)
+    monkeypatch.setattr(short, "launch", launch)
+    for module in (flex, short):
+        monkeypatch.setattr(module, "find_spec", lambda name: name)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -207,7 +256,7 @@ def test_stand_ins_are_right(check: Check) -> None:
     want = plain(check, torch.float64, mask, exact)
     base = errors(plain(check, check.dtype, mask, exact), want)
     done = []
-    for name in NAMES:
+    for name in ("short", "short float32", *NAMES):
         text, problem = cell(check, name, mask, want, base)
         assert not problem
         done += [name] if text != "-" else []
@@ -215,13 +264,30 @@ def test_stand_ins_are_right(check: Check) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("check", check_masks.CHECKS, ids=lambda check: check.name)
+def test_stand_ins_with_structure_are_right(check: check_masks.Check) -> None:
+    """On three simulated ranks: those that read a mask of keys, and those that read any."""
+    check, device = replace(check, tokens=min(45, check.tokens)), torch.device("cpu")
+    _, found = check_masks.tried(check, check_masks.STRUCTURED[:-1], device)
+    assert [problem for _, problem in found.values() if problem] == []
+    done = [name for name, (text, _) in found.items() if text != "-"]
+    half, by_pairs = check.dtype != torch.float32, check.band != FULL or check.documents
+    by_keys = check.mask in ("padding", "nothing") and (not by_pairs or check.tokens == 3)
+    assert ("flash_attn 4, seen keys" in done) == (half and by_keys)
+    changes = bool(check.cap) or check.mask in check_masks.BIASES
+    by_masks = max(check.dim, check.v_dim) <= 128 and check.mask != "distances" and not changes
+    assert ("flash_attn 4, masks" in done) == (half and by_masks)
+
+
+@pytest.mark.usefixtures("hopper")
 def test_the_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    def first(dtype=torch.bfloat16, dim=64, mask=None, dropout=False) -> str:
+    def first(dtype=torch.bfloat16, dim=80, mask=None, dropout=False) -> str:
         q = torch.zeros(1, 1, 3, dim, dtype=dtype)
         case = kernels.Case.of(q, q, q, None if mask is None else q.to(mask), dropout)
         return next(kernel.name for kernel in kernels.KERNELS if kernel.fits(case))
 
     assert first() == first(dim=256) == "flash_attn 4"
+    assert (first(dim=64), first(torch.float32, 64)) == ("short", "short float32")
     assert (
         first(mask=torch.bool) == first(mask=torch.bfloat16) == first(torch.float32) == "efficient"
     )
@@ -230,38 +296,120 @@ def test_the_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first(), first(dim=256), first(dim=260)) == ("cudnn", "flash", "efficient")
 
 
+MEASURED = {
+    Point(16, 32, 11, 11, 1024, ""): {"short": (1.0, 3.0), "efficient": (2.0, 2.0)},
+    Point(16, 32, 128, 128, 64, ""): {
+        "short": (9.0, 9.0),
+        "cudnn": (1.0, 4.0),
+        "flash": (2.0, 3.0),
+    },
+    Point(16, 128, 4096, 4096, 64, "window"): {"flash": (3.0, 3.0), "flex": (2.0, 3.0)},
+    Point(16, 64, 1024, 1024, 64, "window"): {"flash": (2.0, 3.0), "flex": (3.0, 3.0)},
+}
+
+
+def chosen(q: Tensor, band=(None, None), mask=None) -> tuple[str, str]:
+    case, piece = kernels.Case.of(q, q, q, mask, False), kernels._piece(q, q, band)
+    forward, backward = (kernels._choose(case, piece, way).name for way in (FORWARD, BACKWARD))
+    return forward, backward
+
+
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("dtype", "length", "dim", "forward", "backward"),
+    ("dtype", "length", "names"),
     [
-        (torch.bfloat16, 3, 24, "efficient", "efficient"),
-        (torch.bfloat16, 64, 24, "efficient", "efficient"),
-        (torch.bfloat16, 65, 24, "cudnn", "cudnn"),
-        (torch.bfloat16, 129, 24, "cudnn", "flash_attn 4"),
-        (torch.bfloat16, 513, 24, "flash_attn 4", "flash_attn 4"),
-        (torch.bfloat16, 11, 64, "flash_attn 4", "flash_attn 4"),
-        (torch.float32, 11, 24, "math", "math"),
-        (torch.float32, 12, 24, "efficient", "math"),
-        (torch.float32, 64, 24, "efficient", "efficient"),
-        (torch.float64, 11, 24, "math", "math"),
+        (torch.bfloat16, 3, ("short", "efficient")),
+        (torch.float16, 20, ("short", "efficient")),
+        (torch.bfloat16, 90, ("cudnn", "flash")),
+        (torch.bfloat16, 5000, ("cudnn", "flash")),
+        (torch.float32, 11, ("short float32", "short float32")),
+        (torch.float64, 11, ("math", "math")),
     ],
 )
-def test_short_sequences_go_by_what_was_measured(dtype, length, dim, forward, backward) -> None:
-    q = torch.zeros(1, 1, length, dim, dtype=dtype)
-    case, piece = kernels.Case.of(q, q, q, None, False), kernels._piece(q, q, (None, None))
-    chosen = [kernels._choose(case, piece, way).name for way in (FORWARD, BACKWARD)]
-    assert chosen == [forward, backward]
+def test_the_nearest_that_was_measured_says(monkeypatch, dtype, length, names) -> None:
+    """For forward and for backward; what was not measured (numbers of 32 bits) goes in order."""
+    monkeypatch.setattr(measured, "table", lambda device: MEASURED)
+    assert chosen(torch.zeros(8, 16, length, 24, dtype=dtype)) == names
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_mask_goes_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "table", lambda device: MEASURED)
+    q = torch.zeros(1, 1, 11, 24, dtype=torch.bfloat16)
+    assert chosen(q, mask=q > 0) == ("efficient", "efficient")
+    assert chosen(q, mask=of_keys(q[:, :, :1, :11] > 0)) == ("short", "short")
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("length", "dim", "names"),
+    [(4096, 128, ["flex"]), (1024, 64, []), (4096, 8, [])],
+)
+def test_a_window_may_be_a_structure(monkeypatch, length: int, dim: int, names: list) -> None:
+    """Where flex was quicker than what knows bands; it does no heads of 8."""
+    monkeypatch.setattr(measured, "table", lambda device: MEASURED)
+    monkeypatch.setattr(flash_attn, "_installed", lambda version: False)
+    q = torch.zeros(1, 1, length, dim, dtype=torch.bfloat16)
+    layout = Layout.zigzag(length, 1)
+    plan = AttentionPlan(LOCAL, 0, "", layout, layout, Band(63, 0), 1.0)
+    found = visit(plan, layout.ranks[0], layout.ranks[0], q, Inputs())
+    ((piece, options), *_) = found.calls(q, q, q)
+    assert [options["mask"] is not None, piece.band == FULL] == [bool(names)] * 2
 
 
 @pytest.mark.usefixtures("hopper")
 def test_what_was_measured_is_in_the_table() -> None:
-    """And a mask, which was not, changes nothing."""
-    named = {name for times in (HALF, SINGLE) for row in times.values() for name in row}
-    assert named <= {kernel.name for kernel in kernels.KERNELS}
-    q = torch.zeros(1, 1, 11, 24)
-    case = kernels.Case.of(q, q, q, q > 0, False)
-    piece = kernels._piece(q, q, (None, None))
-    assert kernels._choose(case, piece, FORWARD).name == "efficient"
+    for device in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "another"):
+        named = {name for times in measured.table(device).values() for name in times}
+        assert named <= {kernel.name for kernel in kernels.KERNELS}
+    point = Point(16, 24, 11, 11, 200_000, "")
+    assert measured.table("NVIDIA H100 PCIe")[point]["cudnn"] == (3.34, 5.27)
+
+
+def test_calibrate_says_that_it_needs_a_gpu() -> None:
+    with pytest.raises(UnsupportedError, match="torch sees none"):
+        calibrate()
+
+
+def test_calibrate_goes_on_where_it_ended(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a user's own numbers, those are taken; of a file that is broken, its name is said."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(calibrate_module, "measured", lambda point: {"short": (1.0, 2.0)})
+    monkeypatch.setattr(calibrate_module, "SECONDS", 0.0)
+    said: list[str] = []
+    calibrate(said.append)
+    assert said[0].startswith(f"{len(POINTS)} of {len(POINTS)} are left")
+    monkeypatch.setattr(calibrate_module, "SECONDS", 60.0)
+    calibrate(said.append)
+    path = measured.path_of("NVIDIA H200")
+    assert path.parent == tmp_path / "mosaic" and set(measured.read(path)) == set(POINTS)
+    measured.table.cache_clear()
+    assert measured.table("NVIDIA H200")[POINTS[0]]["short"] == (1.0, 2.0)
+    measured.table.cache_clear()
+    path.write_text("[[1, 2]")
+    with pytest.raises(UnsupportedError, match=re.escape(path.name)):
+        measured.read(path)
+
+
+@pytest.mark.parametrize(
+    ("program", "dtypes", "is_read"),
+    [
+        ("bool: eq.Tensor(%0, %1)", (torch.int64, torch.int64), True),
+        ("bool: eq.Tensor(%0, %1)", (torch.float32, torch.int64), False),
+        ("bool: ne.Scalar(%0, 0)", (torch.bool,), True),
+        ("bool: logical_not(%0); bitwise_or.Tensor(%0, %1)", (torch.bool,), True),
+        ("bool: bitwise_not(%0); eq.Scalar(%1, 0)", (torch.int64,), False),
+        ("bool: sub.Tensor(%0, %1, alpha=2); le.Scalar(%2, 0)", (torch.int32,) * 2, False),
+        ("bool: le.Scalar(%0, 4294967296)", (torch.int64,), False),
+        ("bool: remainder.Scalar(%0, 3); eq.Scalar(%1, 0)", (torch.int64,), False),
+        ("int64: sub.Tensor(%0, %1)", (torch.int64, torch.int64), False),
+        ("", (), False),
+    ],
+)
+def test_what_flash_attention_reads_of_masks(program: str, dtypes: tuple, is_read: bool) -> None:
+    assert flash_masks.reads(program, dtypes) == is_read
 
 
 @pytest.mark.usefixtures("hopper")
@@ -278,6 +426,6 @@ def test_a_package_that_lacks_another_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise ModuleNotFoundError("No module named 'quack'")
 
     monkeypatch.setattr(flash_attn, "import_module", fails)
-    q = torch.zeros(1, 1, 65, 40, dtype=torch.bfloat16)
+    q = torch.zeros(1, 1, 1000, 40, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedError, match="flash_attn 4 is installed, and cannot"):
         kernels.forward(q, q, q, band=(None, None), mask=None, scale=1.0, keep=None)

@@ -17,7 +17,7 @@ from mosaic.attention import kernels
 from mosaic.attention.blocks import FULL, Band, Piece
 from mosaic.attention.kernels import seen_blocks
 from mosaic.attention.kernels.flex import FLEX
-from mosaic.attention.kernels.kernel import STRUCTURE, Case
+from mosaic.attention.kernels.kernel import Case
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.scores import then, with_bias
 from mosaic.attention.structure import Structure
@@ -123,7 +123,7 @@ def written_out(tensors: list[Tensor], name: str) -> list[Tensor]:
 def test_equals_what_is_written_out(
     monkeypatch: pytest.MonkeyPatch, name: str, kernel: str
 ) -> None:
-    able = FLEX._replace(fits=lambda case: case.mask == STRUCTURE, most_batches=1)
+    able = FLEX._replace(fits=lambda case: case.is_structured, most_batches=1)
     monkeypatch.setattr(kernels, "KERNELS", (able, MATH) if kernel == "flex" else (MATH,))
     monkeypatch.setattr(seen_blocks, "BLOCK", 4)
     tile, scores, leaves, band, ids = CASES[name]
@@ -138,7 +138,7 @@ def test_a_row_of_low_numbers_weighs_them_alike(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """Its log-sum-exp would round their number away: blocks of other lengths then count as one."""
-    able = FLEX._replace(fits=lambda case: case.mask == STRUCTURE)
+    able = FLEX._replace(fits=lambda case: case.is_structured)
     monkeypatch.setattr(kernels, "KERNELS", (able, MATH))
     q, k, v, dout = (torch.randn(1, 2, N, 8, dtype=dtype) for _ in range(4))
     low = torch.full([1, 1, 1, N], torch.finfo(dtype).min, dtype=dtype)

@@ -45,7 +45,7 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> list[Structure]:
         given.append(mask)
         return FLEX.forward(*tensors, mask=mask, **options)
 
-    able = FLEX._replace(fits=lambda case: case.mask == STRUCTURE, forward=forward, most_batches=1)
+    able = FLEX._replace(fits=lambda case: case.is_structured, forward=forward, most_batches=1)
     monkeypatch.setattr(kernels, "KERNELS", (able, MATH))
     monkeypatch.setattr(seen_blocks, "BLOCK", 2)
     return given

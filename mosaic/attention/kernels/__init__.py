@@ -32,24 +32,31 @@ from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
 from mosaic.attention.kernels.flash_attn import FLASH_ATTN_3, FLASH_ATTN_4
+from mosaic.attention.kernels.flash_masks import FLASH_MASKS
 from mosaic.attention.kernels.flex import FLEX
 from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
-from mosaic.attention.kernels.measured import BACKWARD, FORWARD, quickest
+from mosaic.attention.kernels.measured import BACKWARD, BOTH, FORWARD, quickest
+from mosaic.attention.kernels.seen_first import SEEN_FIRST
+from mosaic.attention.kernels.short import SHORT, SHORT_SINGLE
 from mosaic.attention.merge import Partial
 from mosaic.attention.structure import Structure
 
 __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "takes", "using"]
 
-#: Which kernel does a block: the first that fits; the fastest stands first (for short sequences it
-#: is looked up). ``MATH`` is right for every mask that is a tensor, and alone does dropout and
-#: blocks without rows or keys; ``FLEX`` and it alone change scores.
+#: Which kernel does a block: of those that fit, the one that took least where it was ``measured``;
+#: the first, where none was. ``MATH`` is right for every mask that is a tensor, and alone does
+#: dropout and blocks without rows or keys; ``FLEX`` and it alone change scores.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
+    SHORT,  #        cuda  16 bits       ... 64     keys           any       128 tokens at most
+    SHORT_SINGLE,  # cuda  32 bits       ... 64     keys           any       32 tokens at most
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
     FLASH_ATTN_3,  # cuda  16 bits       ... 256    none           any       Hopper
     CUDNN,  #        cuda  16 bits       ... 128    none           square    Hopper and later
     FLASH,  #        cuda  16 bits       ... 256    none           any       Ampere and later
+    SEEN_FIRST,  #   cuda  16 bits       ... 256    keys           none      Hopper, as 4
+    FLASH_MASKS,  #  cuda  16 bits       16 ... 128 structure      in its mask   Hopper, as 4
     FLEX,  #         cuda  16, 32 bits   16 ... 256 structure      in its mask   Ampere and later
     EFFICIENT,  #    cuda  16, 32 bits   any        bool, float    any, as a bias
     CPU_FLASH,  #    cpu   any           equal      none           square
@@ -141,9 +148,20 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def takes(case: Case) -> bool:
-    """Whether a kernel does a block whose mask is a ``Structure``."""
-    return any(kernel.fits(case._replace(mask=STRUCTURE)) for kernel in _table())
+def takes(case: Case, piece: Piece) -> bool:
+    """Whether a kernel does a block as it is, whose mask is a ``Structure``."""
+    return any(kernel.does(case, piece) for kernel in _table())
+
+
+def is_quicker_at_once(case: Case, pieces: tuple[Piece, ...]) -> bool:
+    """Whether bands without another mask are done quicker as a structure of positions, by flex,
+    than by a kernel that knows bands."""
+    bounded = [piece for piece in pieces if piece.band != (None, None)]
+    if not bounded or not case.plain or not FLEX.fits(case._replace(mask=STRUCTURE)):
+        return False
+    largest = max(bounded, key=lambda piece: piece.area)
+    able = [kernel for kernel in _table() if kernel.does(case, largest)]
+    return FLEX in _table() and quickest([*able, FLEX], case, largest, BOTH) is FLEX
 
 
 def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
@@ -156,7 +174,9 @@ def _cut(case: Case, piece: Piece) -> tuple[Piece, ...]:
     can = (
         kernel
         for kernel in _table()
-        if kernel.fits(case) and (kernel.bands != "square" or piece.lower is None)
+        if kernel.fits(case)
+        and not kernel.is_short_of(piece)
+        and (kernel.bands != "square" or piece.lower is None)
     )
     if next(can, MATH).is_whole(piece):
         return (piece,)
@@ -167,7 +187,7 @@ def _piece(q: Tensor, k: Tensor, band: Bounds) -> Piece:
     return Piece(0, q.shape[2], 0, k.shape[2], *band)
 
 
-def _choose(case: Case, piece: Piece, direction: int) -> Kernel:
+def _choose(case: Case, piece: Piece, way: slice) -> Kernel:
     able = [kernel for kernel in _table() if kernel.does(case, piece)]
     if not able:
         names = ", ".join(kernel.name for kernel in _table()) or "no kernel"
@@ -177,4 +197,4 @@ def _choose(case: Case, piece: Piece, direction: int) -> Kernel:
             piece=piece,
             fix="leave mosaic.attention.kernels' table as it is: its last kernel does every block",
         )
-    return quickest(able, case, max(piece.rows, piece.keys), direction)
+    return quickest(able, case, piece, way)

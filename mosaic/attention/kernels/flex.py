@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mosaic.attention.kernels.kernel import MOST_BATCHES, STRUCTURE, Case, Gradients, Kernel
+from mosaic.attention.kernels.kernel import MOST_BATCHES, Case, Gradients, Kernel
 from mosaic.attention.kernels.pairs import (
     buffers_of,
     exact_leaves,
@@ -237,7 +237,7 @@ def refused(case: Case) -> str:
 
 
 def _fits(case: Case) -> bool:
-    return case.mask == STRUCTURE and not refused(case)
+    return case.is_structured and not refused(case)
 
 
 #: A band is in the structure.

@@ -29,12 +29,14 @@ class Gradients(NamedTuple):
 Bounds = tuple[int | None, int | None]
 
 
-#: A ``Case``'s mask that is no tensor but a ``Structure``.
-STRUCTURE = "structure"
+#: A ``Case``'s mask that is no tensor but a ``Structure``; one that says which keys all queries and
+#: heads see.
+STRUCTURE, KEYS = "structure", "keys"
 
 
 class Case(NamedTuple):
-    """All that the choice of a kernel depends on, beside the band."""
+    """All that the choice of a kernel depends on, beside the band. ``program`` and the dtypes of
+    its ``leaves`` are a ``Structure``'s; ``heads`` are those of all batches."""
 
     device: str
     capability: int
@@ -45,6 +47,9 @@ class Case(NamedTuple):
     dropout: bool
     empty: bool
     scores: bool = False
+    heads: int = 1
+    program: str = ""
+    leaves: tuple[torch.dtype, ...] = ()
 
     @classmethod
     def of(
@@ -62,10 +67,12 @@ class Case(NamedTuple):
             q.dtype,
             q.shape[-1],
             v.shape[-1],
-            STRUCTURE if isinstance(mask, Structure) else None if mask is None else mask.dtype,
+            _mask_of(mask),
             dropout,
             q.numel() == 0 or k.numel() == 0,
             scores,
+            q.shape[0] * q.shape[1],
+            *_program_of(mask),
         )
 
     @property
@@ -75,8 +82,24 @@ class Case(NamedTuple):
         return self.mask is None and not (self.dropout or self.empty or self.scores)
 
     @property
+    def is_structured(self) -> bool:
+        return self.mask in (STRUCTURE, KEYS)
+
+    @property
     def half_on_cuda(self) -> bool:
         return self.device == "cuda" and self.dtype in (torch.float16, torch.bfloat16)
+
+
+def _mask_of(mask: Tensor | Structure | None) -> torch.dtype | str | None:
+    if isinstance(mask, Structure):
+        return KEYS if mask.is_of_keys else STRUCTURE
+    return None if mask is None else mask.dtype
+
+
+def _program_of(mask: Tensor | Structure | None) -> tuple[str, tuple[torch.dtype, ...]]:
+    if not isinstance(mask, Structure):
+        return "", ()
+    return mask.program, tuple(leaf.dtype for leaf in mask.leaves)
 
 
 @cache
@@ -100,7 +123,7 @@ class Kernel(NamedTuple):
     "tile" does any band, at the cost of rows x keys; "native" does any band, at the cost of what is
     seen; "short" does so with no more rows than keys (flash attention 2 takes a right side as long
     as the keys for unbounded).
-    ``most_batches``: in one call.
+    ``most_batches``: in one call. ``most_tokens``: of rows, and of keys.
     """
 
     name: str
@@ -109,9 +132,10 @@ class Kernel(NamedTuple):
     forward: Callable[..., Partial]
     backward: Callable[..., Gradients]
     most_batches: int | None = None
+    most_tokens: int | None = None
 
     def does(self, case: Case, piece: Piece) -> bool:
-        if not self.fits(case):
+        if not self.fits(case) or self.is_short_of(piece):
             return False
         if self.bands == "none":
             return piece.band == (None, None)
@@ -119,6 +143,10 @@ class Kernel(NamedTuple):
             several = piece.rows * piece.keys > 1  # cuDNN refuses one query with one key
             return several and (piece.causal or piece.band == (None, None))
         return self.bands == "tile" or self.is_whole(piece)
+
+    def is_short_of(self, piece: Piece) -> bool:
+        """Whether a piece has more rows or keys than it can do."""
+        return self.most_tokens is not None and max(piece.rows, piece.keys) > self.most_tokens
 
     def is_whole(self, piece: Piece) -> bool:
         """Whether it does a band in one piece, at the cost of what is seen."""
@@ -145,7 +173,12 @@ def whole_lse(lse: Tensor, s: int) -> Tensor:
 
 
 def multiple_of_8(n: int) -> int:
-    return -(-n // 8) * 8
+    return multiple_of(8, n)
+
+
+def multiple_of(step: int, n: int) -> int:
+    """The next one, from n on."""
+    return -(-n // step) * step
 
 
 def widened(x: Tensor, dim: int) -> Tensor:

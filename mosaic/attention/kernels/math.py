@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Gradients, Kernel
+from mosaic.attention.kernels.kernel import Bounds, Case, Gradients, Kernel
 from mosaic.attention.merge import Partial, accumulator, finite, nothing
 from mosaic.attention.scores import changed, gradients
 from mosaic.attention.structure import Structure
@@ -106,4 +106,8 @@ def summed_to(x: Tensor, shape: torch.Size) -> Tensor:
     return x.sum(dims, keepdim=True) if dims else x
 
 
-MATH = Kernel("math", lambda case: case.mask != STRUCTURE, "tile", _forward, _backward)
+def _fits(case: Case) -> bool:
+    return not case.is_structured
+
+
+MATH = Kernel("math", _fits, "tile", _forward, _backward)
