@@ -304,7 +304,7 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     given = parsed()
     if given.without_flash_attn:
-        flash_attn._installed = lambda version: False
+        flash_attn._installed = lambda: False
     where = torch.cuda.get_device_name() if given.cuda else "CPU"
     have = names(torch.bfloat16, given.device)
     say(f"torch {torch.__version__}, {where}; kernels for bfloat16: {', '.join(have)}\n")

@@ -31,7 +31,7 @@ from mosaic.attention.structure import Structure, of_keys
 from mosaic.attention.visit import Inputs, visit
 from mosaic.layout import Layout
 
-NAMES = ("flash_attn 4", "flash_attn 3", "cudnn", "flash", "efficient")
+NAMES = ("flash_attn 4", "cudnn", "flash", "efficient")
 
 
 def options(q, k, left=None, right=None, bias=None, scale=1.0) -> dict:
@@ -156,63 +156,28 @@ def keys_of(used: Tensor, k: Tensor) -> Tensor:
     return (torch.arange(k.shape[1]) < used[:, None])[:, None, None]
 
 
-def package(version: int) -> SimpleNamespace:
+def package(name: str) -> SimpleNamespace:
+    assert name == "flash_attn.cute.interface"
+
     def sides(softmax_scale, causal=False, window_size_left=None, window_size_right=None) -> dict:
-        if version == 4:
-            assert -1 not in (window_size_left, window_size_right)
+        assert -1 not in (window_size_left, window_size_right)
         return {"scale": softmax_scale, **sides_of(causal, window_size_left, window_size_right)}
 
-    def forward(
-        q,
-        k,
-        v,
-        dropout_p=0.0,
-        softcap=0.0,
-        alibi_slopes=None,
-        return_softmax=False,
-        return_lse=True,
-        seqused_k=None,
-        mask=None,
-        **given,
-    ):
+    def forward(q, k, v, return_lse, seqused_k=None, mask=None, **given):
         mask = mask if seqused_k is None else keys_of(seqused_k, k)
         out, lse = run(*swap(q, k, v), **sides(**given), bias=mask)
         if seqused_k is not None:  # what the package says then is not known
             out[seqused_k == 0] = lse[seqused_k == 0] = float("nan")
         return out.transpose(1, 2), lse, None, None
 
-    def backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dq,
-        dk,
-        dv,
-        dropout_p=0.0,
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=False,
-        is_causal=None,
-        seqused_k=None,
-        mask=None,
-        **given,
-    ):
+    def backward(q, k, v, out, dout, lse, dq, dk, dv, seqused_k=None, mask=None, **given):
+        assert q.shape[-1] % 32 == v.shape[-1] % 32 == 0  # others: wrong, silently, on Hopper
         mask = mask if seqused_k is None else keys_of(seqused_k, k)
-        given = given if is_causal is None else {"causal": is_causal, **given}
         grads = run_back(*swap(dout, q, k, v, out), lse, **sides(**given), bias=mask)[:3]
         for into, grad in zip((dq, dk, dv), swap(*grads), strict=True):
             into.copy_(grad)
 
-    def backward_4(q, k, v, out, dout, lse, **given):
-        assert q.shape[-1] % 32 == v.shape[-1] % 32 == 0  # others: wrong, silently, on Hopper
-        backward(dout, q, k, v, out, lse, **given)
-
-    if version == 4:
-        return SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward_4)
-    return SimpleNamespace(_flash_attn_forward=forward, _flash_attn_backward=backward)
+    return SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
 
 
 OPS = {
@@ -234,9 +199,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     of = kernels.Case.of.__func__
     there = classmethod(lambda cls, *a: of(cls, *a)._replace(device="cuda", capability=9))
     monkeypatch.setattr(kernels.Case, "of", there)
-    monkeypatch.setattr(flash_attn, "_installed", lambda version: True)
-    versions = {module: version for version, module in flash_attn._MODULES.items()}
-    monkeypatch.setattr(flash_attn, "import_module", lambda name: package(versions[name]))
+    monkeypatch.setattr(flash_attn, "_installed", lambda: True)
+    monkeypatch.setattr(flash_attn, "import_module", package)
     monkeypatch.setattr(flash_masks, "options_of", options_of)
     monkeypatch.setattr(short, "launch", launch)
     for module in (flex, short):
@@ -292,7 +256,7 @@ def test_the_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         first(mask=torch.bool) == first(mask=torch.bfloat16) == first(torch.float32) == "efficient"
     )
     assert first(mask=torch.float32) == first(dropout=True) == first(torch.float64) == "math"
-    monkeypatch.setattr(flash_attn, "_installed", lambda version: False)
+    monkeypatch.setattr(flash_attn, "_installed", lambda: False)
     assert (first(), first(dim=256), first(dim=260)) == ("cudnn", "flash", "efficient")
 
 
@@ -348,7 +312,7 @@ def test_a_mask_goes_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_window_may_be_a_structure(monkeypatch, length: int, dim: int, names: list) -> None:
     """Where flex was quicker than what knows bands; it does no heads of 8."""
     monkeypatch.setattr(measured, "table", lambda device: MEASURED)
-    monkeypatch.setattr(flash_attn, "_installed", lambda version: False)
+    monkeypatch.setattr(flash_attn, "_installed", lambda: False)
     q = torch.zeros(1, 1, length, dim, dtype=torch.bfloat16)
     layout = Layout.zigzag(length, 1)
     plan = AttentionPlan(LOCAL, 0, "", layout, layout, Band(63, 0), 1.0)

@@ -31,7 +31,7 @@ from mosaic.attention.blocks import Piece, row_blocks, simple
 from mosaic.attention.kernels import batches
 from mosaic.attention.kernels.aten import CPU_FLASH, CUDNN, FLASH
 from mosaic.attention.kernels.efficient import EFFICIENT
-from mosaic.attention.kernels.flash_attn import FLASH_ATTN_3, FLASH_ATTN_4
+from mosaic.attention.kernels.flash_attn import FLASH_ATTN_4
 from mosaic.attention.kernels.flash_masks import FLASH_MASKS
 from mosaic.attention.kernels.flex import FLEX
 from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Case, Gradients, Kernel
@@ -52,7 +52,6 @@ KERNELS: tuple[Kernel, ...] = (
     SHORT,  #        cuda  16 bits       ... 64     keys           any       128 tokens at most
     SHORT_SINGLE,  # cuda  32 bits       ... 64     keys           any       32 tokens at most
     FLASH_ATTN_4,  # cuda  16 bits       ... 256    none           any       Hopper, Blackwell
-    FLASH_ATTN_3,  # cuda  16 bits       ... 256    none           any       Hopper
     CUDNN,  #        cuda  16 bits       ... 128    none           square    Hopper and later
     FLASH,  #        cuda  16 bits       ... 256    none           any       Ampere and later
     SEEN_FIRST,  #   cuda  16 bits       ... 256    keys           none      Hopper, as 4

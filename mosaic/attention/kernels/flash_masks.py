@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosaic.attention.kernels.flash_attn import FLASH_ATTN_4, STEP_4, imported
+from mosaic.attention.kernels.flash_attn import FLASH_ATTN_4, STEP, imported
 from mosaic.attention.kernels.flex import FLEX, with_lists
 from mosaic.attention.kernels.kernel import (
     MOST_BATCHES,
@@ -139,7 +139,7 @@ def flash_masked(q, k, v, leaves, program, scale):
     """out and lse of the pairs that a structure sees."""
     options = options_of(q, k, leaves, program, scale, 0)
     tensors = [seq_first(x) for x in (q, k, v)]
-    out, lse, *_ = imported(4)._flash_attn_fwd(*tensors, **options, return_lse=True)
+    out, lse, *_ = imported()._flash_attn_fwd(*tensors, **options, return_lse=True)
     return seq_first(out), lse
 
 
@@ -161,7 +161,7 @@ def flash_masked_backward(dout, q, k, v, out, lse, leaves, program, scale):
     dout, q, k, v, out = (seq_first(x) for x in (dout, q, k, v, out))
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     into = dict(zip(("dq", "dk", "dv"), grads, strict=True))
-    imported(4)._flash_attn_bwd(q, k, v, out, dout, lse, **options, **into)
+    imported()._flash_attn_bwd(q, k, v, out, dout, lse, **options, **into)
     dq, dk, dv = (seq_first(grad) for grad in grads)
     return dq, dk, dv
 
@@ -174,7 +174,7 @@ def _(dout, q, k, v, out, lse, leaves, program, scale):
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
     """All with the same head dim: others fail."""
-    dim = multiple_of(STEP_4, max(x.shape[-1] for x in tensors))
+    dim = multiple_of(STEP, max(x.shape[-1] for x in tensors))
     return [widened(x, dim) for x in tensors]
 
 
