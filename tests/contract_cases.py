@@ -24,19 +24,6 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, n, e))
 
 
-class TwoLayers(nn.Module):
-    """Two equal attentions, of which the graphs differ in nothing but what they read."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([Attention(), Attention()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x.square().mean()
-
-
 class WrongButTheUsers(torch.autograd.Function):
     """A backward that is not the derivative of forward: only the user's gives these gradients."""
 
@@ -235,6 +222,19 @@ class EqualOnOneRank(nn.Module):
         rows = y[:, 0] + 2 * y[:, 1] + 3 * y[:, -2] + 4 * y[:, -1]
         starts = (y[:, :5].mean(1), 2 * y[:, :6].mean(1), y[:, :-5].std(1), 3 * y[:, :-6].std(1))
         return (rows * sum(starts)).square().mean()
+
+
+class TwoLayers(nn.Module):
+    """Two equal attentions, of which the graphs differ in nothing but what they read."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
 
 
 class Recurrence(nn.Module):
