@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -101,12 +102,20 @@ def flash_attn_func(
     return Packed.apply(*flat, *begins, scale, causal, *window_size).view(q.shape)
 
 
-def installed() -> ModuleType:
-    """As if the package were there, and imported."""
-    package, inside = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
-    for function in (flash_attn_func, flash_attn_varlen_func):
-        function.__module__ = inside.__name__
-        for module in (package, inside):
-            setattr(module, function.__name__, function)
-    sys.modules[package.__name__], sys.modules[inside.__name__] = package, inside
-    return package
+package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
+for function in (flash_attn_func, flash_attn_varlen_func):
+    function.__module__ = interface.__name__
+    for module in (package, interface):
+        setattr(module, function.__name__, function)
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """As if the package were there, and imported; transformers looks for it in its own way."""
+    modules = {x.__name__: x for x in (package, interface)}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]

@@ -34,7 +34,8 @@ class Band(NamedTuple):
             return {None: "", 0: "causal"}.get(self.right, f"up to {self.right} ahead")
         if self.right == 0:
             return f"causal, window {self.left + 1}"
-        return f"window -{self.left} to {'end' if self.right is None else f'+{self.right}'}"
+        first = f"-{self.left}" if self.left >= 0 else f"+{-self.left}"
+        return f"window {first} to {'end' if self.right is None else f'+{self.right}'}"
 
     @property
     def length(self) -> int | None:

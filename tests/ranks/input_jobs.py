@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from flash_package import installed
+from flash_package import installed, package
 from model_jobs import gradients, run_model
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex_module
@@ -23,8 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from walk import strips_of_masks
 
 import mosaic
-
-package = installed()
 
 N, BATCH, HEADS, DIM, BLOCK = 37, 2, 4, 8, 16
 INF = float("inf")
@@ -259,7 +257,7 @@ def other_texts(call: str, p: int) -> list[tuple[int, float]]:
     model, (x, _, begins, _, _), _ = packed(call, window=(-1, 0))
     compiled = torch.compile(model, backend="mosaic", options={"inner": "eager"})
     found = []
-    with mosaic.plans() as plans:
+    with installed(), mosaic.plans() as plans:
         for n in (23, 18, 12, 30):
             begins = torch.tensor([0, 5, 5, n, N], dtype=torch.int32)
             got, want = (f(x, x, begins, begins, n) for f in (compiled, model))
@@ -274,7 +272,8 @@ def pass_all(*tensors: Tensor) -> None:
 def run_input(build: Callable[[], Any], options: dict | None, p: int = 1) -> dict:
     """As ``run_model``; flex's refusal to learn on the CPU is that of its kernels for CPUs. With
     what its partitioned program makes for all keys, and what the plan says of them."""
-    with mock.patch.object(flex_module, "_validate_device", pass_all), mosaic.plans() as plans:
+    on_cpu = mock.patch.object(flex_module, "_validate_device", pass_all)
+    with on_cpu, installed(), mosaic.plans() as plans:
         found = run_model(build, options, p)
     masks = [a.mask for plan in plans for a in plan.attentions]
     strips = [x for x in strips_of_masks(plans, N, p) if x.startswith("local")]

@@ -103,7 +103,7 @@ TEXTS = {
     ),
     "package": ({"call": "package", "window": (5, 2)}, "window -5 to +2, documents"),
     "package_dense": ({"call": "dense", "kv_heads": 1}, "causal, window 10"),
-    "package_dense_crossing": ({"call": "dense", "crosses": True}, "window --5 to +14"),
+    "package_dense_crossing": ({"call": "dense", "crosses": True}, "window +5 to +14"),
 }
 LESS = ("varlen", "varlen_window", "package_dense")
 
