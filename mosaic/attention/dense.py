@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mosaic.attention.blocks import Band
 from mosaic.attention.kernels.flex import refused
 from mosaic.attention.kernels.kernel import STRUCTURE, Case
 
@@ -13,7 +14,12 @@ TENSORS = {
 }
 
 
+def is_more(mask: str, band: Band) -> bool:
+    """Whether a mask in words, as plans print it, says more than its band, beside sinks."""
+    return mask.removeprefix("sinks").removeprefix(", ") not in ("", str(band))
+
+
 def why_dense(mask: str, case: Case) -> str:
-    """``mask``: in words, as plans print it. "" where a kernel computes it."""
+    """``mask``: in words. "" where a kernel computes it."""
     rest = mask.rpartition(", ")[2]
     return TENSORS.get(rest) or refused(case._replace(mask=STRUCTURE))

@@ -13,7 +13,7 @@ from torch import fx
 from mosaic.api.errors import ShardingError
 from mosaic.api.methods import Auto, Local, Method, method_named
 from mosaic.attention.blocks import FULL
-from mosaic.attention.dense import why_dense
+from mosaic.attention.dense import is_more, why_dense
 from mosaic.attention.kernels.kernel import Case
 from mosaic.attention.problem import AttentionProblem
 from mosaic.attention.tiles import TileProgram
@@ -51,8 +51,9 @@ def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
     if place.dim == q.ndim - 1:
         return gathered(s, c, "cuts the head dim")
     rows = place.layout.blocks(place.outer, place.inner)
-    is_dense = bool(why_dense(words_of(c.bound, value_of(c["attn_mask"])), case_of(c)))
-    if band_of(c.bound) != FULL and is_dense and max(map(len, rows.ranks)) > PIECES:
+    band, said = band_of(c.bound), words_of(c.bound, value_of(c["attn_mask"]))
+    by_pairs = is_more(said, band) and not why_dense(said, case_of(c))
+    if band != FULL and not by_pairs and max(map(len, rows.ranks)) > PIECES:
         return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
     k, v, keys = with_keys(s, c, place)
     method = method_for(s, c) if k.place else Local(mesh=s.axis.mesh_axis)

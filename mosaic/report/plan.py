@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from mosaic.attention.cost import cost_of, size
+from mosaic.attention.dense import is_more
 from mosaic.attention.problem import AttentionProblem
 from mosaic.graph.pipeline import PassReport
 from mosaic.graph.source import code, line
@@ -154,7 +155,7 @@ def mask_notes(context: Context) -> list[str]:
     """How a GPU's kernels get each mask that is more than a band; alike layers are said once."""
     notes = []
     for found, node in context.attentions:
-        if node.meta["val"].device.type == "cuda" and found.mask not in ("", str(found.band)):
+        if node.meta["val"].device.type == "cuda" and is_more(found.mask, found.band):
             how = f"made dense: {found.dense}" if found.dense else "computed in the kernel"
             notes.append(f"mask: {found.mask}: {how} [{line(node)}]")
     return list(dict.fromkeys(notes))

@@ -21,7 +21,7 @@ from torch import Tensor, arange, fx, nn
 import mosaic
 from mosaic.attention import dense, kernels
 from mosaic.attention.blocks import FULL, Band, Piece
-from mosaic.attention.dense import why_dense
+from mosaic.attention.dense import is_more, why_dense
 from mosaic.attention.kernels import flex as flex_module
 from mosaic.attention.kernels import seen_blocks
 from mosaic.attention.kernels.flex import FLEX, lists_of
@@ -226,6 +226,22 @@ def test_why_a_mask_is_dense(
     case = Case("cuda", 9, torch.bfloat16, 64, 64, None, False, False)._replace(**changed)
     reason = why_dense(mask, case)
     assert (why in reason) if why else reason == ""
+
+
+@pytest.mark.parametrize(
+    ("mask", "band", "more"),
+    [
+        ("", FULL, False),
+        ("causal", Band(None, 0), False),
+        ("sinks, causal, window 6", Band(5, 0), False),
+        ("sinks", FULL, False),
+        ("causal, documents", Band(None, 0), True),
+        ("sinks, padding", FULL, True),
+        ("softcap 50, causal", Band(None, 0), True),
+    ],
+)
+def test_whether_a_mask_says_more_than_a_band(mask: str, band: Band, more: bool) -> None:
+    assert is_more(mask, band) is more
 
 
 def test_only_flex_does_a_structure(monkeypatch: pytest.MonkeyPatch) -> None:
