@@ -229,7 +229,8 @@ class Packed(nn.Module):
             texts = (begins, key_begins, longest, longest)
             out = package.flash_attn_varlen_func(q, k, v, *texts, **given)
         else:
-            given = {"scale": 0.3, "window_size": self.window, "enable_gqa": self.kv_heads < HEADS}
+            given = {"scale": 0.3, "window_size": self.window}
+            given |= {"enable_gqa": True} if self.kv_heads < HEADS else {}  # torch 2.11 has it not
             out = varlen_attn(q, k, v, begins, key_begins, longest, longest, **given)
         return x + out.flatten(-2)
 
