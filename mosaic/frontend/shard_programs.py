@@ -18,7 +18,7 @@ from mosaic.frontend.capture import capture
 from mosaic.graph.emit import is_call
 from mosaic.graph.modes import Modes
 from mosaic.graph.source import line, where
-from mosaic.masks.op import PLAIN
+from mosaic.masks.op import ATTENTIONS
 from mosaic.partition.context import Context
 from mosaic.passes.normalize import normalize
 from mosaic.passes.raise_attention import raise_attention
@@ -56,7 +56,7 @@ def passed_through(
     normalize(captured.graph, context)
     raise_attention(captured.graph, context)
     for node in captured.graph.nodes:
-        if node.target is not PLAIN and not node.kwargs.get("scores"):
+        if node.target not in ATTENTIONS:
             continue
         raise UnsupportedError(
             "an attention beside Mosaic's own, in a program that works on shards already",

@@ -423,6 +423,17 @@ an attention beside Mosaic's own, in a program that works on shards already
     )
 
 
+def test_an_attention_with_sinks_beside_mosaics(on_two_ranks) -> None:
+    assert_expected_inline(
+        on_two_ranks["sinks"],
+        """\
+an attention beside Mosaic's own, in a program that works on shards already
+  tests/ranks/module_jobs.py:LINE in with_sinks
+    return attn(x) + scores.softmax(-1)[..., :-1] @ x
+  fix  use mosaic.attention(q, k, v, method), with 'local' if its axis is not cut""",
+    )
+
+
 def test_a_spec_that_cuts_shards(on_two_ranks) -> None:
     assert_expected_inline(
         on_two_ranks["spec"],

@@ -434,6 +434,10 @@ def messages(p: int) -> dict[str, str]:
     def bare(x):
         return attn(x) + F.scaled_dot_product_attention(x, x, x)
 
+    def with_sinks(x):
+        scores = torch.cat([x @ x.mT, torch.zeros_like(x[..., :1])], -1)
+        return attn(x) + scores.softmax(-1)[..., :-1] @ x
+
     def whole(x):
         return attn(x)
 
@@ -455,6 +459,9 @@ def messages(p: int) -> dict[str, str]:
             mask=torch.zeros(1, 1, 1, p, requires_grad=True),
         ),
         "bare": lambda: torch.compile(bare, backend="mosaic", options={"inner": "eager"})(
+            torch.randn(2, 4, EMBED)
+        ),
+        "sinks": lambda: torch.compile(with_sinks, backend="mosaic", options={"inner": "eager"})(
             torch.randn(2, 4, EMBED)
         ),
         "spec": lambda: torch.compile(
