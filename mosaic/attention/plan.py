@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
-import torch
-
 from mosaic.api.errors import UnsupportedError
 from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.schedule import head_group, same_heads
 from mosaic.attention.strategy import Strategy
-from mosaic.attention.tiles import TileProgram
+from mosaic.attention.tiles import TileProgram, adds_bias
 from mosaic.attention.transfer import Side
 from mosaic.layout import Layout, Place, Shard
 
@@ -60,7 +58,7 @@ class AttentionPlan:
     @property
     def has_bias(self) -> bool:
         """Whether the program of its mask makes what is added to the scores."""
-        return bool(self.tile) and TileProgram.parse(self.tile).dtype != torch.bool
+        return adds_bias(self.tile)
 
     @property
     def learned(self) -> tuple[int, ...]:

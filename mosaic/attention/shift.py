@@ -21,6 +21,7 @@ from mosaic.attention.kernels.math import outside
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.scores import then, with_bias
+from mosaic.attention.structure import positions
 from mosaic.attention.tiles import TileProgram
 from mosaic.attention.visit import Inputs, Visit, is_in_kernel, key_blocks, visit
 from mosaic.layout import Interval, Intervals
@@ -102,19 +103,14 @@ def row_shift(mask: Tensor, band: Band, rows: Intervals) -> Tensor | None:
     if band == FULL or mask.shape[3] == 1:
         largest = mask.amax(-1, keepdim=True)
     elif mask.shape[2] == 1:
-        largest = _largest_in_band(mask, band, rows)[..., _positions(rows, mask), :]
+        largest = _largest_in_band(mask, band, rows)[..., positions(rows, mask.device), :]
     else:
         largest = mask.masked_fill(_hidden(mask, band, rows), float("-inf")).amax(-1, keepdim=True)
     return torch.where(largest.isfinite(), largest, torch.zeros_like(largest))
 
 
-def _positions(rows: Intervals, like: Tensor) -> Tensor:
-    parts = [torch.arange(a, b, device=like.device) for a, b in rows]
-    return torch.cat([*parts, torch.arange(0, device=like.device)])
-
-
 def _hidden(mask: Tensor, band: Band, rows: Intervals) -> Tensor:
-    ahead = torch.arange(mask.shape[3], device=mask.device) - _positions(rows, mask)[:, None]
+    ahead = torch.arange(mask.shape[3], device=mask.device) - positions(rows, mask.device)[:, None]
     right = torch.zeros_like(ahead, dtype=torch.bool) if band.right is None else ahead > band.right
     return right if band.left is None else right | (ahead < -band.left)
 

@@ -59,7 +59,7 @@ class Structure(NamedTuple):
 
     def keys(self) -> Tensor:
         """Those that all queries see: boolean (batch|1, 1, 1, keys|1)."""
-        return TileProgram.parse(self.program)(*self.leaves)
+        return self.parsed(*self.leaves)
 
     def of_batches(self, some: slice) -> Structure:
         """For these batches alone."""
@@ -111,7 +111,7 @@ def together(parts: Sequence[Structure]) -> Structure:
     steps: list[Step] = []
     last, first_leaf = None, 0
     for part in parts:
-        program, count = TileProgram.parse(part.program), len(part.leaves)
+        program, count = part.parsed, len(part.leaves)
         moves = first_leaf, len(leaves) + len(steps) - count
         steps += [renumbered(step, count, *moves) for step in program.steps]
         found = Ref(len(leaves) + len(steps) - 1)

@@ -153,6 +153,11 @@ class TileProgram:
         )
 
 
+def adds_bias(tile: str) -> bool:
+    """Whether the program of a mask, if there is one, makes what is added to the scores."""
+    return bool(tile) and TileProgram.parse(tile).dtype != torch.bool
+
+
 def part(leaf: Tensor, rows: Intervals, keys: Intervals) -> Tensor:
     """A vector at these queries and keys; numbers and tables as they are."""
     if leaf.ndim < 4:

@@ -166,10 +166,10 @@ def visit(
     where = rows, keys, plan.band
     if not sees_any(*where):
         return Visit(*where, plan.scale, shift=shift)
-    structure, mask = structure_at(plan, rows, keys, inputs), None
+    leaves = tuple(part(leaf, rows, keys) for leaf in inputs.leaves)
+    structure, mask = structure_at(plan, rows, keys, inputs, leaves), None
     if inputs.mask is not None and not is_of_keys(inputs.mask):
         mask = columns(inputs.mask, keys)
-    leaves = tuple(part(leaf, rows, keys) for leaf in inputs.leaves)
     bias = Structure(plan.tile, leaves) if plan.has_bias else None
     scores = Structure(plan.scores, leaves) if plan.scores else None
     band = None if plan.band == FULL else partial(_band, plan.band, rows, keys, q.device)
@@ -194,15 +194,19 @@ def is_of_keys(mask: Tensor) -> bool:
 
 
 def structure_at(
-    plan: AttentionPlan, rows: Intervals, keys: Intervals, inputs: Inputs
+    plan: AttentionPlan,
+    rows: Intervals,
+    keys: Intervals,
+    inputs: Inputs,
+    leaves: tuple[Tensor, ...],
 ) -> Structure | None:
-    """What is seen of these keys, but for the band; None where nothing more is said."""
+    """What is seen of these keys, but for the band; None where nothing more is said. ``leaves``:
+    those of the plan's programs here."""
     found = []
     if inputs.query_documents is not None and inputs.key_documents is not None:
         queries = take_runs(inputs.query_documents, _runs(rows), 1)
         found.append(of_documents(queries, take_runs(inputs.key_documents, _runs(keys), 1)))
     if plan.tile and not plan.has_bias:
-        leaves = tuple(part(leaf, rows, keys) for leaf in inputs.leaves)
         found.append(Structure(plan.tile, leaves))
     if inputs.mask is not None and is_of_keys(inputs.mask):
         found.append(of_keys(columns(inputs.mask, keys)))

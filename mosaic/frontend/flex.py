@@ -20,14 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from mosaic.frontend.block_masks import Blocks
 from mosaic.frontend.fused import attended
+from mosaic.frontend.vmapped import as_plain_ops
 from mosaic.torch_private import (
-    FakeTensorMode,
     flex_vmap,
-    functorch_restored,
     lists_of_blocks,
-    make_fx,
     pytree,
-    without_modes,
 )
 
 #: A block of all queries and keys: of a call without a BlockMask.
@@ -121,8 +118,7 @@ def spelled(
     def run(*operands: Any) -> Any:
         return at(mod, every, device, operands, has_score)
 
-    with without_modes(), functorch_restored(), FakeTensorMode(allow_non_fake_inputs=True):
-        return make_fx(run)(*pytree.tree_map_only(Tensor, blank, tuple(operands)))
+    return as_plain_ops(run, operands)
 
 
 def at(
@@ -158,7 +154,3 @@ class ByIndex(TorchFunctionMode):
 
 def is_number(x: Any) -> bool:
     return isinstance(x, Tensor) and not x.ndim
-
-
-def blank(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)

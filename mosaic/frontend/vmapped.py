@@ -9,12 +9,14 @@ Gradients are those of the plain ops: the region is traced without any.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from mosaic.api.errors import UnsupportedError
+from mosaic.graph import regions
 from mosaic.graph.source import frames, where
 from mosaic.torch_private import (
     VMAP_BEGINS,
@@ -59,12 +61,11 @@ class Region:
 
     def results(self) -> list[fx.Node]:
         """Those that are used outside."""
-        return [n for n in self.nodes if any(user not in self.nodes for user in n.users)]
+        return [*regions.Region.of(self.nodes).outputs]
 
     def operands(self) -> list[fx.Node]:
         """Those outside that are used."""
-        used = dict.fromkeys(a for n in self.nodes for a in n.all_input_nodes)
-        return [n for n in used if n not in self.nodes]
+        return [*regions.Region.of(self.nodes).operands]
 
 
 def written_out(region: Region, module: fx.GraphModule, values: list[Any]) -> fx.GraphModule:
@@ -75,10 +76,13 @@ def written_out(region: Region, module: fx.GraphModule, values: list[Any]) -> fx
     for node in region.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output([copies[n] for n in region.results()])
-    body = fx.GraphModule(module, graph)
+    return as_plain_ops(fx.Interpreter(fx.GraphModule(module, graph)).run, values)
+
+
+def as_plain_ops(run: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule:
+    """What ``run`` does to values like these, below all modes, with what is mapped written out."""
     with without_modes(), functorch_restored(), FakeTensorMode(allow_non_fake_inputs=True):
-        blanks = pytree.tree_map_only(torch.Tensor, _blank, values)
-        return make_fx(fx.Interpreter(body).run)(*blanks)
+        return make_fx(run)(*pytree.tree_map_only(torch.Tensor, _blank, tuple(values)))
 
 
 def _blank(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mosaic.attention.blocks import Band
-from mosaic.attention.tiles import TileProgram
+from mosaic.attention.tiles import TileProgram, adds_bias
 
 
 def band_of(bound: Mapping[str, Any]) -> Band:
@@ -69,7 +69,7 @@ def mask_words(
         of_keys = mask.ndim < 2 or mask.shape[-2] == 1
         words.append(TENSORS[of_keys, mask.dtype == torch.bool])
     if tile:
-        words.append("boolean by tiles" if tile.startswith("bool") else "float by tiles")
+        words.append("float by tiles" if adds_bias(tile) else "boolean by tiles")
     return ", ".join(words)
 
 

@@ -16,7 +16,7 @@ from mosaic.attention.blocks import FULL
 from mosaic.attention.dense import is_more, why_dense
 from mosaic.attention.kernels.kernel import Case
 from mosaic.attention.problem import AttentionProblem
-from mosaic.attention.tiles import TileProgram
+from mosaic.attention.tiles import adds_bias
 from mosaic.graph.source import where
 from mosaic.layout import Layout, Place
 from mosaic.masks.op import PLAIN, STRUCTURED
@@ -51,9 +51,8 @@ def scaled_dot_product_attention(s: ShardingInterpreter, c: Call) -> Value:
     if place.dim == q.ndim - 1:
         return gathered(s, c, "cuts the head dim")
     rows = place.layout.blocks(place.outer, place.inner)
-    band, said = band_of(c.bound), words_of(c.bound, value_of(c["attn_mask"]))
-    by_pairs = is_more(said, band) and not why_dense(said, case_of(c))
-    if band != FULL and not by_pairs and max(map(len, rows.ranks)) > PIECES:
+    has_many = band_of(c.bound) != FULL and max(map(len, rows.ranks)) > PIECES
+    if has_many and not is_by_pairs(c):
         return gathered(s, c, "is causal over a dim of which every rank holds many pieces")
     k, v, keys = with_keys(s, c, place)
     method = method_for(s, c) if k.place else Local(mesh=s.axis.mesh_axis)
@@ -279,11 +278,15 @@ def value_of(mask: Value | None) -> torch.Tensor | None:
     return None if mask is None else mask.val
 
 
+def is_by_pairs(c: Call) -> bool:
+    """Whether a kernel computes its mask, which is more than a band, pair by pair."""
+    said = words_of(c.bound, value_of(c["attn_mask"]))
+    return is_more(said, band_of(c.bound)) and not why_dense(said, case_of(c))
+
+
 def case_of(c: Call) -> Case:
     q, k, v = (c[name].val for name in QKV)
-    tile = tile_of(c.bound)
-    adds_bias = bool(tile) and TileProgram.parse(tile).dtype != torch.bool
-    changes = adds_bias or bool(scores_of(c.bound))
+    changes = adds_bias(tile_of(c.bound)) or bool(scores_of(c.bound))
     return Case.of(q, k, v, None, bool(c["dropout_p"]), changes)
 
 
