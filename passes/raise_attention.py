@@ -21,6 +21,7 @@ either where a bias is as low.)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -230,7 +231,8 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         # Kernels take four dims, and nn.MultiheadAttention's bmm has three: one head each.
         flat = len(lead) == 1
         given = (lifted(graph, x) if flat else x for x in (q, k, v, mask))
-        args, options = (*given, found.weights.dropout), {"scale": found.masked.scale}
+        args = (*given, found.weights.dropout)
+        options: dict[str, Any] = {"scale": found.masked.scale}
         if found.masked.scores:
             options["scores"] = found.masked.scores
         if found.sinks:
