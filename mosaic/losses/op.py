@@ -8,7 +8,6 @@ as they are, what is between them is one kernel (``blocks.py``).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from mosaic.losses.blocks import How, Rows, Wanted, backward, dtype_of, forward
 from mosaic.runtime.comm import fresh
@@ -83,3 +82,4 @@ def _backward(ctx, dlosses, dlse):
 
 
 token_losses.register_autograd(_backward, setup_context=_setup)
+TOKEN_LOSSES = torch.ops.mosaic.token_losses.default
