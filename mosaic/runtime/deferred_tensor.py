@@ -166,18 +166,27 @@ class DeferredTensor(torch.Tensor):
         if self.kept is not None:
             return self.kept
         made = carried_out(self.steps, self.current())
-        if any(step.op in PRODUCTS for step in self.steps):
+        if self.is_dear:
             self.kept = made
         return made
+
+    @property
+    def is_dear(self) -> bool:
+        """Whether it is no pattern, but a product: logits."""
+        return any(step.op in PRODUCTS for step in self.steps)
 
     def current(self) -> tuple[Tensor, ...]:
         """The leaves. Raises UnsupportedError if one was written to since."""
         if [version(leaf) for leaf in self.leaves] != self._versions:
             raise UnsupportedError(
-                "a mask is read behind a write to what it was made of",
-                sizes=f"the mask {list(self.shape)}, "
+                "logits that were not kept are read behind a write to what they are made of"
+                if self.is_dear
+                else "a mask is read behind a write to what it was made of",
+                sizes=f"{'the logits' if self.is_dear else 'the mask'} {list(self.shape)}, "
                 f"made of {', '.join(str(list(leaf.shape)) for leaf in self.leaves)}",
-                fix="write into a copy, or make the mask after the write",
+                fix="read them before optimizer.step()"
+                if self.is_dear
+                else "write into a copy, or make the mask after the write",
             )
         return self.leaves
 
