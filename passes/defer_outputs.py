@@ -97,7 +97,7 @@ def mask_recipe(
 def logits_recipe(
     node: Any, graph: fx.Graph, context: Context
 ) -> tuple[Recipe, list[fx.Node]] | None:
-    """How logits are made that nothing reads here: of hidden states and the model's own head."""
+    """How logits are made that nothing reads here: of hidden states and a head that is an input."""
     if not isinstance(node, fx.Node) or not is_free(node, graph):
         return None
     logits = logits_of(node, node.meta["val"].ndim - 1, records(node))
@@ -110,7 +110,8 @@ def logits_recipe(
             inside.add(x)
             x = x.args[0]
         leaves += [] if x is None else [x]
-    given = {x: i for i, x in enumerate(graph.find_nodes(op="placeholder")) if is_kept(i, context)}
+    inputs = enumerate(graph.find_nodes(op="placeholder"))
+    given = {x: i for i, x in inputs if i not in context.mutated}
     if any(x not in given for x in leaves[1:]):
         return None
     return recipe_of(node, inside, leaves, given), [x for x in leaves if x not in given]
@@ -130,11 +131,6 @@ def is_awaited(logits: Logits, context: Context) -> bool:
         return False
     is_late = logits.head.node.meta.get("is_late", False)
     return is_late or (context.goes_on and logits.are_large(context.world.size))
-
-
-def is_kept(index: int, context: Context) -> bool:
-    """Whether an input is the same tensor before and after a run."""
-    return context.inputs[index].is_state and index not in context.mutated
 
 
 def recipe_of(
