@@ -5,8 +5,8 @@
 First relative errors of the loss and its gradients in bfloat16, beside those of linear and
 cross_entropy, both against float64. Then of 16,384 tokens, hidden 4,096, vocabulary 128,256: the
 memory that forward and backward take beyond what is given and the gradients, and milliseconds,
-beside the same by torch.compile. Exits 1 if a result is further off than 1.2 x plain's. ``--small``:
-sizes for a CPU.
+beside the same by torch.compile. Exits 1 if a result is further off than 1.2 x plain's.
+``--small``: sizes for a CPU.
 """
 
 from __future__ import annotations
