@@ -17,6 +17,7 @@ from mosaic.passes.partition import partition
 from mosaic.passes.pin_collectives import pin_collectives
 from mosaic.passes.propagate import propagate
 from mosaic.passes.raise_attention import raise_attention
+from mosaic.passes.raise_loss import raise_loss
 from mosaic.passes.rewrite_attention import rewrite_attention
 
 #: On the global graph, before AOTAutograd.
@@ -24,6 +25,7 @@ PIPELINE = (
     normalize,
     raise_attention,  # from here on every attention is one node
     analyze_masks,  # what attention masks mean; most of them disappear
+    raise_loss,  # a head with its cross-entropy: no logits
     defer_outputs,  # masks that only other graphs read
     infer_axes,  # which axis, and where it begins
     propagate,  # where it is in every tensor
@@ -35,7 +37,7 @@ PIPELINE = (
 
 #: Programs are right without these, only slower or larger: ``MOSAIC_OFF=overlap,analyze_masks``
 #: leaves these two out, to find a pass that goes wrong.
-OPTIONAL = (raise_attention, analyze_masks, defer_outputs, overlap)
+OPTIONAL = (raise_attention, analyze_masks, raise_loss, defer_outputs, overlap)
 
 #: On the joint graph, before AOTAutograd's partitioner cuts it into forward and backward.
 JOINT = (ask_policies, pin_collectives)

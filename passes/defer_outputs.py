@@ -1,4 +1,5 @@
-"""A mask that other graphs of the same function read goes to them as what it is made of.
+"""A mask that other graphs of the same function read goes to them as what it is made of, and so
+does a model's output that may never be read: logits whose loss is made without them.
 
     same = eq(unsqueeze(ids, 2), unsqueeze(ids, 1))                  # (batch, n, n)
     return (h, same)      ->      return (h, ids), and a recipe: unsqueeze, unsqueeze, eq
@@ -7,11 +8,15 @@ Where the graph breaks every rank would have to hold its rows of n x n, and the 
 the break could not read what the mask means. Legal because a recipe has no gradient, looks at one
 element of each operand (or at none), and takes the values that its operands have here: what leaves
 the graph in place of the mask is a ``DeferredTensor``.
+
+    return (loss, linear(hidden, head))  ->  return (loss, hidden), and a recipe: linear
+
+Logits have a gradient: that of their recipe, to the hidden states and to the head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,26 +25,29 @@ from torch.fx.node import map_arg
 
 from mosaic.graph.emit import drop_dead
 from mosaic.graph.ops import differentiable, makes_patterns
+from mosaic.losses.heads import Logits, logits_of, records
 from mosaic.partition.context import Context, Output
 from mosaic.passes.normalize import is_random
 from mosaic.runtime.deferred_tensor import Leaf, Recipe, Ref, Step, step_of
 from mosaic.torch_private import is_alias
 
+aten = torch.ops.aten
+
 
 def defer_outputs(graph: fx.Graph, context: Context) -> int:
-    if not context.goes_on or context.world.size == 1:
-        return 0
-    steps = steps_of(graph)
     written = len(context.mutated)
-    nodes = graph.output_node().args[0]
+    nodes, steps = graph.output_node().args[0], steps_of(graph)
     new, said = list(nodes[:written]), list(context.outputs[:written])
     for node, about in zip(nodes[written:], context.outputs[written:], strict=True):
-        may_wait = is_free(node, graph) and not about.requires_grad
-        found = recipe_of(node, steps) if may_wait else None
+        found = mask_recipe(node, graph, context, about, steps)
+        found = found or logits_recipe(node, graph, context)
         recipe, leaves = found or (None, [node])
         context.recipes.append(recipe)
         new += leaves
-        said += [Output()] * len(leaves) if recipe else [about]
+        said += [Output(x.meta["needs_gradient"]) for x in leaves] if recipe else [about]
+    if not any(context.recipes):
+        context.recipes.clear()
+        return 0
     graph.output_node().args = (tuple(new),)
     context.outputs = tuple(said)
     drop_dead(graph)
@@ -63,9 +71,13 @@ def steps_of(graph: fx.Graph) -> set[fx.Node]:
     return steps
 
 
-def recipe_of(node: Any, steps: set[fx.Node]) -> tuple[Recipe, list[fx.Node]] | None:
-    """How ``node`` is made, and of which nodes; None where these are not much smaller."""
-    if node not in steps:
+def mask_recipe(
+    node: Any, graph: fx.Graph, context: Context, about: Output, steps: set[fx.Node]
+) -> tuple[Recipe, list[fx.Node]] | None:
+    """How a mask for the graphs behind a break is made, and of which nodes; None where these are
+    not much smaller."""
+    waits = context.goes_on and context.world.size > 1 and not about.requires_grad
+    if not waits or node not in steps or not is_free(node, graph):
         return None
     leaves: dict[fx.Node, None] = {}
     inside, todo = {node}, [node]
@@ -77,9 +89,54 @@ def recipe_of(node: Any, steps: set[fx.Node]) -> tuple[Recipe, list[fx.Node]] | 
                 inside.add(operand)
                 todo.append(operand)
     val = node.meta["val"]
-    vals = [leaf.meta["val"] for leaf in leaves]
-    if val.numel() < 2 or any(val.numel() < 2 * x.numel() for x in vals):
+    if val.numel() < 2 or any(val.numel() < 2 * x.meta["val"].numel() for x in leaves):
         return None
+    return recipe_of(node, inside, [*leaves], {}), [*leaves]
+
+
+def logits_recipe(
+    node: Any, graph: fx.Graph, context: Context
+) -> tuple[Recipe, list[fx.Node]] | None:
+    """How logits are made that nothing reads here: of hidden states and a head that is an input."""
+    if not isinstance(node, fx.Node) or not is_free(node, graph):
+        return None
+    logits = logits_of(node, node.meta["val"].ndim - 1, records(node))
+    if logits is None or not is_awaited(logits, context):
+        return None
+    head = logits.head
+    inside, leaves = set(logits.path), [head.hidden]
+    for x in (head.weight, head.bias):
+        while x is not None and x.target in RELAID:
+            inside.add(x)
+            x = x.args[0]
+        leaves += [] if x is None else [x]
+    inputs = enumerate(graph.find_nodes(op="placeholder"))
+    given = {x: i for i, x in inputs if i not in context.mutated}
+    if any(x not in given for x in leaves[1:]):
+        return None
+    return recipe_of(node, inside, leaves, given), [x for x in leaves if x not in given]
+
+
+#: What a head may go through before its product.
+RELAID = (aten.t.default, aten.transpose.int, aten.permute.default, aten._to_copy.default)
+
+
+def is_awaited(logits: Logits, context: Context) -> bool:
+    """Whether their loss is made without them, or may be behind a break; and only outputs wait. A
+    parameter whose gradients are shares may not be read outside of its graph."""
+    users = (user for node in logits.path for user in node.users)
+    if not all(user in logits.path or user.op == "output" for user in users):
+        return False
+    if context.spec.gives_shares and logits.head.weight.meta["needs_gradient"]:
+        return False
+    is_late = logits.head.node.meta.get("is_late", False)
+    return is_late or (context.goes_on and logits.are_large(context.world.size))
+
+
+def recipe_of(
+    node: fx.Node, inside: set[fx.Node], leaves: Sequence[fx.Node], given: Mapping[fx.Node, int]
+) -> Recipe:
+    """The nodes ``inside`` as a program of ``leaves``, of which some are inputs of the graph."""
     refs: dict[fx.Node, Ref] = {leaf: Ref(i) for i, leaf in enumerate(leaves)}
     program: list[Step] = []
     for step in node.graph.nodes:
@@ -87,8 +144,10 @@ def recipe_of(node: Any, steps: set[fx.Node]) -> tuple[Recipe, list[fx.Node]] | 
             args, kwargs = map_arg((step.args, step.kwargs), refs.__getitem__)
             refs[step] = Ref(max(len(leaves), 1) + len(program))  # what has no leaf gets one
             program.append(step_of(step.target, args, kwargs))
-    known = tuple(Leaf(tuple(x.shape), tuple(x.stride()), x.dtype) for x in vals)
-    return Recipe(tuple(program), known, tuple(val.shape), val.dtype, val.device), list(leaves)
+    vals = [(leaf.meta["val"], given.get(leaf)) for leaf in leaves]
+    known = tuple(Leaf(tuple(x.shape), tuple(x.stride()), x.dtype, i) for x, i in vals)
+    val = node.meta["val"]
+    return Recipe(tuple(program), known, tuple(val.shape), val.dtype, val.device)
 
 
 def is_free(node: Any, graph: fx.Graph) -> bool:

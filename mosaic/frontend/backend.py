@@ -164,7 +164,8 @@ def partitioned(
         policies=captured.policies, worlds=worlds, checks=captured.checks,
     )  # fmt: skip
     context.goes_on = goes_on
-    context.stays_cut = goes_on or bool(arriving) or spec.outputs != "whole"
+    stays_cut = goes_on or bool(arriving) or spec.outputs != "whole"
+    context.stays_cut = stays_cut and ranks is not None  # one process alone has plain tensors
     context.has_other_names = owner is not None or resumed_at(captured.graph) is not None
     context.is_first_graph = options.is_first_graph
     context.graph_text = text_of(captured.graph)

@@ -31,7 +31,7 @@ from mosaic.frontend.model_inputs import replaced
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
 from mosaic.partition.values import Axis
-from mosaic.runtime.deferred_tensor import DeferredTensor, flattened
+from mosaic.runtime.deferred_tensor import DeferredTensor, Recipe, flattened
 from mosaic.runtime.mesh import current_context
 from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
@@ -163,12 +163,21 @@ def as_promised(result: Any, spec: ShardingSpec, takes_cut: bool) -> Any:
 
     def promised(x: Any) -> Any:
         if isinstance(x, DeferredTensor):
-            x = x.made()
+            x = of_whole_leaves(x) if x.is_dear else x.made()
         is_kept = id(x) in kept or not isinstance(x, ShardedTensor)
         return x if is_kept else x.full_tensor()
 
     waits = any(isinstance(x, DeferredTensor) for x in pytree.tree_leaves(result))
     return pytree.tree_map(promised, result) if waits or are_cut(result) else result
+
+
+def of_whole_leaves(x: DeferredTensor) -> DeferredTensor:
+    """Logits that nobody has read yet, of whole hidden states: one rank may read them alone."""
+    leaves = flattened([x])
+    if not are_cut(leaves):
+        return x
+    recipe = Recipe(x.steps, (), tuple(x.shape), x.dtype, x.device)
+    return recipe.of([y.full_tensor() if isinstance(y, ShardedTensor) else y for y in leaves])
 
 
 def goes_on(module: fx.GraphModule) -> bool:

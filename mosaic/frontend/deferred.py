@@ -18,6 +18,7 @@ from mosaic.runtime.deferred_tensor import NOTHING, DeferredTensor, Step, is_mak
 from mosaic.torch_private import pytree, without_modes
 
 aten = torch.ops.aten
+SAME_MEMORY = (aten.detach.default, aten.alias.default)
 
 
 def deferred(func: Any, args: Any, kwargs: dict[str, Any], is_view: bool) -> DeferredTensor | None:
@@ -28,16 +29,20 @@ def deferred(func: Any, args: Any, kwargs: dict[str, Any], is_view: bool) -> Def
         return None
     if not known and not is_boolean(func):
         return None
-    if any(x.requires_grad for x in operands) or len(func._schema.returns) != 1:
+    others = [x for x in operands if not isinstance(x, DeferredTensor)]
+    if any(x.requires_grad for x in others) or len(func._schema.returns) != 1:
         return None
     with without_modes():
         like = on_meta(func, args, kwargs)
-    others = [x.numel() for x in operands if not isinstance(x, DeferredTensor)]
-    is_outer = like.numel() >= 2 * max(others, default=0)
+    is_outer = like.numel() >= 2 * max((x.numel() for x in others), default=0)
     is_pattern = bool(known) and not like.dtype.is_floating_point
     if not (is_outer or is_pattern):
         return None
-    steps, leaves = joined(func, args, kwargs)
+    first = operands[0]
+    if func in SAME_MEMORY and isinstance(first, DeferredTensor):  # autograd's, above us
+        steps, leaves = first.steps, list(first.current())
+    else:
+        steps, leaves = joined(func, args, kwargs)
     device = kwargs.get("device") or operands[0].device
     out = DeferredTensor(leaves, like.shape, (steps, like.dtype, device))
     if is_view and isinstance(operands[0], DeferredTensor):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mosaic.api.errors import ShardingError, UnsupportedError
-from mosaic.frontend.deferred import deferred
+from mosaic.frontend.deferred import SAME_MEMORY, deferred
 from mosaic.frontend.op_program import learns, program_of, tensors_of
 from mosaic.frontend.user_warnings import gathered_at, user_frame
 from mosaic.graph.unexpected import DATA_DEPENDENT
@@ -140,7 +140,6 @@ def by_positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-SAME_MEMORY = (aten.detach.default, aten.alias.default)
 #: Of a cut tensor that Dynamo looks at, these are as it is.
 SAME = (*SAME_MEMORY, aten.clone.default)
 

@@ -100,7 +100,7 @@ def planning(compiled: list[CodeType], found: list[Plan]) -> Callable[..., Calla
         outputs = outputs_of(module, found[-1])
 
         def run(*args: Any) -> Any:
-            return [_zeros(x, out) for x, out in zip(values, outputs, strict=True)]
+            return [_zeros(x, out, args) for x, out in zip(values, outputs, strict=True)]
 
         return run
 
@@ -120,14 +120,19 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _zeros(value: Any, output: Output) -> Any:
+def _zeros(value: Any, output: Output, args: Sequence[Any]) -> Any:
     """Zeros for a graph's output; cut where it stays cut, and deferred where it is."""
     if not isinstance(value, torch.Tensor):
         return value
     recipe = output.recipe
     if recipe is not None:
         leaves = zip(recipe.leaves, output.leaves, strict=True)
-        return recipe.of([_cut_zeros(x.dtype, value.device, out) for x, out in leaves])
+        return recipe.of(
+            [
+                args[out] if isinstance(out, int) else _cut_zeros(x.dtype, value.device, out)
+                for x, out in leaves
+            ]
+        )
     return _cut_zeros(value.dtype, value.device, output, value.requires_grad)
 
 

@@ -33,14 +33,15 @@ class Output(NamedTuple):
     is_shared: bool  # another output, or an input, is in the same memory on one device
     given: int | None = None  # the number of the argument that it is, unchanged or written to
     recipe: Recipe | None = None  # if it is deferred,
-    leaves: tuple[Output, ...] = ()  # and what stands for it
+    leaves: tuple[Output | int, ...] = ()  # and what stands for it: also arguments, by number
 
 
 def made(out: Output, args: Sequence[Any], parts: Iterator[Any]) -> Any:
     """An output of a call with ``args``: a tensor of the whole program if it stays cut. Takes from
     the compiled program's ``parts`` what it is made of."""
     if out.recipe is not None:
-        return out.recipe.of([made(leaf, args, parts) for leaf in out.leaves])
+        leaves = (args[x] if isinstance(x, int) else made(x, args, parts) for x in out.leaves)
+        return out.recipe.of([*leaves])
     part = next(parts)
     if out.given is not None:
         return args[out.given]
@@ -141,12 +142,19 @@ def outputs_of(module: fx.GraphModule, plan: Plan) -> list[Output]:
     tensors = {n: x for n, x in held.items() if isinstance(x, torch.Tensor)}
 
     recipes = plan.recipes or [None] * len(nodes)
-    count = sum(1 if recipe is None else len(recipe.leaves) for recipe in recipes)
+    new = [[0] if r is None else [x for x in r.leaves if x.given is None] for r in recipes]
+    count = sum(map(len, new))
+    numbers = [i for i, x in enumerate(placeholder_values(module)) for _ in flattened([x])]
     places = iter(plan.outputs or [()] * count)
 
     def output(node: Any, recipe: Recipe | None) -> Output:
         if recipe is not None:
-            leaves = tuple(Output(x.shape, x.stride, next(places), False) for x in recipe.leaves)
+            leaves = tuple(
+                Output(x.shape, x.stride, next(places), False)
+                if x.given is None
+                else numbers[x.given]
+                for x in recipe.leaves
+            )
             return Output((), (), (), False, None, recipe, leaves)
         where = next(places)
         if node not in tensors:

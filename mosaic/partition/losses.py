@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mosaic.partition.interpreter import ShardingInterpreter
@@ -39,6 +41,23 @@ def cross_entropy(s: ShardingInterpreter, c: Call) -> Value:
     if probabilities:
         return s.call(c, aten.div.Tensor, loss, target.val.numel() // x.shape[classes])
     return s.call(c, aten.div.Tensor, loss, counted(s, c, target))
+
+
+def token_losses(s: ShardingInterpreter, c: Call) -> Any:
+    """``(tokens, dim)`` and a head: tokens are free, each rank has the whole head."""
+    hidden, target = c["hidden"], c["target"]
+    whole = {
+        name: s.gather_aloud(c[name], "is needed for every token", c.like)
+        for name in ("head", "bias", "weight")
+        if c[name] is not None
+    }
+    c = c.replaced(whole)
+    place = hidden.place or (target.place and target.cut.at(0))
+    if place is None:
+        return s.emit(c, None, enter=False)
+    if place.dim:
+        return s.gather_for(c, "needs its hidden states whole")
+    return s.emit(c, (place, place), hidden=s.at(hidden, place), target=s.at(target, place))
 
 
 def counted(s: ShardingInterpreter, c: Call, target: Value) -> Value:

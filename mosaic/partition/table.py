@@ -295,6 +295,7 @@ TABLE: dict[str, LocalForm] = {
     # losses
     "cross_entropy_loss": losses.cross_entropy,
     "nll_loss_nd": losses.cross_entropy,
+    "mosaic::token_losses": losses.token_losses,  # of a head: no logits
     # windows that slide: batches are free
     "conv1d": windows.convolution,
     "conv2d": windows.convolution,

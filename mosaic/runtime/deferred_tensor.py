@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ from mosaic.api.errors import UnsupportedError
 from mosaic.runtime.sharded_tensor import ATTENTION, READS, RUN, is_traced, uncompiled
 from mosaic.torch_private import pytree, without_torch_function
 
+aten = torch.ops.aten
+#: What is dear to do twice.
+PRODUCTS = (aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default)
 #: The leaf of what has none: Dynamo takes no tensor without one.
 NOTHING = torch.empty(0)
 
@@ -49,11 +53,12 @@ Meta = tuple[Steps, torch.dtype, torch.device]
 
 
 class Leaf(NamedTuple):
-    """What is known of a leaf before it is there."""
+    """What is known of a leaf before it is there; ``given``: the number of the input that it is."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    given: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,24 @@ class Recipe:
     device: torch.device
 
     def of(self, leaves: Sequence[Tensor]) -> DeferredTensor:
-        found: DeferredTensor = DeferredTensor(
-            leaves or (NOTHING,), self.shape, (self.steps, self.dtype, self.device)
-        )
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+        found: DeferredTensor = Learned.apply(self, *leaves) if learns else self.plain(leaves)
+        return found
+
+    def plain(self, leaves: Sequence[Tensor]) -> DeferredTensor:
+        meta = (self.steps, self.dtype, self.device)
+        found: DeferredTensor = DeferredTensor(leaves or (NOTHING,), self.shape, meta)
         return found
 
 
 class DeferredTensor(torch.Tensor):
-    """What the last of ``steps`` gives, of ``leaves``. It has no gradient: what has one is made."""
+    """What the last of ``steps`` gives, of ``leaves``. One that has a gradient is the result of an
+    autograd.Function (``Learned``): autograd works above all that is said here."""
 
     steps: Steps
     leaves: tuple[Tensor, ...]
     base: DeferredTensor | None = None  # of a view
+    kept: Tensor | None = None  # what was made, if that is dear
     views: list[weakref.ref[DeferredTensor]]
 
     @staticmethod
@@ -106,20 +117,26 @@ class DeferredTensor(torch.Tensor):
 
     def set(self, steps: Steps, leaves: Sequence[Tensor]) -> None:
         """Another program for the same tensor: it was written to."""
-        self.steps, self.leaves = steps, tuple(leaves)
+        self.steps, self.leaves, self.kept = steps, tuple(leaves), None
         self._versions = [version(leaf) for leaf in leaves]
         for number, leaf in enumerate(leaves):
             setattr(self, f"leaf_{number}", leaf)
 
-    def __tensor_flatten__(self) -> tuple[list[str], Meta]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Meta, tuple[bool, ...]]]:
+        """With the meta which leaves are learned: fake ones that Dynamo makes do not know."""
         names = [f"leaf_{number}" for number in range(len(self.leaves))]
-        return names, (self.steps, self.dtype, self.device)
+        learned = tuple(x.requires_grad for x in self.leaves) if self.requires_grad else ()
+        return names, ((self.steps, self.dtype, self.device), learned)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], meta: Meta, shape: Any, stride: Any
+        inner: dict[str, Tensor], known: tuple[Meta, tuple[bool, ...]], shape: Any, stride: Any
     ) -> DeferredTensor:
-        return DeferredTensor(list(inner.values()), shape, meta)
+        meta, learned = known
+        leaves = [*inner.values()]
+        for leaf in compress(leaves, learned):
+            leaf.requires_grad_()
+        return DeferredTensor(leaves, shape, meta)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeferredTensor(shape={list(self.shape)}, {self.dtype}, of {len(self.steps)} ops)"
@@ -145,26 +162,77 @@ class DeferredTensor(torch.Tensor):
 
     @uncompiled
     def made(self) -> Tensor:
-        """The tensor; a ShardedTensor where its rows come from one."""
-        with making():
-            made: Tensor = run(self.steps, self.current(), call)
+        """The tensor; a ShardedTensor where its rows come from one. A product is made once."""
+        if self.kept is not None:
+            return self.kept
+        made = carried_out(self.steps, self.current())
+        if self.is_dear:
+            self.kept = made
         return made
+
+    @property
+    def is_dear(self) -> bool:
+        """Whether it is no pattern, but a product: logits."""
+        return any(step.op in PRODUCTS for step in self.steps)
 
     def current(self) -> tuple[Tensor, ...]:
         """The leaves. Raises UnsupportedError if one was written to since."""
         if [version(leaf) for leaf in self.leaves] != self._versions:
             raise UnsupportedError(
-                "a mask is read behind a write to what it was made of",
-                sizes=f"the mask {list(self.shape)}, "
+                "logits that were not kept are read behind a write to what they are made of"
+                if self.is_dear
+                else "a mask is read behind a write to what it was made of",
+                sizes=f"{'the logits' if self.is_dear else 'the mask'} {list(self.shape)}, "
                 f"made of {', '.join(str(list(leaf.shape)) for leaf in self.leaves)}",
-                fix="write into a copy, or make the mask after the write",
+                fix="read them before optimizer.step()"
+                if self.is_dear
+                else "write into a copy, or make the mask after the write",
             )
         return self.leaves
 
 
+class Learned(torch.autograd.Function):
+    """A deferred tensor with a gradient (logits). Backward carries its program out again, on what
+    its leaves were."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, *leaves: Tensor) -> DeferredTensor:
+        ctx.steps = recipe.steps
+        ctx.save_for_backward(*leaves)
+        return recipe.plain(leaves)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        needed = ctx.needs_input_grad[1:]
+        pairs = zip(ctx.saved_tensors, needed, strict=True)
+        leaves = [x.detach().requires_grad_(learns) for x, learns in pairs]
+        with torch.enable_grad():
+            out = carried_out(ctx.steps, leaves)
+        learned = [x for x in leaves if x.requires_grad]
+        grads = iter(torch.autograd.grad(out, learned, dout))
+        return (None, *(next(grads) if learns else None for learns in needed))
+
+
+def carried_out(steps: Steps, leaves: Sequence[Tensor]) -> Tensor:
+    """What a program gives. Its casts are steps: autocast is off."""
+    devices = {x.device.type for x in leaves}
+    with making(), torch.autocast(next(iter(devices), "cpu"), enabled=False):
+        made: Tensor = run(steps, leaves, call)
+    return made
+
+
 def flattened(values: Sequence[Any]) -> list[Any]:
-    """A call's arguments, with the leaves of those that are deferred in their place."""
-    return [x for v in values for x in (v.current() if isinstance(v, DeferredTensor) else (v,))]
+    """A call's arguments, with the leaves of those that are deferred in their place; detached
+    where the deferred tensor is."""
+    found: list[Any] = []
+    for value in values:
+        if not isinstance(value, DeferredTensor):
+            found.append(value)
+        elif value.requires_grad:
+            found += value.current()
+        else:
+            found += [x.detach() if x.requires_grad else x for x in value.current()]
+    return found
 
 
 def regrouped(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:

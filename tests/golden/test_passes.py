@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosaic.losses import heads
+
 sdpa = F.scaled_dot_product_attention
 
 
@@ -45,6 +47,12 @@ def averaged(x: Tensor, positions: Tensor, weight: Tensor) -> Tensor:
 
 def of_averaged() -> tuple[Tensor, ...]:
     return torch.randn(2, 11, 8).double(), random(11, 8), random(5, 8)
+
+
+def of_labels(x: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(sdpa(x, x, x), head)
+    loss = F.cross_entropy(logits[:, :-1].reshape(-1, 17), labels[:, 1:].reshape(-1))
+    return loss, logits
 
 
 def table(x: Tensor) -> Tensor:
@@ -236,6 +244,49 @@ def test_propagate(planned, check):
 +slice_2: f64[2, 3, 6/sp, 8] | 6=0:3|3:6|| = transpose[:, :, :6]
 +sdpa_1: f64[2, 3, 5/sp, 8] | 5=||0:3|3:5 = sdpa(slice_1, slice_2, slice_2)
  return [sdpa_1]
+""",
+    )
+
+
+def test_raise_loss(planned, check, monkeypatch):
+    """The logits, 17 for each token, stay for who reads what is returned."""
+    monkeypatch.setattr(heads, "LEAST", 0)
+    labels = torch.arange(22).reshape(2, 11) % 17
+    plan = planned(of_labels, random(2, 11, 8), random(17, 8), labels)
+    check(
+        plan.diffs["raise_loss"],
+        """\
+ # loss = F.cross_entropy(logits[:, :-1].reshape(-1, 17), labels[:, 1:].reshape(-1))
+-slice_1: f64[2, 10, 17] = linear[:, :-1]
+-clone: f64[2, 10, 17] = clone(slice_1)
+-_unsafe_view: f64[20, 17] = _unsafe_view(clone)
+ slice_2: i64[2, 10] = labels[:, 1:]
+...
+ _unsafe_view_1: i64[20] = _unsafe_view(clone_1)
+-cross_entropy_loss: f64[] = cross_entropy_loss(_unsafe_view, _unsafe_view_1)
+-return [cross_entropy_loss, linear]
++slice_3: f64[2, 10, 8] = sdpa[:, :-1]
++reshape: f64[20, 8] = reshape(slice_3)
++token_losses: (f64[20], f64[20]) = mosaic.token_losses(reshape, head, target=_unsafe_view_1,
++    steps='', ignored=-100, smoothing=0)
++losses: f64[20] = token_losses[0]
++sum_1: f64[] = sum(losses)
++ne: b8[20] = ne(_unsafe_view_1, -100)
++sum_2: i64[] = sum(ne)
++div: f64[] = div(sum_1, sum_2)
++return [div, linear]
+""",
+    )
+    check(
+        plan.diffs["defer_outputs"],
+        """\
+ sdpa: f64[2, 11, 8] = sdpa(x, x, x)
+-linear: f64[2, 11, 17] = linear(sdpa, head)
+ # loss = F.cross_entropy(logits[:, :-1].reshape(-1, 17), labels[:, 1:].reshape(-1))
+...
+ div: f64[] = div(sum_1, sum_2)
+-return [div, linear]
++return [div, sdpa]
 """,
     )
 

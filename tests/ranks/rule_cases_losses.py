@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from rule_case import Cases, constant, f, i, unit
 
+from mosaic.losses.op import TOKEN_LOSSES
+
 CASES = Cases()
 add = CASES.add
 
@@ -117,4 +119,18 @@ add(
     lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1),
     f(2, 4, 5, 2),
     i(4, 2, 5, 2),
+)
+
+
+def token_losses(hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return TOKEN_LOSSES(hidden, head, None, target, None, "tanh; mul 2.0", 1, 0.1)[0]
+
+
+add("token_losses", token_losses, f(7, 3), f(4, 3), i(4, 7))
+add(
+    "token_losses of a batch",
+    lambda x, head, y: token_losses(x.reshape(-1, 3), head, y.reshape(-1)).sum(),
+    f(2, 7, 3),
+    f(4, 3),
+    i(4, 2, 7),
 )

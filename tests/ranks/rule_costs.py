@@ -254,6 +254,8 @@ COSTS = {
     "cross_entropy shifted batch": "22G 22",
     "cross_entropy smooth all ignored": "2G 2",
     "cross_entropy 5d": "2G22 222",
+    "token_losses": ".G GG .",
+    "token_losses of a batch": "11G GG 11",
     "conv1d": ".G> GGG G",
     "conv1d unbatched": "G> GGG",
     "conv2d": ".G.. GGGG G",

@@ -62,7 +62,7 @@ FLOORS = (
     ("api",),
     ("torch_private", "layout"),
     ("runtime",),
-    ("graph", "attention"),
+    ("graph", "attention", "losses"),
     ("masks", "eager"),
     ("partition",),
     ("report", "passes"),

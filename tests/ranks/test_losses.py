@@ -1,0 +1,78 @@
+"""The loss of a head is that of one process, and no rank makes the logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_close, compare_gradients
+from loss_jobs import (
+    WITH,
+    WITHOUT,
+    broken,
+    gpt2,
+    llama,
+    read_late,
+    returned,
+    run,
+    run_library,
+    tied,
+    weighted,
+)
+from sampling import FULL
+
+MORE = [FULL(loss, p) for loss in WITHOUT for p in (1, 3, 4) if (loss, p) not in [(tied, 3)]]
+
+
+def check(ranks, loss, p: int) -> list[dict]:
+    want = run(loss, None)
+    every = ranks(p).run(run, loss, p)
+    for got in every:
+        assert_close("loss", got["loss"], want["loss"], 1e-12)
+        if want["logits"] is not None:
+            assert_close("logits", got["logits"], want["logits"], 1e-12)
+        compare_gradients(want["gradients"], got["gradients"], 1e-12)
+    return every
+
+
+@pytest.mark.parametrize("loss, p", [*((loss, 2) for loss in WITHOUT), (tied, 3), *MORE])
+def test_no_logits_are_kept(ranks, loss, p: int) -> None:
+    for got in check(ranks, loss, p):
+        assert not got["kept"]
+        assert got["notes"]
+
+
+@pytest.mark.parametrize("loss", WITH)
+def test_logits_that_are_read_are_made(ranks, loss) -> None:
+    for got in check(ranks, loss, 2):
+        assert not got["notes"]
+
+
+@pytest.mark.parametrize("loss", [returned, broken])
+def test_returned_logits_wait(ranks, loss) -> None:
+    assert {got["kind"] for got in check(ranks, loss, 2)} == {"DeferredTensor"}
+
+
+def test_bfloat16(ranks) -> None:
+    """As close to float64 as with logits."""
+    exact = run(weighted, None)["gradients"]
+    plainly = run(weighted, None, torch.bfloat16)["gradients"]
+    for got in ranks(2).run(run, weighted, 2, torch.bfloat16):
+        for name, want in exact.items():
+            errors = [(x[name].double() - want).norm() for x in (got["gradients"], plainly)]
+            assert errors[0] <= 1.5 * errors[1] + 1e-3 * want.norm(), name
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_library_models(ranks, build) -> None:
+    want = run_library(build, None)
+    for got in ranks(2).run(run_library, build, 2):
+        assert got["losses"] == pytest.approx(want["losses"], rel=1e-6)
+        assert torch.equal(got["best"], want["best"])
+        compare_gradients(want["gradients"], got["gradients"], 1e-5)
+        assert got["notes"]
+
+
+def test_logits_are_not_read_behind_a_write_to_their_head(ranks) -> None:
+    for text in ranks(2).run(read_late, 2):
+        assert "written" in text
+        assert "fix" in text
