@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mosaic.runtime.collectives import enter
+from mosaic.runtime.deferred_tensor import DeferredTensor
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, part_of, wrapped
 
@@ -41,7 +42,8 @@ class OnParts:
         for place in hidden.places:  # the gradient of what all ranks share is a sum
             group = get_context().group_name(place.mesh_axis)
             weight, bias = enter(weight, group), None if bias is None else enter(bias, group)
-        labels = part_of(targets, hidden.places)
+        labels = targets.made() if isinstance(targets, DeferredTensor) else targets
+        labels = part_of(labels, hidden.places)
         found = self.function.apply(hidden.local, weight, bias, labels, *options)
         shape, places = targets.shape, hidden.places
         return tuple(None if x is None else wrapped(x, shape, places) for x in found)

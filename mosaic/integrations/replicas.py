@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from mosaic.api.errors import UnsupportedError
+from mosaic.runtime.deferred_tensor import DeferredTensor
 from mosaic.runtime.mesh import MosaicContext
 from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import pytree
@@ -123,5 +124,6 @@ def prepared_model(
 
 
 def whole(values: Any) -> Any:
-    """Nested values; ShardedTensors among them are gathered along the axis that is cut."""
+    """Nested values, of which nothing is cut, or waits to be made."""
+    values = pytree.tree_map_only(DeferredTensor, DeferredTensor.made, values)
     return pytree.tree_map_only(ShardedTensor, ShardedTensor.full_tensor, values)

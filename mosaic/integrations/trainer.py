@@ -123,7 +123,7 @@ class SequenceParallel(Trainer):
         """Predictions are whole: metrics are computed from them."""
         return whole(super().prediction_step(*args, **kwargs))
 
-    # --- checkpoints: where FSDP2 has cut the parameters, they are joined and cut again ------------
+    # --- checkpoints: where FSDP2 has cut the parameters, they are joined and cut again ---------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if isinstance(self.model, FSDPModule):

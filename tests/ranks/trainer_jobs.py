@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -12,11 +13,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 import mosaic
@@ -30,7 +38,7 @@ def launched(by_torchrun: int | bool) -> None:
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    for name in names:
+    for name in (*names, "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP"):
         os.environ.pop(name, None)
     if by_torchrun:
         rank, size = str(dist.get_rank()), str(dist.get_world_size())
@@ -86,32 +94,66 @@ def accuracy(found: EvalPrediction) -> dict[str, float]:
             "sum": float(np.abs(found.predictions).sum())}  # fmt: skip
 
 
-def trained(
-    p: int, dp: int, how: str = "prepare", lora: bool = False, texts: tuple[int, int] = (24, 8),
-    folder: str | None = None, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """What Trainer logs in 10 steps, and where it leaves checkpoints. p = 0 is a script that runs
-    alone, or (``how="plain"``) without Mosaic on ``dp`` ranks; ``how="shard"`` applies FSDP2."""
+def trainer_of(
+    p: int,
+    dp: int,
+    how: str = "prepare",
+    lora: bool = False,
+    texts: tuple[int, int] = (24, 8),
+    folder: str | None = None,
+    **options: Any,
+) -> Trainer:
+    """p = 0 is a script that runs alone, or (``how="plain"``) without Mosaic on ``dp`` ranks;
+    ``how="shard"`` applies FSDP2."""
     launched(p or how == "plain")
-    folder = folder or tempfile.mkdtemp()
     given = {"eval_strategy": "steps", "eval_steps": 5} | options
-    args = TrainingArguments(**arguments(p or how == "plain", dp, folder, **given))
-    model = llama()
-    if lora:
-        torch.manual_seed(1)
-        wanted = LoraConfig(
-            r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
-        )
-        model = get_peft_model(model, wanted, autocast_adapter_dtype=False)
+    args = arguments(p or how == "plain", dp, folder or tempfile.mkdtemp(), **given)
     trainer = Trainer(
-        model, args, train_dataset=Texts(texts[0], 37, 0), eval_dataset=Texts(texts[1], 37, 1),
+        adapted(llama()) if lora else llama(),
+        TrainingArguments(**args),
+        train_dataset=Texts(texts[0], 37, 0),
+        eval_dataset=Texts(texts[1], 37, 1),
         compute_metrics=accuracy,
-    )  # fmt: skip
+    )
     if p:
         mosaic.init(sp_size=p)
         mosaic.integrations.prepare(trainer, fully_shard=how == "shard", inner="eager")
+    return trainer
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    names = ["q_proj", "v_proj", "up_proj"]
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules=names), autocast_adapter_dtype=False
+    )
+
+
+def trained(p: int, dp: int, **options: Any) -> list[dict[str, float]]:
+    """What Trainer logs in 10 steps."""
+    trainer = trainer_of(p, dp, **options)
     trainer.train()
-    return {"logs": numbers(trainer.state.log_history), "folder": folder}
+    return numbers(trainer.state.log_history)
+
+
+def resumed(p: int, folder: str, how: str = "prepare", lora: bool = False) -> dict[str, Any]:
+    """Four steps, then the last two again from the checkpoint between; and what plain transformers
+    (or PEFT) makes of what was saved."""
+    options = {"how": how, "lora": lora, "folder": folder, "max_steps": 4, "save_steps": 2}
+    options |= {"save_strategy": "steps", "eval_strategy": "no"}
+    once = trainer_of(p, 1, **options)
+    once.train()
+    again = trainer_of(p, 1, **options)
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    saved = f"{folder}/checkpoint-4"
+    model = (
+        PeftModel.from_pretrained(llama(), saved) if lora else type(llama()).from_pretrained(saved)
+    )
+    return {
+        "once": numbers(once.state.log_history),
+        "again": numbers(again.state.log_history),
+        "weights": {name: w.detach() for name, w in model.double().named_parameters()},
+    }
 
 
 # --- TRL ----------------------------------------------------------------------------------------
@@ -136,18 +178,80 @@ def packable(count: int, seed: int) -> datasets.Dataset:
 
 def tuned(
     p: int, dp: int, how: str = "prepare", lora: bool = False, **options: Any
-) -> dict[str, Any]:
-    """What SFTTrainer logs, with packed texts."""
+) -> list[dict[str, float]]:
+    """What SFTTrainer logs in 10 steps, with packed texts."""
     launched(p)
     given = {"eval_strategy": "steps", "eval_steps": 5, "packing": True, "max_length": 32} | options
-    args = SFTConfig(**arguments(p, dp, tempfile.mkdtemp(), **given))
     trainer = SFTTrainer(
-        llama(), args, train_dataset=packable(24, 0), eval_dataset=packable(8, 1),
+        llama(),
+        SFTConfig(**arguments(p, dp, tempfile.mkdtemp(), **given)),
+        train_dataset=packable(24, 0),
+        eval_dataset=packable(8, 1),
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if lora else None,
-    )  # fmt: skip
+    )
     if p:
         mosaic.init(sp_size=p)
         mosaic.integrations.prepare(trainer, fully_shard=how == "shard", inner="eager")
     trainer.train()
-    return {"logs": numbers(trainer.state.log_history)}
+    return numbers(trainer.state.log_history)
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def refused() -> dict[str, str]:
+    """What people would do wrong, each with a Trainer of its own."""
+    prepare = mosaic.integrations.prepare
+    found = {"before init": said(lambda: prepare(plain_trainer()))}
+    mosaic.init(sp_size=2)
+    rank = dist.get_rank()
+
+    columns = mosaic.ShardingSpec(
+        inputs={"input_ids": "batch tokens"}, axes={"tokens": mosaic.Ring(mesh="columns")}
+    )
+    found["mesh"] = said(lambda: prepare(plain_trainer(), columns))
+    found["arguments"] = said(lambda: prepare(plain_trainer(), SPEC))
+    found["twice"] = said(lambda: prepare(prepare(plain_trainer(), inner="eager")))
+    used = plain_trainer()
+    used.evaluate()
+    found["used"] = said(lambda: prepare(used))
+    found["encoder"] = said(lambda: prepare(plain_trainer(t5())))
+    for name, options in OPTIONS.items():
+        found[name] = said(lambda given: prepare(plain_trainer(**given)), dict(options))
+    found["backend"] = said(lambda: plain_trainer(torch_compile_backend="mosaic"))
+
+    other = prepare(plain_trainer(train_dataset=Texts(8, 13, rank)), inner="eager")
+    found["other texts"] = said(other.train)
+    found["objects"] = said(other.accelerator.gather_for_metrics, ["text"])
+    launched(by_torchrun=False)
+    found["alone"] = said(lambda: prepare(plain_trainer()))
+    return found
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "compiled": {"torch_compile": True},
+    "dispatched": {"accelerator_config": {"dispatch_batches": True}},
+    "fsdp": {"fsdp": True},
+}
+SPEC = mosaic.ShardingSpec(inputs={"ids": "batch tokens"}, axes={"tokens": "ring"})
+
+
+def plain_trainer(model: nn.Module | None = None, **options: Any) -> Trainer:
+    launched(by_torchrun=True)
+    data = options.pop("train_dataset", Texts(8, 13, 0))
+    args = TrainingArguments(**arguments(1, 1, tempfile.mkdtemp(), **options))
+    return Trainer(model or llama(), args, train_dataset=data, eval_dataset=Texts(2, 13, 1))
+
+
+def t5() -> nn.Module:
+    sizes = {"vocab_size": 29, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes))
+
+
+def said(call: Callable[..., Any], *args: Any) -> str:
+    try:
+        call(*args)
+    except (mosaic.MosaicError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
