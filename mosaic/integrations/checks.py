@@ -65,20 +65,20 @@ def check_options(trainer: Any) -> None:
 
 
 WHAT = {
-    "fsdp": "accelerate would add gradients up that Mosaic has added up",
+    "fsdp": "accelerate would shard around what Mosaic compiles (on CPUs, not at all)",
     "deepspeed": "DeepSpeed would cut the model and its gradients",
     "parallelism_config": "accelerate would arrange the ranks in another way",
     "torch_compile": "accelerate would compile the model once more",
     "dispatch_batches": "accelerate would deal batches out to all ranks",
     "split_batches": "accelerate would deal batches out to all ranks",
 }
-SHARD = "mosaic.integrations.prepare(trainer, fully_shard=True) applies FSDP2"
+SHARD = "prepare(trainer, fully_shard=True) applies FSDP2"
 READ = "every rank reads its own batches"
 WAYS_OUT = {
     "fsdp": SHARD,
     "deepspeed": SHARD,
     "parallelism_config": "mosaic.init(sp_size=...) says which ranks share a sequence",
-    "torch_compile": "mosaic.integrations.prepare compiles the blocks of the model by Mosaic",
+    "torch_compile": "prepare compiles the blocks of the model by Mosaic",
     "dispatch_batches": READ,
     "split_batches": READ,
 }

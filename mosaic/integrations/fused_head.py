@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mosaic.runtime.collectives import enter
+from mosaic.runtime.collectives import divide_gradient, enter
 from mosaic.runtime.deferred_tensor import DeferredTensor
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, part_of, wrapped
@@ -39,11 +39,22 @@ class OnParts:
                 hidden, weight, bias, targets, *options
             )
             return found
-        for place in hidden.places:  # the gradient of what all ranks share is a sum
-            group = get_context().group_name(place.mesh_axis)
-            weight, bias = enter(weight, group), None if bias is None else enter(bias, group)
+        weight, bias = shared(weight, hidden), None if bias is None else shared(bias, hidden)
         labels = targets.made() if isinstance(targets, DeferredTensor) else targets
         labels = part_of(labels, hidden.places)
         found = self.function.apply(hidden.local, weight, bias, labels, *options)
         shape, places = targets.shape, hidden.places
         return tuple(None if x is None else wrapped(x, shape, places) for x in found)
+
+
+def shared(weight: Tensor, hidden: ShardedTensor) -> Tensor:
+    """What all ranks have: its gradient is the sum over those that share the rows.
+
+    TRL joins what FSDP2 has cut by itself, where nobody averages over replicas.
+    """
+    ranks, is_joined = get_context(), not weight.is_leaf
+    for place in hidden.places:
+        weight = enter(weight, ranks.group_name(place.mesh_axis))
+    if is_joined and ranks.dp_size > 1:
+        weight = enter(divide_gradient(weight, ranks.dp_size), ranks.group_name("dp"))
+    return weight

@@ -64,11 +64,12 @@ def prepare(
     options that make accelerate shard or compile the model itself.
     """
     ranks = get_context()
-    spec = token_spec(trainer.model) if spec is None else spec
+    model: Any = trainer.model
+    spec = token_spec(model) if spec is None else spec
     check_trainer(trainer, spec, ranks)
-    parallelize(trainer.model, spec, fully_shard=fully_shard, inner=inner)
+    parallelize(model, spec, fully_shard=fully_shard, inner=inner)
     if fully_shard:
-        load_whole(trainer.model)
+        load_whole(model)
     take_parts()
     share_batches(trainer.accelerator, ranks)
     cls = type(trainer)
@@ -115,7 +116,7 @@ class SequenceParallel(Trainer):
         with counting_replicas(self.args, self.ranks):
             return super().predict(*args, **kwargs)
 
-    def floating_point_ops(self, inputs: Any) -> float:
+    def floating_point_ops(self, inputs: Any) -> Any:
         """Of this rank: it has its share of the batch."""
         return super().floating_point_ops(inputs) / sp_size(self.ranks)
 
@@ -126,7 +127,7 @@ class SequenceParallel(Trainer):
     # --- checkpoints: where FSDP2 has cut the parameters, they are joined and cut again ---------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if isinstance(self.model, FSDPModule):
+        if is_cut(self.model):
             state_dict = whole_state(self.model)
         super()._save(output_dir, state_dict)
 
@@ -140,10 +141,15 @@ class SequenceParallel(Trainer):
 
     @contextmanager
     def optimizer_whole(self) -> Iterator[None]:
-        own = self.optimizer
-        if isinstance(self.model, FSDPModule):
-            self.optimizer = WholeOptimizer(self.model, own.optimizer)
+        trainer: Any = self
+        own = trainer.optimizer
+        if is_cut(self.model):
+            trainer.optimizer = WholeOptimizer(trainer.model, own.optimizer)
         try:
             yield
         finally:
-            self.optimizer = own
+            trainer.optimizer = own
+
+
+def is_cut(model: Any) -> bool:
+    return isinstance(model, FSDPModule)

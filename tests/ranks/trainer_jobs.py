@@ -1,4 +1,4 @@
-"""Jobs for ``mosaic.integrations``: transformers' Trainer, PEFT and TRL as scripts have them."""
+"""Jobs for ``mosaic.integrations``: transformers' Trainer and PEFT as scripts have them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import cases
-import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
 
 import mosaic
 import mosaic.integrations
@@ -156,47 +151,6 @@ def resumed(p: int, folder: str, how: str = "prepare", lora: bool = False) -> di
     }
 
 
-# --- TRL ----------------------------------------------------------------------------------------
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, 29)}
-    model = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-
-
-def packable(count: int, seed: int) -> datasets.Dataset:
-    """Texts that fill rows of 32 tokens, two in each, with borders that differ."""
-    draw = torch.Generator().manual_seed(seed)
-    borders = torch.randint(6, 16, (count,), generator=draw).tolist()
-    lengths = [length for border in borders for length in (border, 32 - border)]
-    texts = [torch.randint(3, 29, (n,), generator=draw).tolist() for n in lengths]
-    return datasets.Dataset.from_dict({"input_ids": texts})
-
-
-def tuned(
-    p: int, dp: int, how: str = "prepare", lora: bool = False, **options: Any
-) -> list[dict[str, float]]:
-    """What SFTTrainer logs in 10 steps, with packed texts."""
-    launched(p)
-    given = {"eval_strategy": "steps", "eval_steps": 5, "packing": True, "max_length": 32} | options
-    trainer = SFTTrainer(
-        llama(),
-        SFTConfig(**arguments(p, dp, tempfile.mkdtemp(), **given)),
-        train_dataset=packable(24, 0),
-        eval_dataset=packable(8, 1),
-        processing_class=tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if lora else None,
-    )
-    if p:
-        mosaic.init(sp_size=p)
-        mosaic.integrations.prepare(trainer, fully_shard=how == "shard", inner="eager")
-    trainer.train()
-    return numbers(trainer.state.log_history)
-
-
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -211,7 +165,6 @@ def refused() -> dict[str, str]:
         inputs={"input_ids": "batch tokens"}, axes={"tokens": mosaic.Ring(mesh="columns")}
     )
     found["mesh"] = said(lambda: prepare(plain_trainer(), columns))
-    found["arguments"] = said(lambda: prepare(plain_trainer(), SPEC))
     found["twice"] = said(lambda: prepare(prepare(plain_trainer(), inner="eager")))
     used = plain_trainer()
     used.evaluate()
@@ -224,8 +177,7 @@ def refused() -> dict[str, str]:
     other = prepare(plain_trainer(train_dataset=Texts(8, 13, rank)), inner="eager")
     found["other texts"] = said(other.train)
     found["objects"] = said(other.accelerator.gather_for_metrics, ["text"])
-    launched(by_torchrun=False)
-    found["alone"] = said(lambda: prepare(plain_trainer()))
+    found["alone"] = said(lambda: prepare(plain_trainer(by_torchrun=False)))
     return found
 
 
@@ -234,11 +186,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dispatched": {"accelerator_config": {"dispatch_batches": True}},
     "fsdp": {"fsdp": True},
 }
-SPEC = mosaic.ShardingSpec(inputs={"ids": "batch tokens"}, axes={"tokens": "ring"})
 
 
-def plain_trainer(model: nn.Module | None = None, **options: Any) -> Trainer:
-    launched(by_torchrun=True)
+def plain_trainer(
+    model: nn.Module | None = None, by_torchrun: bool = True, **options: Any
+) -> Trainer:
+    launched(by_torchrun)
     data = options.pop("train_dataset", Texts(8, 13, 0))
     args = TrainingArguments(**arguments(1, 1, tempfile.mkdtemp(), **options))
     return Trainer(model or llama(), args, train_dataset=data, eval_dataset=Texts(2, 13, 1))
