@@ -1,40 +1,21 @@
-"""Checkpoints of a model whose parameters FSDP2 has cut: whole files, which transformers reads."""
+"""Checkpoints of a model whose parameters FSDP2 has cut: those that it has without FSDP2."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+from mosaic.torch_private import pytree
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
     """A model's state on rank 0; all ranks must call it."""
-    return get_model_state_dict(model, options=WHOLE)
-
-
-class WholeOptimizer:
-    """An optimizer's state as it is saved and loaded: whole, by the names of parameters. All ranks
-    must make one, and call ``load_state_dict``."""
-
-    def __init__(self, model: nn.Module, optimizer: Any):
-        self.model, self.optimizer = model, optimizer
-        self.state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
 
 
 def load_whole(model: nn.Module) -> None:
@@ -44,7 +25,39 @@ def load_whole(model: nn.Module) -> None:
 
 def cut_as_parameters(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for name, parameter in model.named_parameters(prefix.rstrip("."), remove_duplicate=False):
-        x = state.get(name)
-        if isinstance(parameter, DTensor) and x is not None and not isinstance(x, DTensor):
-            mesh, x = parameter.device_mesh, x.to(parameter.device)
-            state[name] = distribute_tensor(x, mesh, parameter.placements, src_data_rank=None)
+        if name in state:
+            state[name] = cut_as(parameter, state[name])
+
+
+class WholeOptimizer:
+    """An optimizer as it is saved and loaded: its ``state_dict``, which all ranks must call, is
+    whole on rank 0."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        is_first = dist.get_rank() == 0
+
+        def joined(x: DTensor) -> Tensor | None:
+            whole = x.full_tensor()
+            return whole.cpu() if is_first else None
+
+        return pytree.tree_map_only(DTensor, joined, self.optimizer.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        parameters = [x for group in self.optimizer.param_groups for x in group["params"]]
+        cut = {
+            number: {name: cut_as(parameters[number], x) for name, x in held.items()}
+            for number, held in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": cut})
+
+
+def cut_as(parameter: Tensor, x: Any) -> Any:
+    """What is of a parameter's shape (its value, a mean of its gradients), cut as that is."""
+    is_its_own = isinstance(x, Tensor) and x.shape == parameter.shape
+    if not isinstance(parameter, DTensor) or isinstance(x, DTensor) or not is_its_own:
+        return x
+    mesh = parameter.device_mesh
+    return distribute_tensor(x.to(parameter.device), mesh, parameter.placements, src_data_rank=None)

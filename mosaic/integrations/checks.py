@@ -65,7 +65,7 @@ def check_options(trainer: Any) -> None:
 
 
 WHAT = {
-    "fsdp": "accelerate would shard around what Mosaic compiles (on CPUs, not at all)",
+    "fsdp": "accelerate would shard what Mosaic compiles (on CPUs, nothing)",
     "deepspeed": "DeepSpeed would cut the model and its gradients",
     "parallelism_config": "accelerate would arrange the ranks in another way",
     "torch_compile": "accelerate would compile the model once more",

@@ -85,7 +85,7 @@ def gathered_for_metrics(gather: Any, data: Any, use_gather_object: bool = False
         use_gather_object = True
     if use_gather_object:
         raise UnsupportedError(
-            "objects are gathered for metrics from all ranks, also from those that share a batch",
+            "objects would be gathered for metrics from all ranks, and come twice",
             fix="gather tensors: leave eval_use_gather_object out",
         )
     return gather(data)

@@ -127,12 +127,15 @@ class SequenceParallel(Trainer):
     # --- checkpoints: where FSDP2 has cut the parameters, they are joined and cut again ---------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if is_cut(self.model):
-            state_dict = whole_state(self.model)
+        model: Any = self.model
+        if is_cut(model):
+            state_dict = whole_state(model)
         super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self.optimizer_whole():
+        with self.optimizer_whole() as optimizer:
+            if not self.args.should_save and is_cut(self.model):
+                optimizer.state_dict()  # which all ranks must call
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -140,13 +143,13 @@ class SequenceParallel(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     @contextmanager
-    def optimizer_whole(self) -> Iterator[None]:
+    def optimizer_whole(self) -> Iterator[Any]:
         trainer: Any = self
         own = trainer.optimizer
         if is_cut(self.model):
-            trainer.optimizer = WholeOptimizer(trainer.model, own.optimizer)
+            trainer.optimizer = WholeOptimizer(own.optimizer)
         try:
-            yield
+            yield trainer.optimizer
         finally:
             trainer.optimizer = own
 

@@ -48,12 +48,20 @@ def test_last_batches_are_those_of_replicas(ranks) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [FULL({}), {"how": "shard"}, FULL({"lora": True})], ids=["whole", "shard", "lora"]
+    "options",
+    [
+        FULL({"how": "shard"}),
+        FULL({}),
+        FULL({"lora": True}),
+        FULL({"how": "shard", "then": "shard"}),
+        FULL({"how": "prepare", "then": "shard"}),
+        FULL({"how": "shard", "then": "shard", "lora": True}),
+    ],
 )
 def test_checkpoints(ranks, tmp_path, options: dict) -> None:
     """A run goes on from a checkpoint as if nothing had been, and plain transformers reads it."""
     alone, together = str(tmp_path / "alone"), str(tmp_path / "together")
-    [want] = ranks(1).run(jobs.resumed, 0, alone, **{**options, "how": "alone"})
+    [want] = ranks(1).run(jobs.resumed, 0, alone, lora=options.get("lora", False))
     for got in ranks(2).run(jobs.resumed, 2, together, **options, timeout=900):
         assert_logged(got["once"], want["once"])
         assert_logged(got["again"], want["again"])
@@ -87,9 +95,9 @@ ShardingError: torch_compile is set, and accelerate would compile the model once
   fix  leave torch_compile out; prepare compiles the blocks of the model by Mosaic
 ShardingError: dispatch_batches is set, and accelerate would deal batches out to all ranks
   fix  leave dispatch_batches out; every rank reads its own batches
-ShardingError: fsdp is set, and accelerate would shard around what Mosaic compiles (on CPUs, not at all)
+ShardingError: fsdp is set, and accelerate would shard what Mosaic compiles (on CPUs, nothing)
   fix  leave fsdp out; prepare(trainer, fully_shard=True) applies FSDP2
-UnsupportedError: objects are gathered for metrics from all ranks, also from those that share a batch
+UnsupportedError: objects would be gathered for metrics from all ranks, and come twice
   fix  gather tensors: leave eval_use_gather_object out
 ShardingError: accelerate has 1 processes, and Mosaic 2 ranks
   fix  start the script by torchrun, and call mosaic.init in each process""",

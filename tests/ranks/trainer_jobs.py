@@ -131,14 +131,16 @@ def trained(p: int, dp: int, **options: Any) -> list[dict[str, float]]:
     return numbers(trainer.state.log_history)
 
 
-def resumed(p: int, folder: str, how: str = "prepare", lora: bool = False) -> dict[str, Any]:
+def resumed(
+    p: int, folder: str, how: str = "prepare", then: str = "prepare", lora: bool = False
+) -> dict[str, Any]:
     """Four steps, then the last two again from the checkpoint between; and what plain transformers
     (or PEFT) makes of what was saved."""
     options = {"how": how, "lora": lora, "folder": folder, "max_steps": 4, "save_steps": 2}
     options |= {"save_strategy": "steps", "eval_strategy": "no"}
     once = trainer_of(p, 1, **options)
     once.train()
-    again = trainer_of(p, 1, **options)
+    again = trainer_of(p, 1, **options | {"how": then})
     again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
     saved = f"{folder}/checkpoint-4"
     model = (
