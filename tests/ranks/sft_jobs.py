@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -35,8 +36,21 @@ def packable(count: int, seed: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": texts})
 
 
+def ragged(count: int, seed: int) -> datasets.Dataset:
+    """Texts of all lengths, of which packs have all lengths, too."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 31, (count,), generator=draw).tolist()
+    texts = [torch.randint(3, 29, (n,), generator=draw).tolist() for n in lengths]
+    return datasets.Dataset.from_dict({"input_ids": texts})
+
+
 def tuned(
-    p: int, dp: int, how: str = "prepare", lora: bool = False, **options: Any
+    p: int,
+    dp: int,
+    how: str = "prepare",
+    lora: bool = False,
+    texts: Callable[..., datasets.Dataset] = packable,
+    **options: Any,
 ) -> list[dict[str, float]]:
     """What SFTTrainer logs in 10 steps, with packed texts."""
     launched(p)
@@ -44,8 +58,8 @@ def tuned(
     trainer = SFTTrainer(
         llama(),
         SFTConfig(**arguments(p, dp, tempfile.mkdtemp(), **given)),
-        train_dataset=packable(24, 0),
-        eval_dataset=packable(8, 1),
+        train_dataset=texts(24, 0),
+        eval_dataset=texts(8, 1),
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if lora else None,
     )

@@ -25,6 +25,7 @@ SMOOTHED = {"label_smoothing_factor": 0.1}
         FULL(2, 1, {"how": "shard"}),
         FULL(2, 2, {"how": "shard"} | CHECKPOINTED),
         FULL(2, 1, SMOOTHED | SHORT),
+        FULL(2, 2, {"streams": True}),
         FULL(2, 1, {"lora": True, "texts": (24, 7)}),
         FULL(2, 2, {"lora": True}),
     ],
@@ -38,10 +39,11 @@ def test_trainer(ranks, p: int, dp: int, options: dict) -> None:
 
 
 @pytest.mark.full
-def test_last_batches_are_those_of_replicas(ranks) -> None:
+@pytest.mark.parametrize("order", ["random", "batch_rebalance"])
+def test_batches_are_those_of_replicas(ranks, order: str) -> None:
     """Where the texts do not fill the last batches, accelerate fills them up: as it does without
-    Mosaic on as many processes as there are replicas."""
-    options = {"texts": (23, 7), "max_steps": 7, "eval_steps": 3}
+    Mosaic on as many processes as there are replicas. Trainer's own sampler knows them, too."""
+    options = {"texts": (23, 7), "max_steps": 7, "eval_steps": 3, "train_sampling_strategy": order}
     want, _ = ranks(2).run(jobs.trained, 0, 2, how="plain", **options)
     for got in ranks(4).run(jobs.trained, 2, 2, **options, timeout=900):
         assert_logged(got, want)
@@ -67,6 +69,11 @@ def test_checkpoints(ranks, tmp_path, options: dict) -> None:
         assert_logged(got["again"], want["again"])
         assert_logged(got["again"][2:4], got["once"][2:4])
         compare_gradients(want["weights"], got["weights"], 1e-6)
+
+
+@pytest.mark.full
+def test_workers_of_a_replica_are_seeded_alike(ranks) -> None:
+    assert ranks(4).run(jobs.seeds) == [(0, 0), (0, 0), (1, 1), (1, 1)]
 
 
 def test_refused(ranks) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cases
@@ -58,6 +58,16 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "labels": labels}
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Texts that come one after the other."""
+
+    def __init__(self, texts: Texts):
+        self.texts = texts
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self.texts[i] for i in range(len(self.texts)))
+
+
 def arguments(p: int, dp: int, folder: str, **options: Any) -> dict[str, Any]:
     """One process has the batches of all replicas."""
     size = BATCH if p else BATCH * dp
@@ -95,6 +105,7 @@ def trainer_of(
     how: str = "prepare",
     lora: bool = False,
     texts: tuple[int, int] = (24, 8),
+    streams: bool = False,
     folder: str | None = None,
     **options: Any,
 ) -> Trainer:
@@ -103,11 +114,13 @@ def trainer_of(
     launched(p or how == "plain")
     given = {"eval_strategy": "steps", "eval_steps": 5} | options
     args = arguments(p or how == "plain", dp, folder or tempfile.mkdtemp(), **given)
+    data = [Texts(count, 37, seed) for seed, count in enumerate(texts)]
+    train, held_out = map(Stream, data) if streams else data
     trainer = Trainer(
         adapted(llama()) if lora else llama(),
         TrainingArguments(**args),
-        train_dataset=Texts(texts[0], 37, 0),
-        eval_dataset=Texts(texts[1], 37, 1),
+        train_dataset=train,
+        eval_dataset=held_out,
         compute_metrics=accuracy,
     )
     if p:
@@ -151,6 +164,13 @@ def resumed(
         "again": numbers(again.state.log_history),
         "weights": {name: w.detach() for name, w in model.double().named_parameters()},
     }
+
+
+def seeds() -> tuple[int, int]:
+    """Of a data loader's workers: the rank that they are told, and the replica."""
+    trainer = trainer_of(2, 2, dataloader_num_workers=2)
+    told = trainer.get_train_dataloader().worker_init_fn
+    return told.keywords["rank"], mosaic.get_context().dp_rank
 
 
 # --- what is refused ----------------------------------------------------------------------------
