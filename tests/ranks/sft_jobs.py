@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -44,12 +43,15 @@ def ragged(count: int, seed: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": texts})
 
 
+TEXTS = {"packable": packable, "ragged": ragged}
+
+
 def tuned(
     p: int,
     dp: int,
     how: str = "prepare",
     lora: bool = False,
-    texts: Callable[..., datasets.Dataset] = packable,
+    texts: str = "packable",
     **options: Any,
 ) -> list[dict[str, float]]:
     """What SFTTrainer logs in 10 steps, with packed texts."""
@@ -58,8 +60,8 @@ def tuned(
     trainer = SFTTrainer(
         llama(),
         SFTConfig(**arguments(p, dp, tempfile.mkdtemp(), **given)),
-        train_dataset=texts(24, 0),
-        eval_dataset=texts(8, 1),
+        train_dataset=TEXTS[texts](24, 0),
+        eval_dataset=TEXTS[texts](8, 1),
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if lora else None,
     )

@@ -98,6 +98,7 @@ def test_models_of_transformers_compiled_whole(ranks, name: str, mask: str, p: i
             assert got["whole"] == []
 
 
+@pytest.mark.full
 def test_packed_texts_of_another_length(ranks) -> None:
     """Dynamo takes the second length as a symbol; what waits to be made is for one length."""
     want = jobs.lengths(0)
