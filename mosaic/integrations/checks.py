@@ -12,13 +12,13 @@ from mosaic.api.spec import ShardingSpec
 from mosaic.runtime.mesh import MosaicContext
 
 
-def check_trainer(trainer: Any, spec: ShardingSpec, ranks: MosaicContext) -> None:
+def check_trainer(trainer: Any, spec: ShardingSpec, ranks: MosaicContext, is_sharded: bool) -> None:
     """Raise ShardingError unless the ranks, the spec and the Trainer fit together."""
     for method in spec.sharded.values():
         ranks.size(method.mesh)  # raises where there is no such mesh axis
     check_time(trainer)
     check_processes(trainer, ranks)
-    check_options(trainer)
+    check_options(trainer, is_sharded)
 
 
 def check_time(trainer: Any) -> None:
@@ -46,8 +46,8 @@ def check_processes(trainer: Any, ranks: MosaicContext) -> None:
         )
 
 
-def check_options(trainer: Any) -> None:
-    """Nobody else shards or compiles the model, or deals out batches."""
+def check_options(trainer: Any, is_sharded: bool) -> None:
+    """Nobody else makes, shards or compiles the model, or deals out batches."""
     args, accelerator = trainer.args, trainer.accelerator
     kind = accelerator.distributed_type
     others = {
@@ -57,6 +57,8 @@ def check_options(trainer: Any) -> None:
         "torch_compile": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "dispatch_batches": bool(accelerator.dataloader_config.dispatch_batches),
         "split_batches": bool(accelerator.dataloader_config.split_batches),
+        "model_init": trainer.model_init is not None,
+        "save_on_each_node": is_sharded and args.save_on_each_node,
     }
     for option in (option for option, is_set in others.items() if is_set):
         raise ShardingError(
@@ -71,6 +73,8 @@ WHAT = {
     "torch_compile": "accelerate would compile the model once more",
     "dispatch_batches": "accelerate would deal batches out to all ranks",
     "split_batches": "accelerate would deal batches out to all ranks",
+    "model_init": "Trainer would make another model when it trains",
+    "save_on_each_node": "one rank alone gets the whole of what FSDP2 has cut",
 }
 SHARD = "prepare(trainer, fully_shard=True) applies FSDP2"
 READ = "every rank reads its own batches"
@@ -81,4 +85,6 @@ WAYS_OUT = {
     "torch_compile": "prepare compiles the blocks of the model by Mosaic",
     "dispatch_batches": READ,
     "split_batches": READ,
+    "model_init": "Trainer(model=...) takes one",
+    "save_on_each_node": "copy the first node's files",
 }

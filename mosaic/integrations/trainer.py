@@ -66,7 +66,7 @@ def prepare(
     ranks = get_context()
     model: Any = trainer.model
     spec = token_spec(model) if spec is None else spec
-    check_trainer(trainer, spec, ranks)
+    check_trainer(trainer, spec, ranks, bool(fully_shard))
     parallelize(model, spec, fully_shard=fully_shard, inner=inner)
     if fully_shard:
         load_whole(model)

@@ -104,6 +104,10 @@ ShardingError: dispatch_batches is set, and accelerate would deal batches out to
   fix  leave dispatch_batches out; every rank reads its own batches
 ShardingError: fsdp is set, and accelerate would shard what Mosaic compiles (on CPUs, nothing)
   fix  leave fsdp out; prepare(trainer, fully_shard=True) applies FSDP2
+ShardingError: model_init is set, and Trainer would make another model when it trains
+  fix  leave model_init out; Trainer(model=...) takes one
+ShardingError: save_on_each_node is set, and one rank alone gets the whole of what FSDP2 has cut
+  fix  leave save_on_each_node out; copy the first node's files
 UnsupportedError: objects would be gathered for metrics from all ranks, and come twice
   fix  gather tensors: leave eval_use_gather_object out
 ShardingError: accelerate has 1 processes, and Mosaic 2 ranks

@@ -194,6 +194,9 @@ def refused() -> dict[str, str]:
     found["encoder"] = said(lambda: prepare(plain_trainer(t5())))
     for name, options in OPTIONS.items():
         found[name] = said(lambda given: prepare(plain_trainer(**given)), dict(options))
+    found["sharded"] = said(
+        lambda: prepare(plain_trainer(save_on_each_node=True), fully_shard=True)
+    )
     found["backend"] = said(lambda: plain_trainer(torch_compile_backend="mosaic"))
 
     other = prepare(plain_trainer(train_dataset=Texts(8, 13, rank)), inner="eager")
@@ -207,6 +210,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compiled": {"torch_compile": True},
     "dispatched": {"accelerator_config": {"dispatch_batches": True}},
     "fsdp": {"fsdp": True},
+    "made": {"model_init": llama},
 }
 
 
@@ -215,8 +219,10 @@ def plain_trainer(
 ) -> Trainer:
     launched(by_torchrun)
     data = options.pop("train_dataset", Texts(8, 13, 0))
+    made = options.pop("model_init", None)
     args = TrainingArguments(**arguments(1, 1, tempfile.mkdtemp(), **options))
-    return Trainer(model or llama(), args, train_dataset=data, eval_dataset=Texts(2, 13, 1))
+    model = None if made else model or llama()
+    return Trainer(model, args, train_dataset=data, eval_dataset=Texts(2, 13, 1), model_init=made)
 
 
 def t5() -> nn.Module:
