@@ -17,7 +17,7 @@ SMOOTHED = {"label_smoothing_factor": 0.1}
 @pytest.mark.parametrize(
     "p, dp, options",
     [
-        (2, 1, {"texts": (24, 7), **SHORT}),
+        (2, 1, SHORT),
         FULL(2, 1, {"texts": (24, 7)}),
         FULL(2, 2, {}),
         FULL(3, 1, SHORT),
