@@ -149,6 +149,7 @@ def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     No rule is asked, and nothing is sent."""
     x = args[0]
     if isinstance(x, DeferredTensor) and (func in SAME or is_view(func)):
+        args, kwargs = pytree.tree_map_only(torch.SymInt, int, (args, kwargs))  # of another length
         return deferred(func, args, kwargs, is_view=True)
     if isinstance(x, ShardedTensor) and func in SAME:
         like = torch.empty_strided(x.shape, x.stride(), device="meta")

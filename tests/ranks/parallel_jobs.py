@@ -295,6 +295,25 @@ def library(
     }
 
 
+def lengths(p: int) -> list[Tensor]:
+    """Losses on packed texts of two lengths, by one model."""
+    torch.manual_seed(0)
+    model = cases.hf_llama_packed()[0].double()
+    if p:
+        mosaic.init(sp_size=p)
+        names = ("input_ids", "labels", "position_ids")
+        spec = mosaic.ShardingSpec(
+            inputs=dict.fromkeys(names, "batch tokens"), axes={"tokens": "auto"}
+        )
+        model = mosaic.parallelize(model, spec, inner="eager")
+    losses = []
+    for n in (37, 43):
+        torch.manual_seed(n)
+        given = cases.hf_llama_packed(1, n)[2]
+        losses.append(whole(loss_of(model(**given)).detach()))
+    return losses
+
+
 def squares(plan: mosaic.Plan, n: int) -> list[str]:
     """Tensors with two dims of n: whole masks, whole scores."""
     nodes = [node for graph in plan.graphs.values() for node in graph.nodes]

@@ -98,6 +98,15 @@ def test_models_of_transformers_compiled_whole(ranks, name: str, mask: str, p: i
             assert got["whole"] == []
 
 
+@pytest.mark.full
+def test_packed_texts_of_another_length(ranks) -> None:
+    """Dynamo takes the second length as a symbol; what waits to be made is for one length."""
+    want = jobs.lengths(0)
+    for got in ranks(2).run(jobs.lengths, 2):
+        for mine, theirs in zip(got, want, strict=True):
+            assert_close("loss", mine, theirs, 1e-5)
+
+
 @pytest.mark.parametrize("p, how, kind", [(3, "fsdp", "DTensor"), FULL(2, "none", "Tensor")])
 def test_what_is_whole_beside_what_is_cut(ranks, p: int, how: str, kind: str) -> None:
     """A unit's parameters on whole tensors give as much on every rank; and a parameter that eager

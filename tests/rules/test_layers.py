@@ -67,6 +67,7 @@ FLOORS = (
     ("partition",),
     ("report", "passes"),
     ("frontend",),
+    ("integrations",),
 )
 
 

@@ -1,0 +1,238 @@
+"""Jobs for ``mosaic.integrations``: transformers' Trainer and PEFT as scripts have them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cases
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    EvalPrediction,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+import mosaic
+import mosaic.integrations
+
+BATCH = 2  # of one replica
+
+
+def launched(by_torchrun: int | bool) -> None:
+    """As torchrun has it for each process, or a script that runs alone."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    for name in (*names, "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP"):
+        os.environ.pop(name, None)
+    if by_torchrun:
+        rank, size = str(dist.get_rank()), str(dist.get_world_size())
+        os.environ |= dict(zip(names, (rank, rank, size, size), strict=True))
+    os.environ |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+class Texts(torch.utils.data.Dataset):
+    """Each text has other labels that are left out, and so another number that count."""
+
+    def __init__(self, count: int, length: int, seed: int):
+        draw = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(3, 29, (count, length), generator=draw)
+        self.skipped = torch.randint(1, length // 2, (count,), generator=draw)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        labels = self.ids[i].clone()
+        labels[: self.skipped[i]] = -100
+        return {"input_ids": self.ids[i], "labels": labels}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Texts that come one after the other."""
+
+    def __init__(self, texts: Texts):
+        self.texts = texts
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self.texts[i] for i in range(len(self.texts)))
+
+
+def arguments(p: int, dp: int, folder: str, **options: Any) -> dict[str, Any]:
+    """One process has the batches of all replicas."""
+    size = BATCH if p else BATCH * dp
+    return {
+        "output_dir": folder, "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "max_steps": 10, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no",
+        "per_device_train_batch_size": size, "per_device_eval_batch_size": size,
+        "include_num_input_tokens_seen": "all", "max_grad_norm": 0.5,
+        **options,
+    }  # fmt: skip
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return cases.hf_llama_alone()[0].double()
+
+
+def numbers(logs: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What is logged, but for times and rates."""
+    times = ("_runtime", "_per_second", "_time")
+    return [{k: x for k, x in log.items() if not k.endswith(times)} for log in logs]
+
+
+def accuracy(found: EvalPrediction) -> dict[str, float]:
+    """How many of all predictions are right, and how many there are."""
+    guessed, labels = found.predictions[:, :-1].argmax(-1), found.label_ids[:, 1:]
+    counts = labels != -100
+    return {"right": float((guessed == labels)[counts].sum()), "samples": float(len(labels)),
+            "sum": float(np.abs(found.predictions).sum())}  # fmt: skip
+
+
+def trainer_of(
+    p: int,
+    dp: int,
+    how: str = "prepare",
+    lora: bool = False,
+    texts: tuple[int, int] = (24, 8),
+    streams: bool = False,
+    folder: str | None = None,
+    **options: Any,
+) -> Trainer:
+    """p = 0 is a script that runs alone, or (``how="plain"``) without Mosaic on ``dp`` ranks;
+    ``how="shard"`` applies FSDP2."""
+    launched(p or how == "plain")
+    given = {"eval_strategy": "steps", "eval_steps": 5} | options
+    args = arguments(p or how == "plain", dp, folder or tempfile.mkdtemp(), **given)
+    data = [Texts(count, 37, seed) for seed, count in enumerate(texts)]
+    train, held_out = map(Stream, data) if streams else data
+    trainer = Trainer(
+        adapted(llama()) if lora else llama(),
+        TrainingArguments(**args),
+        train_dataset=train,
+        eval_dataset=held_out,
+        compute_metrics=accuracy,
+    )
+    if p:
+        mosaic.init(sp_size=p)
+        mosaic.integrations.prepare(trainer, fully_shard=how == "shard", inner="eager")
+    return trainer
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    names = ["q_proj", "v_proj", "up_proj"]
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules=names), autocast_adapter_dtype=False
+    )
+
+
+def trained(p: int, dp: int, **options: Any) -> list[dict[str, float]]:
+    """What Trainer logs in 10 steps."""
+    trainer = trainer_of(p, dp, **options)
+    trainer.train()
+    return numbers(trainer.state.log_history)
+
+
+def resumed(
+    p: int, folder: str, how: str = "prepare", then: str = "prepare", lora: bool = False
+) -> dict[str, Any]:
+    """Four steps, then the last two again from the checkpoint between; and what plain transformers
+    (or PEFT) makes of what was saved."""
+    options = {"how": how, "lora": lora, "folder": folder, "max_steps": 4, "save_steps": 2}
+    options |= {"save_strategy": "steps", "eval_strategy": "no"}
+    once = trainer_of(p, 1, **options)
+    once.train()
+    again = trainer_of(p, 1, **options | {"how": then})
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    saved = f"{folder}/checkpoint-4"
+    model = (
+        PeftModel.from_pretrained(llama(), saved) if lora else type(llama()).from_pretrained(saved)
+    )
+    return {
+        "once": numbers(once.state.log_history),
+        "again": numbers(again.state.log_history),
+        "weights": {name: w.detach() for name, w in model.double().named_parameters()},
+    }
+
+
+def seeds() -> tuple[int, int]:
+    """Of a data loader's workers: the rank that they are told, and the replica."""
+    trainer = trainer_of(2, 2, dataloader_num_workers=2)
+    told = trainer.get_train_dataloader().worker_init_fn
+    return told.keywords["rank"], mosaic.get_context().dp_rank
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def refused() -> dict[str, str]:
+    """What people would do wrong, each with a Trainer of its own."""
+    prepare = mosaic.integrations.prepare
+    found = {"before init": said(lambda: prepare(plain_trainer()))}
+    mosaic.init(sp_size=2)
+    rank = dist.get_rank()
+
+    columns = mosaic.ShardingSpec(
+        inputs={"input_ids": "batch tokens"}, axes={"tokens": mosaic.Ring(mesh="columns")}
+    )
+    found["mesh"] = said(lambda: prepare(plain_trainer(), columns))
+    found["twice"] = said(lambda: prepare(prepare(plain_trainer(), inner="eager")))
+    used = plain_trainer()
+    used.evaluate()
+    found["used"] = said(lambda: prepare(used))
+    found["encoder"] = said(lambda: prepare(plain_trainer(t5())))
+    for name, options in OPTIONS.items():
+        found[name] = said(lambda given: prepare(plain_trainer(**given)), dict(options))
+    found["sharded"] = said(
+        lambda: prepare(plain_trainer(save_on_each_node=True), fully_shard=True)
+    )
+    found["backend"] = said(lambda: plain_trainer(torch_compile_backend="mosaic"))
+
+    other = prepare(plain_trainer(train_dataset=Texts(8, 13, rank)), inner="eager")
+    found["other texts"] = said(other.train)
+    found["objects"] = said(other.accelerator.gather_for_metrics, ["text"])
+    found["alone"] = said(lambda: prepare(plain_trainer(by_torchrun=False)))
+    return found
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "compiled": {"torch_compile": True},
+    "dispatched": {"accelerator_config": {"dispatch_batches": True}},
+    "fsdp": {"fsdp": True},
+    "made": {"model_init": llama},
+}
+
+
+def plain_trainer(
+    model: nn.Module | None = None, by_torchrun: bool = True, **options: Any
+) -> Trainer:
+    launched(by_torchrun)
+    data = options.pop("train_dataset", Texts(8, 13, 0))
+    made = options.pop("model_init", None)
+    args = TrainingArguments(**arguments(1, 1, tempfile.mkdtemp(), **options))
+    model = None if made else model or llama()
+    return Trainer(model, args, train_dataset=data, eval_dataset=Texts(2, 13, 1), model_init=made)
+
+
+def t5() -> nn.Module:
+    sizes = {"vocab_size": 29, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes))
+
+
+def said(call: Callable[..., Any], *args: Any) -> str:
+    try:
+        call(*args)
+    except (mosaic.MosaicError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
