@@ -284,8 +284,8 @@ def found(known: Problem, fn: Callable[..., Tensor]) -> list[Tensor]:
     )
     masks, sinks = (grads[3:-1], grads[-1:]) if known.sinks else (grads[3:], ())
     everywhere = known.plan.strategy.everywhere
-    for share in masks:
-        if known.plan.tile or everywhere or is_of_all_rows(share):
+    for share, whole in zip(masks, known.inputs[3:], strict=False):
+        if known.plan.tile or everywhere or is_of_all_rows(whole):  # a rank may hold one row
             dist.all_reduce(share)
     for share in () if everywhere else sinks:  # where every rank has all rows, all of it
         dist.all_reduce(share)
