@@ -3,12 +3,20 @@ tests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
-from flash_package import fourth, interface, third
+import transformers.modeling_flash_attention_utils as utils
+from flash_package import fourth, installed, interface, third
+from model_jobs import gradients
 from torch import Tensor, nn
 from torch.nn.attention import varlen
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import mosaic
 
 N, BATCH, HEADS, DIM = 37, 2, 4, 8
 TEXTS = [0, 11, 11, 29, N]
@@ -98,3 +106,51 @@ def calling(call: str, reads: bool = False) -> Any:
     lead = () if CALLS[call] in OF_TEXTS else (BATCH,)
     x = torch.randn(*lead, N, HEADS * DIM).double().requires_grad_()
     return model, (x, torch.tensor(TEXTS, dtype=torch.int32)), {}
+
+
+@contextmanager
+def known_to_transformers() -> Iterator[None]:
+    """As if it had looked for the package, found it, and a GPU."""
+    with installed(), ExitStack() as changes:
+        found = mock.patch.object(utils, "is_flash_attn_2_available", pass_all)
+        able = mock.patch.object(PreTrainedModel, "_flash_attn_can_dispatch", pass_all)
+        changes.enter_context(found)
+        changes.enter_context(able)
+        utils.lazy_import_flash_attention("flash_attention_2")
+        yield
+
+
+def pass_all(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
+def run_llama(kind: str, p: int) -> dict[str, Any]:
+    """transformers' Llama with ``attn_implementation="flash_attention_2"``: two batches, packed
+    texts with their cu_seqlens or told by position_ids alone, or padding."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=64, **sizes, **heads)
+    batch = 1 if kind in ("texts", "positions") else BATCH
+    ids = torch.randint(0, 64, (batch, N))
+    given: dict[str, Any] = {"labels": ids, "use_cache": False}
+    if batch == 1:
+        given["position_ids"] = torch.arange(N)[None] % 19
+    if kind == "texts":
+        begins = torch.tensor([0, 19, N], dtype=torch.int32)
+        given |= {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins}
+        given |= {"max_length_q": 19, "max_length_k": 19}
+    if kind == "padding":
+        given["attention_mask"] = (torch.arange(N) < torch.tensor([[N], [29]])).long()
+    with known_to_transformers(), mosaic.plans() as plans:
+        way = {"attn_implementation": "flash_attention_2"}
+        model: Any = LlamaForCausalLM._from_config(config, **way).double()
+        called = model
+        if p > 1:
+            mosaic.init(sp_size=p)
+            called = torch.compile(model, backend="mosaic", options={"inner": "eager"})
+        loss = called(ids, **given).loss
+        loss.backward()
+    masks = [(a.mask, a.method) for plan in plans for a in plan.attentions]
+    found = {"loss": loss.detach(), "gradients": gradients(model)}
+    return {**found, "masks": masks, "programs": len(plans)}

@@ -6,8 +6,9 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from flash_jobs import CALLS, OF_TEXTS, calling
-from sampling import sampled
+from compare import assert_close, compare_gradients
+from flash_jobs import CALLS, OF_TEXTS, calling, run_llama
+from sampling import FULL, sampled
 from test_inputs import check
 
 
@@ -25,6 +26,23 @@ def test_calls(ranks, name: str) -> None:
 def test_log_sum_exps(ranks, name: str) -> None:
     """In float32, as the package gives it; only version 4 has a gradient of it."""
     check(ranks, partial(calling, name, reads=True), words_of(name), 2, tol=1e-6)
+
+
+#: What a call has, and how the plan calls its mask; None where it breaks the graph.
+LLAMAS = {"texts": "causal, documents", "batches": "causal", "padding": None, "positions": None}
+
+
+@pytest.mark.parametrize("kind", ["texts", *map(FULL, ("batches", "padding", "positions"))])
+def test_llama_by_flash_attention_2(ranks, kind: str) -> None:
+    """transformers finds out by data where padding and texts are, if it is not told: these layers'
+    graphs are broken, and what is between attends whole. (Its norms and its loss are float32.)"""
+    want = run_llama(kind, 1)
+    for rank, got in enumerate(ranks(2).run(run_llama, kind, 2, timeout=240)):
+        assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-5)
+        compare_gradients(want["gradients"], got["gradients"], 1e-5)
+        if LLAMAS[kind]:
+            assert got["masks"] == [(LLAMAS[kind], "all_gather")] * 2
+            assert got["programs"] == 1
 
 
 def words_of(name: str) -> str:
