@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from compare import assert_close, compare_gradients
 from flash_jobs import CALLS, OF_TEXTS, calling, run_llama
-from sampling import FULL, sampled
+from sampling import sampled
 from test_inputs import check
 
 
@@ -32,7 +32,8 @@ def test_log_sum_exps(ranks, name: str) -> None:
 LLAMAS = {"texts": "causal, documents", "batches": "causal", "padding": None, "positions": None}
 
 
-@pytest.mark.parametrize("kind", ["texts", *map(FULL, ("batches", "padding", "positions"))])
+@pytest.mark.full
+@pytest.mark.parametrize("kind", LLAMAS)
 def test_llama_by_flash_attention_2(ranks, kind: str) -> None:
     """transformers finds out by data where padding and texts are, if it is not told: these layers'
     graphs are broken, and what is between attends whole. (Its norms and its loss are float32.)"""
