@@ -412,6 +412,29 @@ def one_graph_under_ddp() -> Callable[[], None]:
     return functools.partial(patch.__exit__, None, None, None)
 
 
+class Unheard:
+    """In place of the module ``warnings``."""
+
+    @staticmethod
+    def warn(*args: Any, **kwargs: Any) -> None:
+        pass
+
+
+UNHEARD = Unheard()
+
+
+@contextmanager
+def without_flex_warnings() -> Iterator[None]:
+    """Dynamo breaks the graph at a warning, and transformers calls ``create_block_mask`` in a way
+    that torch warns of: behind the break nobody knew what the mask is made of."""
+    flex, before = sys.modules["torch.nn.attention.flex_attention"], warnings
+    setattr(flex, "warnings", UNHEARD)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(flex, "warnings", before)  # noqa: B010
+
+
 def averages() -> list[tuple[str, set[int]]]:
     """(name, ranks) of what will average the gradients of the forward that is under way."""
     ddp = DistributedDataParallel._get_active_ddp_module()

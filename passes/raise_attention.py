@@ -7,6 +7,8 @@
 
 A softcap between scale and masks (``cap * tanh(scores / cap)``) is a score program of mosaic.sdpa.
 
+What else reads the scores' log-sum-exp reads one more column of the attention's output.
+
 Unmodified models need this: ``nn.MultiheadAttention`` with its default ``need_weights=True`` never
 calls SDPA. Legal because it is the same function; where something else reads the scores or the
 weights, they are computed for it as well.
@@ -220,7 +222,7 @@ def sees_some(below: Masked, scores: fx.Node, constants: Constants) -> bool:
 
 
 def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
-    lead, before = found.lead, node.prev
+    lead, before, lses = found.lead, node.prev, log_sum_exps(node, found)
     with graph.inserting_before(node):
         q, k, v = (x.write(graph) for x in found.operands)
         if found.is_viewed:
@@ -237,11 +239,14 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
             options["scores"] = found.masked.scores
         if found.sinks:
             options["sinks"] = found.sinks.write(graph, 1 if flat else lead[-1])
+        if lses:
+            options["lse"] = True
         target = PLAIN if options.keys() == {"scale"} else STRUCTURED
         new = insert(graph, node, target, args, options, name="attention")
         new.meta["site"] = len(graph.nodes)
         new.meta["needs_gradient"] = node.meta.get("needs_gradient", True)
         new.meta["keeps_low_rows"] = bool(found.masked.biases)
+        new = apart(graph, new, lses, node.meta["val"]) if lses else new
         if found.may_be_nan:
             new = nan_where_blind(graph, new, q, k, v, mask, flat)
         new = made(graph, aten.squeeze.dim, new, 1) if flat else new
@@ -249,6 +254,31 @@ def rewrite(graph: fx.Graph, node: fx.Node, found: Found) -> None:
         new = permuted(graph, new, found.product.order)
     run_as(node, before)
     node.replace_all_uses_with(new)
+
+
+def log_sum_exps(node: fx.Node, found: Found) -> list[fx.Node]:
+    """Those of the scores that the attention at ``node`` can give, as they are read behind it."""
+    below, scores = found.masked, found.weights.scores
+    if below.fill > -INF or below.lessened or found.sinks:
+        return []  # scores that differ from these
+    modes = node.meta.get("modes")
+    return [
+        lse
+        for lse in scores.users
+        if lse.target == aten.logsumexp.default and lse.meta.get("modes") == modes
+        if [dim % scores.meta["val"].ndim for dim in lse.args[1]] == [scores.meta["val"].ndim - 1]
+        if all(node < reader for reader in lse.users)
+    ]
+
+
+def apart(graph: fx.Graph, new: fx.Node, lses: list[fx.Node], val: torch.Tensor) -> fx.Node:
+    """The output of an attention without its last column, like ``val``; that is the ``lses``."""
+    *lead, width = new.meta["val"].shape
+    for old in lses:
+        lse = made(graph, aten.select.int, new, len(lead), width - 1)
+        lse = made(graph, aten.reshape.default, lse, list(old.meta["val"].shape))
+        old.replace_all_uses_with(cast(graph, lse, old.meta["val"].dtype))
+    return cast(graph, made(graph, aten.slice.Tensor, new, len(lead), 0, width - 1), val.dtype)
 
 
 def run_as(node: fx.Node, before: fx.Node) -> None:

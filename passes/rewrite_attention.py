@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import fx
 
-from mosaic.attention.op import calls_of, sharded_attention
+from mosaic.attention.op import calls_of, sharded_attention, taken_off
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.problem import AttentionProblem, combined
 from mosaic.attention.visit import Inputs
@@ -52,11 +52,31 @@ def rewritten(graph: fx.Graph, node: fx.Node, context: Context) -> fx.Node:
     inputs = Inputs(mask, queries, keys, seed, leaves, sinks)
     last = node.prev
     heads = [x.meta["val"].shape[1] for x in operands]
-    calls = calls_of(plan_of(node, context), *heads[:2])
-    out = splice(graph, node, sharded_attention, (*operands, inputs, calls))
+    plan, has_lse = plan_of(node, context), node.kwargs.get("lse", False)
+    calls = calls_of(plan, *heads[:2])
+    out = splice(graph, node, sharded_attention, (*operands, inputs, calls, has_lse))
+    if has_lse:
+        out = with_shift(graph, node, out, operands, inputs, plan)
     while (last := last.next) is not node:
         last.meta.pop("recompute", None)  # what was sent for is kept
     return reshaped(graph, node, out, list(node.meta["val"].shape))
+
+
+def with_shift(
+    graph: fx.Graph,
+    node: fx.Node,
+    out: fx.Node,
+    operands: tuple[fx.Node, ...],
+    inputs: Inputs,
+    plan: AttentionPlan,
+) -> fx.Node:
+    """``out`` with the whole log-sum-exp in its last column."""
+    learned = [x for x in (inputs.mask, *inputs.leaves) if x is not None]
+    known = {x: insert(graph, node, aten.detach.default, (x,)) for x in learned}
+    mask = None if inputs.mask is None else known[inputs.mask]
+    inputs = inputs._replace(mask=mask, leaves=[known[leaf] for leaf in inputs.leaves])
+    missing = splice(graph, node, taken_off, (*operands, inputs, plan.encode()))
+    return out if missing is None else insert(graph, node, aten.add.Tensor, (out, missing))
 
 
 def plan_of(node: fx.Node, context: Context) -> AttentionPlan:

@@ -11,12 +11,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mosaic.attention import program
 from mosaic.attention.heads import exchange_of
+from mosaic.attention.kernels.kernel import narrowed
 from mosaic.attention.merge import unwritten
 from mosaic.attention.plan import AttentionPlan
+from mosaic.attention.shift import shift_of
 from mosaic.attention.sinks import sinks_gradient, with_sinks
 from mosaic.attention.tiles import of_heads
 from mosaic.attention.visit import Inputs
@@ -46,19 +49,36 @@ def calls_of(plan: AttentionPlan, heads: int, kv_heads: int) -> Calls:
     return Calls(inner, there.encode(), back.encode(), (mine.start, mine.stop))
 
 
-def sharded_attention(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, calls: Calls) -> Tensor:
+def sharded_attention(
+    q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, calls: Calls, has_lse: bool = False
+) -> Tensor:
     """out (batch, heads, seq, v_dim) of this rank's queries: the op, and for Ulysses the exchange
-    of sequence for heads around it. Differentiable; arguments as those of ``attention``."""
+    of sequence for heads around it. Differentiable; arguments as those of ``attention``.
+    ``has_lse``: with the log-sum-exp as one more column, less what was ``taken_off``."""
     inputs = inputs._replace(leaves=list(inputs.leaves))
     if not calls.there:
-        return torch.ops.mosaic.attention(q, k, v, *inputs, calls.attention)[0]
+        return attended(q, k, v, inputs, calls.attention, has_lse)
     mask = None if inputs.mask is None else of_heads(inputs.mask, *calls.heads)
     leaves = [of_heads(leaf, *calls.heads) for leaf in inputs.leaves]
     sinks = None if inputs.sinks is None else inputs.sinks[slice(*calls.heads)]
     inputs = inputs._replace(mask=mask, leaves=leaves, sinks=sinks)
     q, k, v = torch.ops.mosaic.exchange_heads([q, k, v], calls.there, True)
-    out = torch.ops.mosaic.attention(q, k, v, *inputs, calls.attention)[0]
+    out = attended(q, k, v, inputs, calls.attention, has_lse)
     return torch.ops.mosaic.exchange_heads([out], calls.back, False)[0]
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, plan: str, has_lse: bool) -> Tensor:
+    out, lse = torch.ops.mosaic.attention(q, k, v, *inputs, plan)
+    return torch.cat([out.to(lse.dtype), lse.unsqueeze(-1)], -1) if has_lse else out
+
+
+def taken_off(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, plan: str) -> Tensor | None:
+    """What an attention's log-sum-exp lacks, as numbers to add to (batch, heads, seq, v_dim + 1):
+    it is of scores less the largest bias of their row. None: nothing. ``plan``: before any exchange
+    of heads. A constant, whatever ``inputs`` learns."""
+    known = decode(plan)
+    shift = shift_of(known, known.query.ranks[known.rank], q, (k, v), inputs)
+    return None if shift is None else F.pad(shift, (v.shape[3], 0))
 
 
 def forward_program(q, k, v, *rest) -> tuple[Tensor, Tensor]:
@@ -139,24 +159,39 @@ def _(dout, q, k, v, mask, *rest, number=0):
 
 def _setup(ctx, inputs, keyword_only_inputs, output) -> None:
     *tensors, leaves, sinks, ctx.plan = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, sinks, *leaves, *output)
 
 
+def with_dlse(dlse, dout, q, k, v, out) -> tuple[Tensor, ...]:
+    """dout, q, k, v and out with one more column, which brings in the gradient of lse.
+
+    Kernels make scores' gradients of dout @ v.T - rowsum(dout * out), and dlse is to be added: so
+    it is taken off those sums, by -dlse in dout beside 1 in out. v has 0 there; so have q and k,
+    which are as wide for kernels that want it.
+    """
+    dout = torch.cat([dout, -dlse.unsqueeze(-1).to(dout.dtype)], -1)
+    return dout, *(F.pad(x, (0, 1)) for x in (q, k, v)), F.pad(out, (0, 1), value=1.0)
+
+
 def _backward(ctx, dout, dlse):
-    *inputs, out, lse = ctx.saved_tensors
-    inputs, sinks, leaves = inputs[:7], inputs[7], inputs[8:]
+    q, k, v, *inputs, out, lse = ctx.saved_tensors
+    inputs, sinks, leaves = inputs[:4], inputs[4], inputs[5:]
     dmask, dleaves = None, [None] * len(leaves)
-    if dout is None:
+    if dout is None and dlse is None:
         return (*[None] * 7, dleaves, None, None)
-    mask, learned = inputs[3], decode(ctx.plan).learned if leaves else ()
+    dout = torch.zeros_like(out) if dout is None else dout
+    dims = [x.shape[3] for x in (q, k, v)]
+    if dlse is not None:
+        dout, q, k, v, out = with_dlse(dlse, dout, q, k, v, out)
+    mask, learned = inputs[0], decode(ctx.plan).learned if leaves else ()
     needed = ctx.needs_input_grad
     is_added = mask is not None and mask.is_floating_point()
     need_dmask = any(needed[7][i] for i in learned) or (is_added and needed[3])
     dq, dk, dv, *rest = torch.ops.mosaic.attention_backward(
-        dout, *inputs, leaves, sinks, out, lse, ctx.plan, need_dmask
+        dout, q, k, v, *inputs, leaves, sinks, out, lse, ctx.plan, need_dmask
     )
+    dq, dk, dv = (narrowed(x, dim) for x, dim in zip((dq, dk, dv), dims, strict=True))
     dsinks = sinks_gradient(dout, out, lse, sinks) if needed[8] else None
     if need_dmask:
         dmask = rest.pop(0) if is_added else None

@@ -42,6 +42,7 @@ from mosaic.torch_private import (
     one_graph_under_ddp,
     pytree,
     why_eager,
+    without_flex_warnings,
 )
 
 
@@ -126,7 +127,7 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compiled, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
         allow_package()
-        with Call(made) as this:
+        with Call(made) as this, without_flex_warnings():
             result = compiled(*args, **kwargs)
         result = as_promised(result, made.spec, are_cut(args, kwargs))
         if not this.runs:

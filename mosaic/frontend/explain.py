@@ -26,7 +26,7 @@ from mosaic.report.plan import LISTENERS, Plan
 from mosaic.report.show import listing
 from mosaic.runtime import mesh
 from mosaic.runtime.sharded_tensor import wrapped
-from mosaic.torch_private import FakeStore, code_at_hand, without_traces
+from mosaic.torch_private import FakeStore, code_at_hand, without_flex_warnings, without_traces
 
 
 def explain(
@@ -65,6 +65,7 @@ def explain(
         calls.planned(options),
         without_traces() as compiled,
         without_collection(),
+        without_flex_warnings(),
     ):
         plan = planning(compiled, found)
         allow_package()

@@ -14,7 +14,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +93,8 @@ def refuse(**given: Any) -> None:
     if names:
         raise UnsupportedError(
             f"a call of flash attention with {', '.join(names)}",
-            reason="it is for decoding with a cache, or for looking at the weights",
+            reason="it is for decoding with a cache, for looking at the weights, or in the "
+            "package's own language",
             fix="leave it out, or call it outside of the compiled function",
         )
 
@@ -111,63 +112,91 @@ def of_torch(
     q, k, v = query[None], key[None], value[None]
     left, right = window_size or (-1, -1)
     out, lse = flash_attention(q, k, v, at, scale, is_causal, (left, right))
+    lse = lse.detach()  # as there: it has no gradient
     return out[0], lse[0], torch.zeros(2, dtype=torch.int64, device=query.device)
 
 
-def of_package(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None, deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Tensor:  # fmt: skip
-    """``flash_attn_func``."""
-    refuse(return_attn_probs=return_attn_probs)
-    at = aligned(q.shape[1], k.shape[1], q.device)
-    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p)
-    return flash_attention(q, k, v, at, *given)[0]
-
-
-def packed_of_package(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0,
-    softmax_scale: float | None = None, causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None, deterministic: bool = False,
-    return_attn_probs: bool = False, block_table: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """``flash_attn_varlen_func``."""
-    refuse(return_attn_probs=return_attn_probs, block_table=block_table)
-    if alibi_slopes is not None and alibi_slopes.ndim > 1:
-        refuse(**{"alibi_slopes of each text": alibi_slopes})
-    at = packed(q, k, cu_seqlens_q, cu_seqlens_k)
-    given = (softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p)
-    return flash_attention(q[None], k[None], v[None], at, *given)[0][0]
-
-
-PACKAGE = "flash_attn.flash_attn_interface"
-CALLS: dict[str, Callable[..., Any]] = {
-    "torch_attn::_varlen_attn": of_torch,
-    f"{PACKAGE}.flash_attn_func": of_package,
-    f"{PACKAGE}.flash_attn_varlen_func": packed_of_package,
+#: Where the package's functions are, by its version.
+PACKAGES = {
+    "flash_attn.flash_attn_interface": 2,
+    "flash_attn_interface": 3,
+    "flash_attn.cute.interface": 4,
 }
+FUNCTIONS = [
+    f"flash_attn_{texts}{packed}func"
+    for texts in ("", "varlen_")
+    for packed in ("", "qkvpacked_", "kvpacked_")
+]
+#: What the package's functions are told that is read here; and what says how it is done, not what.
+READ = {
+    *("q", "k", "v", "qkv", "kv", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "dropout_p"),
+    *("softmax_scale", "causal", "window_size", "softcap", "alibi_slopes"),
+    *("return_attn_probs", "return_lse"),
+}
+UNREAD = {
+    *("max_seqlen", "max_seqlen_q", "max_seqlen_k", "min_seqlen_k"),
+    *("deterministic", "num_splits", "pack_gqa", "sm_margin"),
+}
+
+
+def of_package(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of one of the ``FUNCTIONS``, of any version: those differ in what they take, and call
+    it by the same names."""
+    signature = inspect.signature(function)
+    bound = signature.bind(*args, **kwargs)
+    defaults = {name: x.default for name, x in signature.parameters.items()}
+    others = {k: x for k, x in bound.arguments.items() if k not in READ | UNREAD}
+    refuse(**{name: x for name, x in others.items() if x is not defaults[name]})
+    bound.apply_defaults()
+    given, version = bound.arguments, PACKAGES[function.__module__]
+    q, k, v = operands_of(given)
+    begins = given.get("cu_seqlens", given.get("cu_seqlens_q"))
+    key_begins = given.get("cu_seqlens", given.get("cu_seqlens_k"))
+    slopes, dropout = given.get("alibi_slopes"), given.get("dropout_p", 0.0)
+    left, right = (-1 if x is None else x for x in given["window_size"])
+    rest = (given["softmax_scale"], given["causal"], (left, right), given["softcap"])
+    if begins is None or key_begins is None:
+        at = aligned(q.shape[1], k.shape[1], q.device)
+        out, lse = flash_attention(q, k, v, at, *rest, slopes, dropout)
+    else:
+        if slopes is not None and slopes.ndim > 1:
+            refuse(**{"alibi_slopes of each text": slopes})
+        at, (q, k, v) = packed(q, k, begins, key_begins), (x[None] for x in (q, k, v))
+        out, lse = (x[0] for x in flash_attention(q, k, v, at, *rest, slopes, dropout))
+    if not given.get("return_lse"):  # of version 4, which alone gives it a gradient
+        lse = lse.detach()
+    asked = given.get("return_attn_probs", version > 2)
+    if version == 2 and asked and dropout:
+        refuse(**{"return_attn_probs and dropout_p": dropout})
+    return (out, lse, q.new_empty(0))[: 3 if version == 2 else 2] if asked else out
+
+
+def operands_of(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of those that a call packs into one tensor."""
+    if "qkv" in given:
+        q, k, v = given["qkv"].unbind(-3)
+        return q, k, v
+    k, v = given["kv"].unbind(-3) if "kv" in given else (given["k"], given["v"])
+    return given["q"], k, v
 
 
 def call_of(target: Any) -> Callable[..., Any] | None:
     """What capture runs in place of a call in Dynamo's graph, if it is one of these."""
     schema = schema_of(target)
     if schema is not None:
-        return CALLS.get(schema.name)
-    return CALLS.get(f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}")
+        return of_torch if schema.name == "torch_attn::_varlen_attn" else None
+    is_known = getattr(target, "__module__", "") in PACKAGES and target.__name__ in FUNCTIONS
+    return partial(of_package, target) if is_known else None
 
 
 def allow_package() -> None:
     """Have Dynamo keep calls of the package, if anybody has imported it. (It breaks the graph at
     such an autograd.Function where one tensor says where queries and keys begin.)"""
-    package = sys.modules.get(PACKAGE)
-    for name in CALLS if package else ():
-        function = getattr(package, name.removeprefix(f"{PACKAGE}."), None)
-        if function is not None:
-            torch.compiler.allow_in_graph(function)
+    for module in PACKAGES:
+        for name in FUNCTIONS:
+            function = getattr(sys.modules.get(module), name, None)
+            if function is not None:
+                torch.compiler.allow_in_graph(function)
 
 
 def forget_lengths(module: fx.GraphModule) -> None:
@@ -177,6 +206,7 @@ def forget_lengths(module: fx.GraphModule) -> None:
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             run = call_of(node.target)
             if run is not None:
-                given = inspect.signature(run).bind(*node.args, **node.kwargs).arguments
+                signature = inspect.signature(of_torch if run is of_torch else node.target)
+                given = signature.bind(*node.args, **node.kwargs).arguments
                 longest = {name: 0 for name in given if name.startswith("max_")}
                 node.args, node.kwargs = (), {**given, **longest}

@@ -19,8 +19,8 @@ SCHEMA = (
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int? left=None, "
     "int? right=None, Tensor? query_documents=None, Tensor? key_documents=None, "
-    "Tensor[]? leaves=None, str tile='', str scores='', Tensor? sinks=None, str method='') "
-    "-> Tensor"
+    "Tensor[]? leaves=None, str tile='', str scores='', Tensor? sinks=None, str method='', "
+    "bool lse=False) -> Tensor"
 )
 
 library = torch.library.Library("mosaic", "FRAGMENT")
@@ -46,6 +46,7 @@ def sdpa(
     scores: str = "",
     sinks: Tensor | None = None,
     method: str = "",
+    lse: bool = False,
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` in which query i sees key j only where
 
@@ -56,7 +57,8 @@ def sdpa(
     ``TileProgram`` that makes it of ``leaves`` (``attention/tiles.py``). ``scores``: a program that
     is given all leaves and the scaled score, and gives what replaces it, before the mask. ``sinks``
     (heads): scores of one more key that all queries see, of value 0. ``method``: the key of the one
-    that the call names, for an axis that is cut.
+    that the call names, for an axis that is cut. ``lse``: the output is float32 or float64, and the
+    log-sum-exp of each row's scores is one more column of it.
     """
     if tile:
         attn_mask = TileProgram.parse(tile)(*leaves or ())
@@ -67,10 +69,11 @@ def sdpa(
         same = same[:, None] if query.ndim > 3 else same
         seen = same if seen is None else seen & same
     mask = allowed(attn_mask, seen)
-    if scores:
+    if scores or lse:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        change = partial(TileProgram.parse(scores), *leaves or ())
-        return written_out(query, key, value, mask, dropout_p, scale, enable_gqa, change, sinks)
+        change = partial(TileProgram.parse(scores), *leaves or ()) if scores else unchanged
+        rest = (mask, dropout_p, scale, enable_gqa, change, sinks, lse)
+        return written_out(query, key, value, *rest)
     if sinks is not None:
         mask = with_column(mask, sinks.to(query.dtype), query, key)
         key, value = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
@@ -89,6 +92,7 @@ def written_out(
     enable_gqa: bool,
     change: Callable[[Tensor], Tensor],
     sinks: Tensor | None,
+    lse: bool,
 ) -> Tensor:
     """Attention by plain products, whose scores (batch, heads, queries, keys) are changed."""
     if enable_gqa:
@@ -105,7 +109,12 @@ def written_out(
         column = sinks.to(dtype).view(-1, 1, 1).expand(*score.shape[:-1], 1)
         score = torch.cat([score, column], -1)
     weights = torch.ops.aten._safe_softmax.default(score, -1)[..., : key.shape[-2]]
-    return (torch.dropout(weights, dropout_p, True) @ value.to(dtype)).to(query.dtype)
+    out = torch.dropout(weights, dropout_p, True) @ value.to(dtype)
+    return torch.cat([out, score.logsumexp(-1, True)], -1) if lse else out.to(query.dtype)
+
+
+def unchanged(scores: Tensor) -> Tensor:
+    return scores
 
 
 def in_band(

@@ -29,7 +29,7 @@ from mosaic.runtime.world import own_axes
 
 aten = torch.ops.aten
 QKV = ("query", "key", "value")
-MAKINGS = ("query_documents", "key_documents", "leaves", "sinks")
+MAKINGS = ("query_documents", "key_documents", "leaves", "sinks", "lse")
 #: More intervals than these on a rank, and a causal mask has more pieces than kernels are good for
 #: that do not compute it pair by pair.
 PIECES = 8
@@ -83,8 +83,8 @@ def method_for(s: ShardingInterpreter, c: Call) -> Method:
 
 
 def makings(c: Call) -> dict[str, Any]:
-    """Documents, the leaves of a mask's tiles, and sinks."""
-    return {name: c.bound[name] for name in MAKINGS if c.bound.get(name) is not None}
+    """Documents, the leaves of a mask's tiles, sinks, and whether the log-sum-exp is read."""
+    return {name: c.bound[name] for name in MAKINGS if c.bound.get(name)}
 
 
 def whole_makings(s: ShardingInterpreter, c: Call) -> dict[str, Any]:

@@ -130,8 +130,8 @@ def test_varlen_attention_with_a_cache() -> None:
 a call of flash attention with seqused_k
   tests/errors/test_refused.py:LINE in decoded
     return varlen_attn(q, q, q, begins, begins, 9, 9, seqused_k=used)
-  reason  it is for decoding with a cache, or for looking at the weights
-  fix     leave it out, or call it outside of the compiled function""",
+  reason  it is for decoding with a cache, for looking at the weights, or in the package's own language
+  fix     leave it out, or call it outside of the compiled function""",  # noqa: E501
     )
 
 

@@ -447,12 +447,12 @@ def test_lower_collectives(planned, check):
  # return y[:, 1:] - y[:, :-1]
 -sub: f64[2, 3, 8] = sub(attention[0], reshard)
 -gather: f64[2, 10, 8] = mosaic.gather(sub, shard(10=0:2|2:5|5:8|8:10 dim=1), number=3)
--return [gather, x[:, 3:6], attention[1], attention[0]]
+-return [gather, x[:, 3:6], attention[0], attention[1]]
 +sub: f64[2, 3, 8] = sub(attention[0], wait)
 +all_gather: f64[12, 2, 1, 1, 8] = all_gather(sub, 4, sp)
 +wait_1: f64[12, 2, 1, 1, 8] = wait(all_gather)
 +cat: f64[10, 2, 1, 1, 8] = cat([wait_1[:2], wait_1[3:11]])
-+return [cat, x[:, 3:6], attention[1], attention[0]]
++return [cat, x[:, 3:6], attention[0], attention[1]]
 """,
     )
 

@@ -78,7 +78,7 @@ mm_3: f64[18, 8] = mm(flash_1[0], between_rows.out_proj.weight)
 add_1: f64[6, 3, 8] = add(add, mm_3)
 all_gather: f64[12, 6, 1, 1, 8] = all_gather(add_1, 4, sp)
 return [all_gather[:11], x[:, 3:6], mul, mm[1], mm[2], flash[1], flash[0], add, mul_1, mm_2[1],
-    mm_2[2], flash_1[1], flash_1[0], between_rows.out_proj.weight, flash_1[0],
+    mm_2[2], flash_1[0], between_rows.out_proj.weight, flash_1[0], flash_1[1],
     between_rows.in_proj_weight, between_columns.out_proj.weight, flash[0]]
 """,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mosaic.api.methods import AllGather, Composed, Hierarchical, Mesh2D, Method, Ring, Ulysses
 from mosaic.attention.blocks import CAUSAL, FULL, Band
-from mosaic.attention.op import calls_of, sharded_attention
+from mosaic.attention.op import calls_of, sharded_attention, taken_off
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.problem import AttentionProblem
 from mosaic.attention.resolve import Machine, strategy_of
@@ -48,6 +48,7 @@ class Case(NamedTuple):
     m: int
     dropout: float = 0.0
     sinks: bool = False
+    lse: bool = False
 
     def __str__(self) -> str:
         return " ".join(str(field) for field in self)
@@ -138,7 +139,7 @@ def plain(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: list[Tensor], case: Case,
     seed: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attention in one process: (batch, heads, n, v_dim)."""
+    """Attention in one process: (batch, heads, n, v_dim), and one column more of log-sum-exps."""
     k, v = (x.repeat_interleave(HEADS // case.kv_heads, 1) for x in (k, v))
     scores = q @ k.mT * 0.5
     seen = torch.ones(case.n, case.m, dtype=torch.bool)
@@ -153,12 +154,18 @@ def plain(
     elif mask is not None:
         scores = scores + mask
     columns = [x.view(-1, 1, 1).expand(BATCH, HEADS, case.n, 1) for x in sinks]
-    weights = torch.cat([scores.masked_fill(~seen, -1e300), *columns], -1).softmax(-1)
-    weights = weights[..., : case.m] * seen
+    scores = torch.cat([scores.masked_fill(~seen, -1e300), *columns], -1)
+    shares = scores.softmax(-1)
+    weights = shares[..., : case.m] * seen
     if case.dropout:
         indices = [torch.arange(size) for size in weights.shape]
         weights = weights * uniform_keep(seed, 5, indices, case.dropout, F64)
-    return weights @ v
+    out = weights @ v
+    if not case.lse:
+        return out
+    # torch's own gradient is exp(scores - lse): 1 where a row has nothing but the lowest number.
+    exact = (shares.detach() * (scores - scores.detach())).sum(-1, True)
+    return torch.cat([out, scores.logsumexp(-1, True).detach() + exact], -1)
 
 
 class Problem(NamedTuple):
@@ -174,6 +181,7 @@ class Problem(NamedTuple):
     seed: Tensor
     documents: tuple[Tensor | None, Tensor | None]
     sinks: bool
+    lse: bool
 
 
 def problem(case: Case, group: str) -> Problem:
@@ -201,7 +209,7 @@ def problem(case: Case, group: str) -> Problem:
     )
     rows, keys = query.indices(rank), key.indices(rank)
     ids = documents(case) if case.mask.startswith("documents") else (None, None)
-    known = (dout, out.detach(), list(grads), seed, ids, case.sinks)
+    known = (dout, out.detach(), list(grads), seed, ids, case.sinks, case.lse)
     return Problem(inputs, plan, rows, keys, *known)
 
 
@@ -245,7 +253,13 @@ def op_of(known: Problem) -> Callable[..., Tensor]:
             k, v = enter(k, group), enter(v, group)
         rest, sinks = (rest[:-1], rest[-1]) if known.sinks else (rest, None)
         mask, leaves = (None, rest) if plan.tile else (rest[0] if rest else None, ())
-        return sharded_attention(q, k, v, Inputs(mask, *documents, seed, leaves, sinks), calls)
+        inputs = Inputs(mask, *documents, seed, leaves, sinks)
+        out = sharded_attention(q, k, v, inputs, calls, known.lse)
+        if known.lse:
+            with torch.no_grad():
+                missing = taken_off(q, k, v, inputs, plan.encode())
+            out = out if missing is None else out + missing
+        return out
 
     return run
 
@@ -270,8 +284,8 @@ def found(known: Problem, fn: Callable[..., Tensor]) -> list[Tensor]:
     )
     masks, sinks = (grads[3:-1], grads[-1:]) if known.sinks else (grads[3:], ())
     everywhere = known.plan.strategy.everywhere
-    for share in masks:
-        if known.plan.tile or everywhere or is_of_all_rows(share):
+    for share, whole in zip(masks, known.inputs[3:], strict=False):
+        if known.plan.tile or everywhere or is_of_all_rows(whole):  # a rank may hold one row
             dist.all_reduce(share)
     for share in () if everywhere else sinks:  # where every rank has all rows, all of it
         dist.all_reduce(share)

@@ -204,7 +204,8 @@ def run_llama(p: int) -> dict:
         loss = called(ids, **given).loss
         loss.backward()
     masks = {a.mask for plan in plans for a in plan.attentions}
-    return {"loss": loss.detach(), "gradients": gradients(model), "masks": masks}
+    found = {"loss": loss.detach(), "gradients": gradients(model), "masks": masks}
+    return {**found, "programs": len(plans)}
 
 
 class Packed(nn.Module):
