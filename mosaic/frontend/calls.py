@@ -27,6 +27,7 @@ from torch import fx
 from mosaic.api.errors import ShardingError, UnsupportedError
 from mosaic.api.spec import ShardingSpec, path_parts
 from mosaic.frontend.flash import allow_package
+from mosaic.frontend.lengths import mark
 from mosaic.frontend.model_inputs import replaced
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
@@ -126,6 +127,7 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compiled, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
         allow_package()
+        mark(made.spec, signed(compiled), args, kwargs)
         with Call(made) as this:
             result = compiled(*args, **kwargs)
         result = as_promised(result, made.spec, are_cut(args, kwargs))
@@ -136,6 +138,13 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return call
+
+
+def signed(compiled: Any) -> Callable[..., Any]:
+    """The function whose arguments a compiled one takes: of a module its forward."""
+    function: Any = compiled._torchdynamo_orig_callable
+    owner = getattr(function, "__self__", None)
+    return owner.forward if isinstance(owner, torch.nn.Module) else function
 
 
 def are_cut(*arguments: Any) -> bool:

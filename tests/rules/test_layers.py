@@ -65,6 +65,7 @@ FLOORS = (
     ("graph", "attention"),
     ("masks", "eager"),
     ("partition",),
+    ("padding",),
     ("report", "passes"),
     ("frontend",),
 )
