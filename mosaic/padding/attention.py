@@ -10,7 +10,6 @@ from torch import fx
 from mosaic.layout import Place
 from mosaic.masks.additive import INF, additive
 from mosaic.masks.conditions import Allowed
-from mosaic.masks.constants import Constants
 from mosaic.masks.read import Reader, every_row_sees, joined
 from mosaic.masks.terms import broadcast
 from mosaic.padding.follow import Follower, arguments
@@ -34,7 +33,7 @@ def attention(f: Follower, node: fx.Node) -> Any:
     if None in kept:
         raise NotPaddedError("attention mixes rows of another dim")
     (seen,) = keys
-    if seen and not is_causal(node, given, rows, seen):
+    if seen and not is_causal(f, node, given, rows, seen):
         if given["is_causal"]:
             raise NotPaddedError("is causal, and has keys of another length")
         hide(f, node, mask, seen)
@@ -51,18 +50,18 @@ def place_of(f: Follower, x: fx.Node) -> Place | None:
 
 
 def is_causal(
-    node: fx.Node, given: dict[str, Any], rows: Place | None, keys: Place
+    f: Follower, node: fx.Node, given: dict[str, Any], rows: Place | None, keys: Place
 ) -> bool:
     """Whether no row that is real sees a key that is padding."""
     if rows is None or rows.layout.n > keys.layout.n:
         return False
     mask = given["attn_mask"]
-    return bool(given["is_causal"]) or (mask is not None and says_causal(mask, node))
+    return bool(given["is_causal"]) or (mask is not None and says_causal(f, mask, node))
 
 
-def says_causal(mask: fx.Node, node: fx.Node) -> bool:
+def says_causal(f: Follower, mask: fx.Node, node: fx.Node) -> bool:
     """Whether a mask hides all later keys, whatever else it does."""
-    term, constants = broadcast(mask, node.meta["val"].ndim), Constants()
+    term, constants = broadcast(mask, node.meta["val"].ndim), f.constants
     if not term.is_pairwise:
         return False
     if mask.meta["val"].dtype == torch.bool:

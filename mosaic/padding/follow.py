@@ -20,6 +20,7 @@ from mosaic.api.methods import Ring
 from mosaic.graph.emit import insert
 from mosaic.graph.ops import is_pointwise, key
 from mosaic.layout import Place
+from mosaic.masks.constants import Constants
 from mosaic.graph.lengths import Length, NotPaddedError, named_arguments
 from mosaic.partition.probing import probe
 from mosaic.partition.table import RULES, TABLE, Rule
@@ -59,6 +60,7 @@ class Follower:
     length: Length
     handlers: Mapping[str, Any]
     places: dict[fx.Node, Any] = field(default_factory=dict)
+    constants: Constants = field(default_factory=Constants)
     rewrites: int = 0
     weights: set[fx.Node] = field(default_factory=set)  # softmaxes in which padding has no weight
     _real: dict[tuple[Place, torch.device], fx.Node] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from mosaic.graph.ops import key
 from mosaic.layout import Place
 from mosaic.padding.attention import attention
 from mosaic.padding.follow import Follower, Places, arguments, unique
-from mosaic.graph.lengths import NotPaddedError, constant
+from mosaic.graph.lengths import NotPaddedError
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2  # of a loss
@@ -305,7 +305,7 @@ def embedding(f: Follower, node: fx.Node) -> Any:
     if f.places[weight]:
         raise NotPaddedError("looks up rows by number")
     if indices.op != "placeholder":
-        node.update_arg(1, f.masked(node, indices, f.places[indices], 0))
+        node.update_arg(1, within(f, node, indices, weight.meta["val"].shape[0]))
     return f.by_row(node)
 
 
@@ -331,21 +331,16 @@ def index(f: Follower, node: fx.Node) -> Any:
 
 def within(f: Follower, node: fx.Node, indices: fx.Node, size: int) -> fx.Node:
     """Numbers of rows that are in ``0 ... size - 1`` for padding, too."""
-    places = f.places[indices]
-    if is_from_start(f, indices) and all(place.size <= size for place in places):
+    known = f.constants(indices)
+    if known is not None and is_from_start(f, indices) and bool((known < size).all()):
         return indices
-    return f.masked(node, indices, places, 0)
+    return f.masked(node, indices, f.places[indices], 0)
 
 
 def is_from_start(f: Follower, indices: fx.Node) -> bool:
     """Whether they are known to be no less than 0: positions, in any form."""
-    if indices.op == "get_attr":
-        return bool((constant(indices) >= 0).all())
-    if key(indices.target) in ("arange", "arange.start"):
-        return arguments(indices, start=0)["start"] >= 0
-    views = ("view", "unsqueeze", "expand", "_to_copy", "clone", "slice.Tensor", "permute")
-    is_view = indices.op == "call_function" and key(indices.target) in views
-    return is_view and is_from_start(f, indices.args[0])
+    known = f.constants(indices)
+    return known is not None and bool((known >= 0).all())
 
 
 def gather(f: Follower, node: fx.Node) -> Any:
