@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from mosaic.graph.lengths import NotPaddedError
 from mosaic.padding.follow import Follower
 from mosaic.padding.rules import HANDLERS
-from mosaic.graph.lengths import NotPaddedError
 from mosaic.partition.context import Context
 
 
@@ -32,6 +32,6 @@ def mask_padding(graph: fx.Graph, context: Context) -> int:
     if any(found[:written]) or not all(isinstance(places, tuple) for places in found):
         raise NotPaddedError("the program writes to an input that is padded")
     context.output_rows = found[written:]
-    low, high = length.bucket
-    context.notes.append(f"one program for lengths {low + 1} to {high} of axis {length.axis!r}")
+    first, last = max(length.bucket.low + 1, length.least), length.bucket.high
+    context.notes.append(f"one program for lengths {first} to {last} of axis {length.axis!r}")
     return follower.rewrites

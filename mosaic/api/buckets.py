@@ -27,8 +27,7 @@ def bucket_of(buckets: Buckets, n: int) -> Bucket | None:
     if buckets == "powers":
         high = 1 << (n - 1).bit_length()
         return Bucket(high // 2, high)
-    assert not isinstance(buckets, str)
-    lengths = sorted(buckets)
+    lengths = sorted(map(int, buckets))
     at = bisect_left(lengths, n)
     return None if at == len(lengths) else Bucket(lengths[at - 1] if at else 0, lengths[at])
 

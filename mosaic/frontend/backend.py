@@ -185,7 +185,7 @@ def partitioned(
             padding = padding_of(module, spec, stays_cut)
             captured, length = captured_at_bucket(module, padding)
             found = *through_passes(captured, context_of(captured, length), owner), padding
-            padding.guard()
+            padding.guard(length.least)
             return found
         except NotPaddedError as error:
             once(error.said())

@@ -51,8 +51,9 @@ def named_sizes(
     found: list[tuple[Any, int]] = []
     for path, names in (spec.inputs or {}).items():
         if axis in names.split():
-            dim = names.split().index(str(axis))
-            replaced(given, path_parts(path), lambda x, dim=dim: found.append((x, dim)))
+            values: list[Any] = []
+            replaced(given, path_parts(path), values.append)
+            found += [(x, names.split().index(str(axis))) for x in values]
     if isinstance(axis, int):
         found = [(x, axis) for x in given.values() if isinstance(x, Tensor)]
     for x, dim in found:
@@ -76,11 +77,16 @@ class Padding:
         """Sizes of the graph for a length."""
         return partial(size_with, symbols=self.symbols, n=n)
 
-    def guard(self) -> None:
-        """Let Dynamo take the program for all lengths of the bucket."""
-        for holds in (self.size > self.bucket.low, self.size <= self.bucket.high):
-            if not holds:
-                raise AssertionError("a length is in its bucket")
+    @property
+    def now(self) -> int:
+        """The length that the graph was traced with."""
+        return int(self.size.node.hint)
+
+    def guard(self, least: int) -> None:
+        """Let Dynamo take the program for all lengths of the bucket, from ``least`` on."""
+        low, high = max(self.bucket.low, least - 1), self.bucket.high
+        if not (self.size > low and self.size <= high):  # asked of a symbol, this is the guard
+            raise AssertionError(f"{self.now} is not in {low + 1} to {high}")
 
     # --- a call ----------------------------------------------------------------------------
 
@@ -141,7 +147,7 @@ def shortened(x: Tensor, place: Place, rows: int) -> Tensor:
     """``x`` without its padding, with its dims in the order that they have in memory."""
     if rows == place.layout.n:
         return x
-    order = sorted(range(x.ndim), key=lambda d: -x.stride(d))
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
     back = [order.index(d) for d in range(x.ndim)]
     if (place.outer, place.inner) == (1, 1):
         return x.narrow(place.dim, 0, rows).permute(order).contiguous().permute(back)
@@ -161,7 +167,7 @@ def padding_of(module: fx.GraphModule, spec: ShardingSpec, stays_cut: bool) -> P
     (axis,) = spec.sharded
     inputs = read_inputs(module)
     values = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]
-    size = next((s for s in axis_sizes(axis, spec, inputs, values)), None)
+    size: Any = next(axis_sizes(axis, spec, inputs, values), None)
     if size is None:
         raise NotPaddedError("the graph has no input with the axis")
     if not isinstance(size, torch.SymInt) or len(symbols_of(size)) != 1:
@@ -169,8 +175,8 @@ def padding_of(module: fx.GraphModule, spec: ShardingSpec, stays_cut: bool) -> P
             "the program holds for this length alone (an input without a name has it, or what the "
             "model decides by it)"
         )
-    symbols, n = symbols_of(size), int(size.node.hint)
-    bucket = bucket_of(spec.buckets, n)
+    symbols = symbols_of(size)
+    bucket = bucket_of(spec.buckets, int(size.node.hint))
     if bucket is None:
         raise NotPaddedError("it is longer than all buckets")
     found = Padding(str(axis), bucket, size, symbols, dict(padded_dims(values, symbols)))
@@ -184,12 +190,13 @@ def axis_sizes(
     axis: str | int, spec: ShardingSpec, inputs: Sequence[Input], values: Sequence[Any]
 ) -> Iterator[Any]:
     """The axis' size in the inputs that have it."""
+    tensors = [(x, i) for x, i in zip(values, inputs, strict=True) if isinstance(x, Tensor)]
     if isinstance(axis, int):
-        tensors = [x for x, i in zip(values, inputs, strict=True) if isinstance(x, Tensor) and not i.is_state]
-        yield from (x.shape[axis] for x in tensors if -x.ndim <= axis < x.ndim)
+        plain = [x.shape for x, i in tensors if not i.is_state]
+        yield from (shape[axis] for shape in plain if -len(shape) <= axis < len(shape))
     for path, names in (spec.inputs or {}).items():
-        for x, given in zip(values, inputs, strict=True):
-            if axis in names.split() and binds(path, given.source) and isinstance(x, Tensor):
+        for x, i in tensors:
+            if axis in names.split() and binds(path, i.source):
                 yield x.shape[names.split().index(str(axis))]
 
 
@@ -229,7 +236,7 @@ def captured_at_bucket(module: fx.GraphModule, padding: Padding) -> tuple[Captur
     node = length_input(found.graph, next(iter(padding.dims)))
     follows[node] = ((),)
     inputs = (*found.inputs, Input(len(found.inputs), "L['length']", is_state=False))
-    length = Length(padding.axis, padding.bucket, node, follows, numbers)
+    length = Length(padding.axis, padding.bucket, padding.now, node, follows, numbers)
     return Captured(**{**vars(found), "inputs": inputs}), length
 
 

@@ -1,7 +1,7 @@
 """What of a program follows the length: a bucket's program beside that of one row less.
 
-    view(x, [2, 64, 3, 8])     and     view(x, [2, 63, 3, 8])       dim 1 follows it
-    div(total, 64)             and     div(total, 63)               so does a number
+view(x, [2, 64, 3, 8])     and     view(x, [2, 63, 3, 8])       dim 1 follows it
+div(total, 64)             and     div(total, 63)               so does a number
 """
 
 from __future__ import annotations
@@ -34,26 +34,33 @@ class NotPaddedError(Exception):
         return f"each length is compiled by itself, in spite of buckets: {self.reason}{at}"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Length:
-    """The length of an axis, as data: ``node`` (an int64 number) in the program of a bucket."""
+    """The length of an axis, as data: ``node`` (an int64 number) in the program of a bucket, which
+    is right for ``least`` rows and more. ``now``: how many it is compiled with."""
 
     axis: str
     bucket: Bucket
+    now: int
     node: fx.Node
     follows: Mapping[fx.Node, tuple[Slopes, ...]]  # for each of a node's results
     numbers: Mapping[fx.Node, frozenset[str]]  # arguments of a node that follow the length
+    least: int = 2
 
-    def layout(self, more: int) -> Layout:
-        """Rows that are real, and padding, of a dim of the bucket's length and ``more``: as if two
-        ranks had them. What is local to both does not mix them."""
-        n, real = self.bucket.high + more, self.bucket.low + 1 + more
-        if real < 1:
-            raise NotPaddedError(f"has no row left of {self.bucket.low + 1}")
-        return Layout.of(n, [[(0, real)], [(real, n)]])
+    def needs(self, least: int) -> bool:
+        """Whether there are so many rows now; the program is then for no less."""
+        if least <= self.now:
+            self.least = max(self.least, least)
+        return least <= self.now
 
     def place(self, dim: int, more: int = 0) -> Place:
-        return Place(self.layout(more), dim)
+        """Rows that are real, and padding, of a dim of the bucket's length and ``more``: as if two
+        ranks had them. What is local to both does not mix them. Raises NotPaddedError for a dim
+        without rows."""
+        if not self.needs(1 - more):
+            raise NotPaddedError(f"has no row left of {self.now}")
+        n, real = self.bucket.high + more, min(self.now, self.bucket.high - 1) + more
+        return Place(Layout.of(n, [[(0, real)], [(real, n)]]), dim)
 
     def more(self, place: Place) -> int:
         """By how many rows a dim is longer than the axis."""
@@ -69,7 +76,9 @@ def compared(
     """
     if len(graph.nodes) != len(shorter.nodes):
         raise NotPaddedError("another length makes another program")
-    follows, numbers, twin = {}, {}, {}
+    follows: dict[fx.Node, tuple[Slopes, ...]] = {}
+    numbers: dict[fx.Node, frozenset[str]] = {}
+    twin: dict[fx.Node, fx.Node] = {}
     for node, other in zip(graph.nodes, shorter.nodes, strict=True):
         twin[other] = node
         if node.op == "placeholder":

@@ -1,4 +1,4 @@
-"""Attention where keys may be padding: who is causal never sees them, from others they are hidden."""
+"""Attention where keys may be padding: a causal one sees none, from others they are hidden."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from mosaic.graph.lengths import NotPaddedError
 from mosaic.layout import Place
 from mosaic.masks.additive import INF, additive
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.read import Reader, every_row_sees, joined
 from mosaic.masks.terms import broadcast
 from mosaic.padding.follow import Follower, arguments
-from mosaic.graph.lengths import NotPaddedError
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ def attention(f: Follower, node: fx.Node) -> Any:
 
 
 def place_of(f: Follower, x: fx.Node) -> Place | None:
-    """Where queries or keys are rows. Raises NotPaddedError for a dim that holds more than these."""
+    """Where queries or keys are rows. Raises NotPaddedError for a dim that holds others, too."""
     dim = x.meta["val"].ndim - 2
     place = next((place for place in f.places[x] if place.dim == dim), None)
     if place and (place.outer, place.inner) != (1, 1):

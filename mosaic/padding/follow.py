@@ -18,10 +18,10 @@ from torch import Tensor, fx
 
 from mosaic.api.methods import Ring
 from mosaic.graph.emit import insert
+from mosaic.graph.lengths import Length, NotPaddedError, named_arguments
 from mosaic.graph.ops import is_pointwise, key
 from mosaic.layout import Place
 from mosaic.masks.constants import Constants
-from mosaic.graph.lengths import Length, NotPaddedError, named_arguments
 from mosaic.partition.probing import probe
 from mosaic.partition.table import RULES, TABLE, Rule
 from mosaic.partition.values import Axis
@@ -41,14 +41,15 @@ BY_ROW = frozenset(
     "std.dim amax amin max min any any.dim any.dims all all.dim all.dims logsumexp prod "
     "prod.dim_int linalg_vector_norm norm.ScalarOpt_dim max.dim min.dim argmax argmin cumsum "
     "cumprod logcumsumexp sort sort.stable topk glu dropout tril triu flip roll conv1d conv2d "
-    "mosaic::with_history mosaic::counted_mask cross_entropy_loss nll_loss_nd embedding index.Tensor "
-    "scaled_dot_product_attention mosaic::sdpa _native_batch_norm_legit_no_training".split()
+    "cross_entropy_loss nll_loss_nd embedding index.Tensor mosaic::with_history "
+    "mosaic::counted_mask scaled_dot_product_attention _native_batch_norm_legit_no_training".split()
 )
 #: Arguments that may follow the length: sizes of results, which are compared.
 SIZES = {
-    **dict.fromkeys(("view", "_unsafe_view", "expand", "full", "zeros", "ones"), {"size"}),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full"), {"size"}),
-    **dict.fromkeys(("arange", "arange.start", "arange.start_step", "slice.Tensor"), {"end"}),
+    **dict.fromkeys("view _unsafe_view expand full zeros ones".split(), "size"),
+    **dict.fromkeys("new_zeros new_ones new_full".split(), "size"),
+    **dict.fromkeys("arange arange.start arange.start_step slice.Tensor".split(), "end"),
+    "repeat": "repeats",
 }
 
 
@@ -84,7 +85,7 @@ class Follower:
             return ()
         name = key(node.target)
         numbers = self.length.numbers.get(node, frozenset())
-        if numbers - SIZES.get(name, frozenset()):
+        if numbers - {SIZES.get(name)}:
             raise NotPaddedError(f"{name} takes a number that follows the length")
         follows = self.length.follows.get(node, ())
         if not self.operands(node) and not any(any(slopes) for slopes in follows):
@@ -194,8 +195,10 @@ class Follower:
     def count(self, node: fx.Node, place: Place) -> fx.Node:
         """How many rows are real, as data."""
         more = self.length.more(place)
-        return self.write(node, aten.add.Scalar, self.length.node, more) if more else (
-            self.length.node
+        return (
+            self.write(node, aten.add.Scalar, self.length.node, more)
+            if more
+            else (self.length.node)
         )
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
@@ -215,7 +218,7 @@ def unique(places: Sequence[Place], slopes: Sequence[int] | None, val: Any) -> P
         place = dims.pop(dim, None)
         each = place.outer * place.inner if place else 0
         if each != slope or (place and place.size != val.shape[dim]):
-            raise NotPaddedError(f"has rows in dim {dim} of {list(val.shape)} that are not followed")
+            raise NotPaddedError(f"dim {dim} of {list(val.shape)} has other rows")
     if dims:
         raise NotPaddedError("has other dims than its rows")
     return found

@@ -1,5 +1,5 @@
-"""What keeps padding out of ops that mix rows: masks in front of sums, ignored targets, ends that are
-counted from the length. An op that has no row here, and mixes rows, has no form for padding.
+"""What keeps padding out of ops that mix rows: masks in front of sums, ignored targets, ends that
+are counted from the length. An op that mixes rows, and has no row here, has no form for padding.
 
     mean(x, [1])             ->  sum(where(real, x, 0), [1]) / length
     cross_entropy(x, y)      ->  cross_entropy(x, where(real, y, ignore_index))
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mosaic.graph.lengths import NotPaddedError
 from mosaic.graph.ops import key
 from mosaic.layout import Place
 from mosaic.padding.attention import attention
 from mosaic.padding.follow import Follower, Places, arguments, unique
-from mosaic.graph.lengths import NotPaddedError
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2  # of a loss
@@ -183,9 +183,9 @@ def slice_(f: Follower, node: fx.Node) -> Any:
             raise NotPaddedError("has fewer rows than the bucket")
         return follow_others(f, node, x, dim)
     start, end = given["start"] or 0, given["end"]
-    first = f.length.bucket.low + 1 + f.length.more(place)
-    is_last = end is None or end < 0 or end >= place.size or follows_length(f, node)
-    if given["step"] != 1 or not 0 <= start <= first or not (is_last or end <= first):
+    more, is_last = f.length.more(place), end is None or end < 0 or end >= place.size
+    last = start if is_last or follows_length(f, node) else end
+    if given["step"] != 1 or start < 0 or not f.length.needs(max(start, last) - more):
         raise NotPaddedError("takes rows that may be padding")
     return follow_others(f, node, x, dim)
 
@@ -206,12 +206,12 @@ def select(f: Follower, node: fx.Node) -> Any:
     place = of_dim(f, x, dim)
     if place is None:
         return f.by_row(node)
-    first = f.length.bucket.low + 1 + f.length.more(place)
+    more = f.length.more(place)
     rest = [p.at(p.dim - (p.dim > place.dim)) for p in f.places[x] if p is not place]
-    if 0 <= index < first:
-        return f.checked(node, rest)
-    if not -first <= index < 0:
+    if not f.length.needs((index + 1 if index >= 0 else -index) - more):
         raise NotPaddedError("takes a row that may be padding")
+    if index >= 0:
+        return f.checked(node, rest)
     new = nth_from_end(f, node, x, place, index)
     f.places[new] = f.checked(node, rest)
     f.replace(node, new)
@@ -282,6 +282,15 @@ def pad(f: Follower, node: fx.Node) -> Any:
     return f.new_rows(node, [place for place in f.places[x] if place.dim not in grown])
 
 
+def broadcast(f: Follower, node: fx.Node) -> Any:
+    """``broadcast_tensors``, of tensors that all hold the rows."""
+    found = []
+    for x, val, slopes in zip(node.args[0], node.meta["val"], f.length.follows[node], strict=True):
+        shift = val.ndim - x.meta["val"].ndim
+        found.append(unique([p.at(p.dim + shift) for p in f.places[x]], slopes, val))
+    return found
+
+
 def made(f: Follower, node: fx.Node) -> Any:
     """A tensor of one number, or of positions from 0 (or any other constant) on."""
     given = arguments(node, step=1)
@@ -291,8 +300,15 @@ def made(f: Follower, node: fx.Node) -> Any:
 
 
 def expand(f: Follower, node: fx.Node) -> Any:
+    """Or ``repeat``: new rows are all alike."""
     x = node.args[0]
     shift = node.meta["val"].ndim - x.meta["val"].ndim
+    if "repeats" in arguments(node) and node not in f.length.numbers:
+        return f.by_row(node)
+    for d, slope in enumerate(f.length.follows[node][0]):
+        is_new = slope and all(place.dim + shift != d for place in f.places[x])
+        if is_new and d >= shift and x.meta["val"].shape[d - shift] > 1:
+            raise NotPaddedError("repeats several rows")
     return f.new_rows(node, [place.at(place.dim + shift) for place in f.places[x]])
 
 
@@ -360,11 +376,14 @@ REDUCED: dict[str, Callable[[Tensor], Any]] = {
     **dict.fromkeys("amax max max.dim argmax logsumexp".split(), least),
     **dict.fromkeys("amin min min.dim argmin".split(), most),
 }
-ELEMENTWISE = "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div".split()
+ELEMENTWISE = (
+    "mse_loss l1_loss smooth_l1_loss huber_loss soft_margin_loss kl_div binary_cross_entropy "
+    "binary_cross_entropy_with_logits".split()
+)
 
 HANDLERS: dict[str, Callable[[Follower, fx.Node], Any]] = {
     **{name: partial(reduced, fill=fill) for name, fill in REDUCED.items()},
-    **dict.fromkeys(ELEMENTWISE + ["binary_cross_entropy_with_logits"], elementwise_loss),
+    **dict.fromkeys(ELEMENTWISE, elementwise_loss),
     **dict.fromkeys("matmul mm bmm mv dot".split(), product),
     **dict.fromkeys("full zeros ones new_zeros new_ones new_full".split(), made),
     **dict.fromkeys("arange arange.start arange.start_step".split(), made),
@@ -382,7 +401,9 @@ HANDLERS: dict[str, Callable[[Follower, fx.Node], Any]] = {
     "cat": cat,
     "pad": pad,
     "constant_pad_nd": pad,
+    "broadcast_tensors": broadcast,
     "expand": expand,
+    "repeat": expand,
     "embedding": embedding,
     "index.Tensor": index,
     "gather": gather,

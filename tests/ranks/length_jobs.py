@@ -19,11 +19,28 @@ Batch = dict[str, Any]
 WORDS = 23
 
 
-def llama(**changed: Any) -> nn.Module:
-    sizes = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, **heads, max_position_embeddings=256, use_cache=False, **changed)
-    return LlamaForCausalLM(config).double()
+class Llama(nn.Module):
+    """transformers' own, and its loss in float64: labels are shifted behind a pad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        self.model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(input_ids, **given).logits
+        shifted = F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+        return logits, F.cross_entropy(logits.view(-1, WORDS), shifted.view(-1))
+
+
+def llama() -> nn.Module:
+    return Llama().double()
+
+
+def llama_with_its_loss() -> nn.Module:
+    """Which it takes in float32."""
+    return llama().model
 
 
 def texts(n: int) -> Batch:
@@ -132,3 +149,139 @@ def tensors(out: Any) -> Iterator[Tensor]:
     """What a model gives, by shape as well as by value."""
     values = [out] if isinstance(out, Tensor) else list(getattr(out, "values", lambda: out)())
     yield from (x.detach() for x in values if isinstance(x, Tensor))
+
+
+# --- ops that mix rows --------------------------------------------------------------------------
+
+
+class Mixes(nn.Module):
+    """Rows attend to each other, and one op takes what comes of it: (batch, rows, 4)."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op
+        self.inner = nn.Linear(4, 4)
+        self.places = nn.Embedding(12, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inner(x)
+        y = F.scaled_dot_product_attention(y, y, y)
+        return OPS[self.op](self, y)
+
+
+def shifted(model: Mixes, y: Tensor) -> Tensor:
+    ahead = torch.cat([y[:, 1:], y.new_zeros(y.shape[0], 1, 4)], 1)
+    return (y * ahead).sum()
+
+
+def by_hand(model: Mixes, y: Tensor) -> Tensor:
+    weights = (y @ y.transpose(1, 2)).softmax(-1)
+    return weights @ y
+
+
+def positions(model: Mixes, y: Tensor) -> Tensor:
+    return y + model.places(torch.arange(y.shape[1])) + model.places.weight[: y.shape[1]]
+
+
+def last_of_mask(model: Mixes, y: Tensor) -> Tensor:
+    last = (y[..., 0] > -9).long().sum(1) - 1
+    return y.gather(1, last[:, None, None].expand(-1, 1, 4)).squeeze(1)
+
+
+def causal_scores(model: Mixes, y: Tensor) -> Tensor:
+    n = y.shape[1]
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+    return (y @ y.transpose(1, 2)).masked_fill(hidden, -float("inf")).softmax(-1) @ y
+
+
+def with_class_token(model: Mixes, y: Tensor) -> Tensor:
+    y = torch.cat([model.places.weight[:1].expand(y.shape[0], 1, 4), y], 1)
+    return F.scaled_dot_product_attention(y, y, y)[:, 0]
+
+
+#: What has an exact form for rows of padding.
+OPS: dict[str, Callable[[Mixes, Tensor], Any]] = {
+    "sum": lambda m, y: y.sum(1),
+    "sum_of_all": lambda m, y: y.square().sum(),
+    "mean": lambda m, y: y.mean(1),
+    "mean_of_all": lambda m, y: y.square().mean(),
+    "mean_of_pairs": lambda m, y: (y @ y.transpose(1, 2)).mean((1, 2)),
+    "prod": lambda m, y: y.prod(1),
+    "amax": lambda m, y: y.amax(1),
+    "min": lambda m, y: y.min(1).values,
+    "argmax": lambda m, y: y.argmax(1) * y.sum(1),
+    "any": lambda m, y: (y > 0.5).any(1) * y.sum(1),
+    "all": lambda m, y: (y > -0.5).all(1) * y.sum(1),
+    "logsumexp": lambda m, y: y.logsumexp(1),
+    "softmax": lambda m, y: y.softmax(1),
+    "cumsum": lambda m, y: y.cumsum(1),
+    "diff": lambda m, y: y.diff(dim=1),
+    "first": lambda m, y: y[:, 0],
+    "last": lambda m, y: y[:, -1],
+    "third_last": lambda m, y: y[:, -3],
+    "some": lambda m, y: y[:, 1:3],
+    "but_last": lambda m, y: y[:, :-1].mean(1),
+    "from_second": lambda m, y: y[:, 1:].square().mean(),
+    "pad": lambda m, y: F.pad(y, (0, 0, 2, 1), value=3.0).square().sum(),
+    "covariance": lambda m, y: y.transpose(1, 2) @ y,
+    "flattened": lambda m, y: y.flatten(0, 1) * 2,
+    "mse": lambda m, y: F.mse_loss(y, y.detach() + 1),
+    "huber_sum": lambda m, y: F.huber_loss(y, 2 * y.detach(), reduction="sum"),
+    "cross_entropy": lambda m, y: F.cross_entropy(y.transpose(1, 2), y.detach().argmax(-1)),
+    "nll": lambda m, y: F.nll_loss(y.log_softmax(-1).flatten(0, 1), y.argmax(-1).flatten()),
+    "layer_norm": lambda m, y: (F.layer_norm(y, (4,)) * y.exp()).sum(),
+    "cross_attention": lambda m, y: F.scaled_dot_product_attention(y[:, :2], y, y),
+    "outer": lambda m, y: (y[:, :, None] - y[:, None]).square().sum((1, 2, 3)),
+    **{
+        f.__name__: f
+        for f in (shifted, by_hand, positions, last_of_mask, causal_scores, with_class_token)
+    },
+}
+#: What has none (yet): each length is compiled by itself, and said.
+ALONE: dict[str, Callable[[Mixes, Tensor], Any]] = {
+    "flip": lambda m, y: y.flip(1),
+    "roll": lambda m, y: y.roll(1, 1) * y,
+    "sort": lambda m, y: y.sort(1).values,
+    "var": lambda m, y: y.var(1),
+    "every_second": lambda m, y: y[:, ::2],
+    "last_three": lambda m, y: y[:, -3:],
+    "batch_norm": lambda m, y: m.norm(y.transpose(1, 2)),
+    "conv": lambda m, y: F.conv1d(y.transpose(1, 2), m.inner.weight[..., None], padding=1),
+    "by_the_length": lambda m, y: y.sum(1) / y.shape[1],
+    "by_a_root": lambda m, y: y * y.shape[1] ** 0.5,
+    "half": lambda m, y: y[:, : y.shape[1] // 2],
+    "row_behind": lambda m, y: torch.cat([y, y[:, :2]], 1),
+    "negative_index": lambda m, y: y[:, torch.tensor([0, -1])],
+    "last_by_number": lambda m, y: y[:, y.shape[1] - 1],
+    "written_to": lambda m, y: y.index_fill(1, torch.tensor([1]), 0.0),
+    "softmax_of_queries": lambda m, y: (y @ y.transpose(1, 2)).log_softmax(1),
+}
+OPS |= ALONE
+
+
+def run_ops(names: Sequence[str], options: dict | None, lengths: Sequence[int], p: int) -> dict:
+    """Outputs and gradients of each op for each length, how many programs were compiled, and what
+    was said."""
+    if options is not None:
+        mosaic.init(sp_size=p)
+    found = {}
+    for name in names:
+        torch.manual_seed(0)
+        model = Mixes(name).double()
+        called: Any = model
+        if options is not None:
+            called = torch.compile(model, backend="mosaic", options={"inner": "eager", **options})
+        with mosaic.plans() as plans:
+            steps = {n: op_step(model, called, n) for n in lengths}
+        found[name] = {"steps": steps, "compiles": len(plans)}
+    return found
+
+
+def op_step(model: nn.Module, called: Any, n: int) -> dict[str, Tensor | None]:
+    torch.manual_seed(n)
+    x = torch.randn(2, n, 4, dtype=torch.float64, requires_grad=True)
+    model.zero_grad()
+    out = called(x)
+    out.double().square().sum().backward()
+    return {"out": out.detach(), "x": x.grad, **gradients(model)}
