@@ -50,7 +50,6 @@ from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
 from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.mesh import MosaicContext, context_or_world_of_one
 from mosaic.runtime.rendezvous import report_failure
-from mosaic.runtime.sharded_tensor import with_whole_gradient
 from mosaic.runtime.world import own_axes, world_of
 from mosaic.torch_private import (
     Restart,
@@ -175,18 +174,23 @@ def partitioned(
         )  # fmt: skip
         context.goes_on = goes_on
         context.stays_cut = stays_cut
-        context.has_other_names = owner is not None or resumed_at(captured.graph) is not None
+        is_part = owner is not None and spec.buckets is None
+        context.has_other_names = is_part or resumed_at(captured.graph) is not None
         context.is_first_graph = options.is_first_graph
         context.graph_text = text_of(captured.graph)
         return context
 
     if spec.buckets is not None:
         try:
-            padding = padding_of(module, spec, stays_cut)
+            why_not = (
+                "the graph breaks" if goes_on else "inputs are cut already" if arriving else ""
+            )
+            padding = padding_of(module, spec, why_not)
             captured, length = captured_at_bucket(module, padding)
-            found = *through_passes(captured, context_of(captured, length), owner), padding
+            local, context, plan = through_passes(captured, context_of(captured, length), owner)
+            padding = padding.with_outputs(module, plan, context.output_rows)
             padding.guard(length.least)
-            return found
+            return local, context, plan, padding
         except NotPaddedError as error:
             once(error.said())
     captured = capture(module)
@@ -321,9 +325,6 @@ def padded(
         calls.running(context.spec if context.world.size > 1 else WHOLE)
         if check is not None:
             check(args)
-        outs = compiled(*padding.padded(args))
-        n = padding.length_of(args)
-        rows = zip(outs, context.output_rows, strict=True)
-        return [with_whole_gradient(padding.cut(out, places, n)) for out, places in rows]
+        return padding.cut(compiled(*padding.padded(args)), padding.length_of(args))
 
     return run

@@ -141,10 +141,14 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def signed(compiled: Any) -> Callable[..., Any]:
-    """The function whose arguments a compiled one takes: of a module its forward."""
+    """The function whose arguments a compiled one takes: for a module's call its forward."""
     function: Any = compiled._torchdynamo_orig_callable
-    owner = getattr(function, "__self__", None)
-    return owner.forward if isinstance(owner, torch.nn.Module) else function
+    owner: Any = getattr(function, "__self__", None)
+    is_call = isinstance(owner, torch.nn.Module) and function.__name__ in CALLS
+    return owner.forward if is_call else function
+
+
+CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 
 
 def are_cut(*arguments: Any) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,14 @@ from mosaic.api.buckets import Bucket, bucket_of
 from mosaic.api.spec import ShardingSpec, binds, path_parts
 from mosaic.frontend.capture import Captured, capture, read_inputs
 from mosaic.frontend.model_inputs import named, replaced
+from mosaic.frontend.sharded_inputs import Output
 from mosaic.graph.inputs import Input
 from mosaic.graph.lengths import Length, NotPaddedError, compared
 from mosaic.layout import Place
-from mosaic.runtime.sharded_tensor import ShardedTensor
+from mosaic.report.plan import Plan
+from mosaic.runtime.comm import take_runs
+from mosaic.runtime.mesh import get_context
+from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
 from mosaic.torch_private import is_linear, mark_changing, size_with, symbols_of
 
 
@@ -65,13 +69,14 @@ def named_sizes(
 @dataclass(frozen=True)
 class Padding:
     """Of one graph: ``dims`` of its inputs (by number) that follow the length, which Dynamo calls
-    ``size``; ``symbols`` are what it is made of."""
+    ``size``; ``symbols`` are what it is made of. ``outputs`` are known when it has been planned."""
 
     axis: str
     bucket: Bucket
     size: torch.SymInt
     symbols: frozenset[Any]
     dims: dict[int, tuple[int, ...]]
+    outputs: Sequence[tuple[Output, Sequence[Place]]] = ()  # at the bucket's length; their rows
 
     def at(self, n: int) -> Callable[[Any], int]:
         """Sizes of the graph for a length."""
@@ -119,12 +124,45 @@ class Padding:
         with first.fake_mode:
             return [*found, torch.empty([], dtype=torch.int64, device=first.device)]
 
-    def cut(self, out: Any, places: Sequence[Place], n: int) -> Any:
-        """An output without its rows of padding."""
-        for place in places:
-            rows = n + place.layout.n - self.bucket.high
-            out = shortened(out, place, rows)
-        return out
+    def cut(self, parts: Sequence[Any], n: int) -> list[Any]:
+        """A call's outputs without padding."""
+        found = zip(parts, self.outputs, strict=True)
+        return [self.cut_one(part, out, rows, n) for part, (out, rows) in found]
+
+    def cut_one(self, part: Any, out: Output, rows: Sequence[Place], n: int) -> Any:
+        """One output; where it stays cut, of this rank's part."""
+        shape, places = [*out.shape], {place.dim: place for place in out.places}
+        for row in rows:
+            end, place = n + row.layout.n - self.bucket.high, places.get(row.dim)
+            if place is None:
+                part = shortened(part, row, end)
+                continue
+            rank = get_context().rank(place.mesh_axis)
+            part = take_runs(part, place.layout.runs(rank, 0, end), row.dim)
+            places[row.dim] = place.with_layout(place.layout.slice(0, end))
+            shape[row.dim] = end
+        if not places:
+            return with_whole_gradient(part)
+        return wrapped(part, shape, tuple(places.values()), strides_in(out.stride, shape))
+
+    def with_outputs(
+        self, module: fx.GraphModule, plan: Plan, rows: Sequence[Sequence[Place]]
+    ) -> Padding:
+        """When it has been planned what stays cut. Raises NotPaddedError where that holds several
+        rows in one dim."""
+        size, nodes = self.at(self.bucket.high), module.graph.output_node().args[0]
+        found = []
+        for node, cut, held in zip(nodes, plan.outputs, rows, strict=True):
+            shape: tuple[int, ...] = ()
+            stride: tuple[int, ...] = ()
+            if cut:
+                x = node.meta["example_value"]
+                shape, stride = (tuple(map(size, sizes)) for sizes in (x.shape, x.stride()))
+            lengths = {place.dim: {place.layout.n, place.size} for place in cut}
+            if any(lengths.get(row.dim, {row.size}) != {row.layout.n} for row in held if cut):
+                raise NotPaddedError("an output stays cut that has rows flattened", node)
+            found.append((Output(shape, stride, cut, is_shared=False), held))
+        return replace(self, outputs=found)
 
 
 def fake_of(value: Any, shape: list[int]) -> Tensor:
@@ -156,14 +194,22 @@ def shortened(x: Tensor, place: Place, rows: int) -> Tensor:
     return apart.narrow(place.dim + 1, 0, rows).flatten(place.dim, place.dim + 2)
 
 
+def strides_in(like: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a dense tensor with its dims in the order of these strides."""
+    found, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=like.__getitem__):
+        found[dim], step = step, step * shape[dim]
+    return tuple(found)
+
+
 # --- a graph ------------------------------------------------------------------------------------
 
 
-def padding_of(module: fx.GraphModule, spec: ShardingSpec, stays_cut: bool) -> Padding:
+def padding_of(module: fx.GraphModule, spec: ShardingSpec, why_not: str) -> Padding:
     """How the inputs of a graph are padded. Raises NotPaddedError where that cannot be."""
     assert spec.buckets is not None
-    if stays_cut:
-        raise NotPaddedError("outputs of the graph stay cut, as it breaks or the spec says so")
+    if why_not:
+        raise NotPaddedError(why_not)
     (axis,) = spec.sharded
     inputs = read_inputs(module)
     values = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]

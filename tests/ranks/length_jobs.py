@@ -58,8 +58,9 @@ def padded_texts(n: int) -> Batch:
     return {**texts(n), "attention_mask": mask, "position_ids": positions}
 
 
-def gpt() -> nn.Module:
-    return GPT(vocab=WORDS, context=256, embed=24, heads=3, layers=2).double()
+def gpt(dropout: float = 0.0) -> nn.Module:
+    sizes = {"embed": 24, "heads": 3, "layers": 2, "dropout": dropout}
+    return GPT(vocab=WORDS, context=256, **sizes).double()
 
 
 def ids_and_labels(n: int) -> Batch:
@@ -133,7 +134,21 @@ def run_lengths(
         called = torch.compile(model, backend="mosaic", options={"inner": "eager", **options})
     with mosaic.plans() as plans:
         found = {n: one_step(model, called, batch, n) for n in lengths}
-    return {"steps": found, "compiles": len(plans)}
+    masks = {a.mask for plan in plans for a in plan.attentions if a.axis}
+    return {"steps": found, "compiles": len(plans), "masks": masks}
+
+
+def other_lengths(options: dict) -> str:
+    """What a rank is told that has a longer batch than the other, in one bucket."""
+    context = mosaic.init(sp_size=2)
+    torch.manual_seed(0)
+    called = torch.compile(gpt(), backend="mosaic", options={"inner": "eager", **options})
+    called(**ids_and_labels(40))
+    try:
+        called(**ids_and_labels(37 + context.rank()))
+    except mosaic.ShardingError as error:
+        return str(error)
+    return "no error"
 
 
 def one_step(model: nn.Module, called: Any, batch: Callable[[int], Batch], n: int) -> dict:
@@ -261,8 +276,7 @@ OPS |= ALONE
 
 
 def run_ops(names: Sequence[str], options: dict | None, lengths: Sequence[int], p: int) -> dict:
-    """Outputs and gradients of each op for each length, how many programs were compiled, and what
-    was said."""
+    """Outputs and gradients of each op for each length, and how many programs were compiled."""
     if options is not None:
         mosaic.init(sp_size=p)
     found = {}
