@@ -213,9 +213,12 @@ def padding_of(module: fx.GraphModule, spec: ShardingSpec, why_not: str) -> Padd
     (axis,) = spec.sharded
     inputs = read_inputs(module)
     values = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]
-    size: Any = next(axis_sizes(axis, spec, inputs, values), None)
-    if size is None:
+    sizes = [*axis_sizes(axis, spec, inputs, values)]
+    if not sizes:
         raise NotPaddedError("the graph has no input with the axis")
+    size = sizes[0]
+    if not all(other == size for other in sizes):  # asked of symbols, this makes them one
+        raise NotPaddedError("its inputs have several lengths")
     if not isinstance(size, torch.SymInt) or len(symbols_of(size)) != 1:
         raise NotPaddedError(
             "the program holds for this length alone (an input without a name has it, or what the "
@@ -277,7 +280,9 @@ def captured_at_bucket(module: fx.GraphModule, padding: Padding) -> tuple[Captur
         found = capture(module, padding.at(high))
         shorter = capture(module, padding.at(high - 1))
     except Exception as error:  # of any kind: the program was written for other sizes
-        raise NotPaddedError(f"the program does not run at length {high}: {error}") from error
+        raise NotPaddedError(
+            f"the program does not run at lengths {high} and {high - 1}: {error}"
+        ) from error
     follows, numbers = compared(found.graph, shorter.graph)
     node = length_input(found.graph, next(iter(padding.dims)))
     follows[node] = ((),)

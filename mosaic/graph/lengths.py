@@ -20,6 +20,8 @@ from mosaic.torch_private import pytree
 
 #: For each dim of a result how many elements a row of the axis has there; 0: it has another length.
 Slopes = tuple[int, ...]
+#: The arguments of a node that follow the length: what they are at the bucket's, and at one less.
+Numbers = dict[str, tuple[Any, Any]]
 
 
 class NotPaddedError(Exception):
@@ -44,7 +46,7 @@ class Length:
     now: int
     node: fx.Node
     follows: Mapping[fx.Node, tuple[Slopes, ...]]  # for each of a node's results
-    numbers: Mapping[fx.Node, frozenset[str]]  # arguments of a node that follow the length
+    numbers: Mapping[fx.Node, Numbers]
     least: int = 2
 
     def needs(self, least: int) -> bool:
@@ -69,7 +71,7 @@ class Length:
 
 def compared(
     graph: fx.Graph, shorter: fx.Graph
-) -> tuple[dict[fx.Node, tuple[Slopes, ...]], dict[fx.Node, frozenset[str]]]:
+) -> tuple[dict[fx.Node, tuple[Slopes, ...]], dict[fx.Node, Numbers]]:
     """``Length.follows`` and ``Length.numbers``, of the same program for a length less by one.
 
     Raises NotPaddedError where that has another form.
@@ -77,7 +79,7 @@ def compared(
     if len(graph.nodes) != len(shorter.nodes):
         raise NotPaddedError("another length makes another program")
     follows: dict[fx.Node, tuple[Slopes, ...]] = {}
-    numbers: dict[fx.Node, frozenset[str]] = {}
+    numbers: dict[fx.Node, Numbers] = {}
     twin: dict[fx.Node, fx.Node] = {}
     for node, other in zip(graph.nodes, shorter.nodes, strict=True):
         twin[other] = node
@@ -123,16 +125,15 @@ def slopes(a: Any, b: Any, node: fx.Node) -> Slopes:
     return found
 
 
-def changed_arguments(
-    node: fx.Node, other: fx.Node, twin: Mapping[fx.Node, fx.Node]
-) -> frozenset[str]:
-    """The arguments that are another number, by name."""
+def changed_arguments(node: fx.Node, other: fx.Node, twin: Mapping[fx.Node, fx.Node]) -> Numbers:
+    """The arguments that are other numbers, by name."""
     if node.op != other.op or (node.op == "call_function" and node.target != other.target):
         raise NotPaddedError("another length makes another program", node)
     mine, others = named_arguments(node), named_arguments(other)
     if mine.keys() != others.keys():
         raise NotPaddedError("is called otherwise at another length", node)
-    return frozenset(name for name in mine if not same(mine[name], others[name], twin))
+    pairs = {name: (x, others[name]) for name, x in mine.items()}
+    return {name: (x, y) for name, (x, y) in pairs.items() if not same(x, y, twin)}
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:

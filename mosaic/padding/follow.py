@@ -44,12 +44,15 @@ BY_ROW = frozenset(
     "cross_entropy_loss nll_loss_nd embedding index.Tensor mosaic::with_history "
     "mosaic::counted_mask scaled_dot_product_attention _native_batch_norm_legit_no_training".split()
 )
-#: Arguments that may follow the length: sizes of results, which are compared.
+#: Ops with a number that may as well be a tensor.
+WITH_NUMBER = ("add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor")
+#: Arguments that may follow the length: such numbers, and sizes of results, which are compared.
 SIZES = {
     **dict.fromkeys("view _unsafe_view expand full zeros ones".split(), "size"),
     **dict.fromkeys("new_zeros new_ones new_full".split(), "size"),
     **dict.fromkeys("arange arange.start arange.start_step slice.Tensor".split(), "end"),
     "repeat": "repeats",
+    **dict.fromkeys(WITH_NUMBER, "other"),
 }
 
 
@@ -84,11 +87,13 @@ class Follower:
         if node.target is aten._assert_tensor_metadata.default:
             return ()
         name = key(node.target)
-        numbers = self.length.numbers.get(node, frozenset())
-        if numbers - {SIZES.get(name)}:
+        numbers = self.length.numbers.get(node, {})
+        if numbers.keys() - {SIZES.get(name)}:
             raise NotPaddedError(f"{name} takes a number that follows the length")
+        if name in WITH_NUMBER and numbers:
+            node.update_arg(1, self.number(node, *numbers["other"]))
         follows = self.length.follows.get(node, ())
-        if not self.operands(node) and not any(any(slopes) for slopes in follows):
+        if not (numbers or self.operands(node) or any(any(slopes) for slopes in follows)):
             return [()] * len(follows) if isinstance(node.meta.get("val"), (tuple, list)) else ()
         handler = self.handlers.get(name)
         return self.by_row(node) if handler is None else handler(self, node)
@@ -200,6 +205,16 @@ class Follower:
             if more
             else (self.length.node)
         )
+
+    def number(self, node: fx.Node, now: Any, shorter: Any) -> fx.Node:
+        """A number that grows with the length, as data."""
+        if type(now) is not int or type(shorter) is not int:
+            raise NotPaddedError(f"{key(node.target)} takes a number that follows the length")
+        slope = now - shorter
+        grown = self.write(node, aten.mul.Scalar, self.length.node, slope)
+        found = self.write(node, aten.add.Scalar, grown, now - slope * self.length.bucket.high)
+        self.places |= {grown: (), found: ()}
+        return found
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         node.replace_all_uses_with(new)

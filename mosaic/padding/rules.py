@@ -31,11 +31,15 @@ NONE, MEAN, SUM = 0, 1, 2  # of a loss
 
 
 def least(val: Tensor) -> Any:
-    return -float("inf") if val.dtype.is_floating_point else torch.iinfo(val.dtype).min
+    if val.dtype.is_floating_point:
+        return -float("inf")
+    return val.dtype != torch.bool and torch.iinfo(val.dtype).min
 
 
 def most(val: Tensor) -> Any:
-    return float("inf") if val.dtype.is_floating_point else torch.iinfo(val.dtype).max
+    if val.dtype.is_floating_point:
+        return float("inf")
+    return val.dtype == torch.bool or torch.iinfo(val.dtype).max
 
 
 def reduced(f: Follower, node: fx.Node, fill: Callable[[Tensor], Any]) -> Any:
@@ -191,7 +195,7 @@ def slice_(f: Follower, node: fx.Node) -> Any:
 
 
 def follows_length(f: Follower, node: fx.Node) -> bool:
-    return "end" in f.length.numbers.get(node, ())
+    return "end" in f.length.numbers.get(node, {})
 
 
 def follow_others(f: Follower, node: fx.Node, x: fx.Node, dim: int) -> Places:

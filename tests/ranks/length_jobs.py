@@ -123,15 +123,22 @@ def run_lengths(
     lengths: Sequence[int],
     options: dict | None = None,
     p: int = 1,
+    how: str = "compile",
 ) -> dict[str, Any]:
-    """Loss, gradients and plain outputs of one model for each length; with ``options`` through
-    Mosaic on p ranks. And how many programs were compiled."""
+    """Loss, gradients and outputs of one model for each length; with ``options`` through Mosaic on
+    p ranks, by ``torch.compile`` or by ``mosaic.parallelize`` (``how``: "parallelize", or "fsdp").
+    And how many programs were compiled."""
     torch.manual_seed(0)
     model = build()
-    called = model
+    called: Any = model
     if options is not None:
         mosaic.init(sp_size=p)
+    if options is not None and how == "compile":
         called = torch.compile(model, backend="mosaic", options={"inner": "eager", **options})
+    elif options is not None:
+        shards = how == "fsdp"
+        given = {"blocks": [model], "inner": "eager", "fully_shard": shards}
+        called = mosaic.parallelize(model, options["spec"], **given)
     with mosaic.plans() as plans:
         found = {n: one_step(model, called, batch, n) for n in lengths}
     masks = {a.mask for plan in plans for a in plan.attentions if a.axis}
@@ -157,13 +164,18 @@ def one_step(model: nn.Module, called: Any, batch: Callable[[int], Batch], n: in
     out = called(**batch(n))
     loss = loss_of(out)
     loss.backward()
-    return {"loss": loss.detach(), "gradients": gradients(model), "outputs": [*tensors(out)]}
+    found = {name: whole(x) for name, x in gradients(model).items()}
+    return {"loss": loss.detach(), "gradients": found, "outputs": [*tensors(out)]}
+
+
+def whole(x: Any) -> Any:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def tensors(out: Any) -> Iterator[Tensor]:
     """What a model gives, by shape as well as by value."""
     values = [out] if isinstance(out, Tensor) else list(getattr(out, "values", lambda: out)())
-    yield from (x.detach() for x in values if isinstance(x, Tensor))
+    yield from (whole(x).detach() for x in values if isinstance(x, Tensor))
 
 
 # --- ops that mix rows --------------------------------------------------------------------------
@@ -247,6 +259,7 @@ OPS: dict[str, Callable[[Mixes, Tensor], Any]] = {
     "nll": lambda m, y: F.nll_loss(y.log_softmax(-1).flatten(0, 1), y.argmax(-1).flatten()),
     "layer_norm": lambda m, y: (F.layer_norm(y, (4,)) * y.exp()).sum(),
     "cross_attention": lambda m, y: F.scaled_dot_product_attention(y[:, :2], y, y),
+    "by_the_length": lambda m, y: (y.sum(1) - y.shape[1] + 2) / (2 * y.shape[1]),
     "outer": lambda m, y: (y[:, :, None] - y[:, None]).square().sum((1, 2, 3)),
     **{
         f.__name__: f
@@ -261,10 +274,10 @@ ALONE: dict[str, Callable[[Mixes, Tensor], Any]] = {
     "var": lambda m, y: y.var(1),
     "every_second": lambda m, y: y[:, ::2],
     "last_three": lambda m, y: y[:, -3:],
-    "batch_norm": lambda m, y: m.norm(y.transpose(1, 2)),
+    "batch_norm": lambda m, y: m.norm(y.transpose(1, 2)) * y.exp().transpose(1, 2),
     "conv": lambda m, y: F.conv1d(y.transpose(1, 2), m.inner.weight[..., None], padding=1),
-    "by_the_length": lambda m, y: y.sum(1) / y.shape[1],
     "by_a_root": lambda m, y: y * y.shape[1] ** 0.5,
+    "fewer_rows_than_the_bucket": lambda m, y: y.sum(1) + m.inner.weight[: y.shape[1]].sum(),
     "half": lambda m, y: y[:, : y.shape[1] // 2],
     "row_behind": lambda m, y: torch.cat([y, y[:, :2]], 1),
     "negative_index": lambda m, y: y[:, torch.tensor([0, -1])],
@@ -281,6 +294,7 @@ def run_ops(names: Sequence[str], options: dict | None, lengths: Sequence[int], 
         mosaic.init(sp_size=p)
     found = {}
     for name in names:
+        torch._dynamo.reset()  # all of them are one function, of which some programs are kept
         torch.manual_seed(0)
         model = Mixes(name).double()
         called: Any = model

@@ -101,6 +101,28 @@ def check(ranks, name: str, p: int, lengths: Any, compiles: int) -> None:
                 assert_close(f"output of {n}", x, y, 1e-11)
 
 
+@pytest.mark.parametrize("how", ["fsdp", FULL("parallelize")])
+def test_parallelize(ranks, how: str) -> None:
+    """The model as one graph: its logits stay cut, and each length has parts of its own."""
+    run = partial(run_lengths, gpt, ids_and_labels, (37, 64, 50))
+    want = run()
+    for got in ranks(2).run(run, spec_of(MODELS["gpt"][2]), 2, how):
+        assert got["compiles"] == 1
+        for n, step in got["steps"].items():
+            expected = want["steps"][n]
+            compare_gradients(expected["gradients"], step["gradients"], 1e-11)
+            for x, y in zip(step["outputs"], expected["outputs"], strict=True):
+                assert_close(f"output of {n}", x, y, 1e-11)
+
+
+def test_parallelize_of_blocks_is_refused() -> None:
+    mosaic.init(sp_size=1)
+    model = gpt()
+    with pytest.raises(mosaic.ShardingError, match="one graph, which knows where its padding is"):
+        mosaic.parallelize(model, spec_of(MODELS["gpt"][2])["spec"])
+    mosaic.get_context().shutdown()
+
+
 def test_dropout_is_what_one_mosaic_rank_draws(ranks) -> None:
     run = partial(run_lengths, partial(gpt, dropout=0.3), ids_and_labels, (37, 50))
     options = spec_of(MODELS["gpt"][2])
@@ -133,7 +155,7 @@ def test_ops(ranks, names: list[str], p: int) -> None:
     "name, said",
     [
         ("flip", "flip mixes rows"),
-        ("by_the_length", "div.Tensor takes a number that follows the length"),
+        ("fewer_rows_than_the_bucket", "has fewer rows than the bucket"),
         ("half", "computes a number of the length"),
         ("last_three", "takes rows that may be padding"),
     ],
