@@ -157,8 +157,9 @@ class Comparison:
         differs = self.said != self.said[rank]
         if not bool(differs.any()):
             return
-        if bool(differs[:, 0].any()):
-            raise self._different_graphs(rank, differs[:, 0])
+        graphs = differs[:, : 1 + SIZES].any(1)  # or sizes, in the program of a bucket
+        if bool(graphs.any()):
+            raise self._different_graphs(rank, graphs)
         prints = differs[:, 1 + SIZES :]
         if bool(prints.any()):
             number = int(prints.any(0).nonzero()[0])
