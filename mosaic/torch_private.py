@@ -140,11 +140,13 @@ __all__ = [
     "is_alias",
     "is_composite",
     "is_in_backward",
+    "is_linear",
     "is_of_functorch",
     "is_traceable_wrapper_subclass",
     "is_whole_function",
     "lists_of_blocks",
     "make_fx",
+    "mark_changing",
     "multi_head_attention_op",
     "never_compiles",
     "no_dispatch",
@@ -158,7 +160,9 @@ __all__ = [
     "rename_afresh",
     "reset_dynamo",
     "set_grad_enabled",
+    "size_with",
     "snapshot_fake",
+    "symbols_of",
     "tag_activation_checkpoint",
     "torch_version",
     "views_by_their_ops",
@@ -294,6 +298,35 @@ def without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_cudnn_enabled(before)
+
+
+def mark_changing(x: torch.Tensor, dim: int) -> None:
+    """Let Dynamo take a size for a number that changes, unless the program needs it to be one."""
+    torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
+def symbols_of(value: Any) -> frozenset[Any]:
+    """The symbols of a size that Dynamo does not know, or of a number made of some."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return frozenset()
+    return frozenset(getattr(value.node.expr, "free_symbols", ()))
+
+
+def size_with(value: Any, symbols: frozenset[Any], n: int) -> int:
+    """A size where these symbols are n, and others what they are (with a guard on each)."""
+    if not symbols & symbols_of(value):
+        return int(value)
+    return int(value.node.expr.xreplace(dict.fromkeys(symbols, n)))
+
+
+def is_linear(value: Any, symbols: frozenset[Any]) -> bool:
+    """Whether a size grows with these symbols by whole numbers."""
+    if not symbols & symbols_of(value):
+        return True
+    expression = value.node.expr
+    if not isinstance(value, torch.SymInt) or not expression.is_polynomial(*symbols):
+        return False
+    return all(expression.diff(symbol).is_Integer for symbol in symbols)
 
 
 def bake_floats(module: fx.GraphModule) -> None:

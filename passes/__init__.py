@@ -11,6 +11,7 @@ from mosaic.passes.defer_outputs import defer_outputs
 from mosaic.passes.infer_axes import infer_axes
 from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
+from mosaic.passes.mask_padding import mask_padding
 from mosaic.passes.normalize import normalize
 from mosaic.passes.overlap import overlap
 from mosaic.passes.partition import partition
@@ -22,6 +23,7 @@ from mosaic.passes.rewrite_attention import rewrite_attention
 
 #: On the global graph, before AOTAutograd.
 PIPELINE = (
+    mask_padding,  # of lengths that share a program
     normalize,
     raise_attention,  # from here on every attention is one node
     analyze_masks,  # what attention masks mean; most of them disappear

@@ -98,7 +98,8 @@ def logits_recipe(
     node: Any, graph: fx.Graph, context: Context
 ) -> tuple[Recipe, list[fx.Node]] | None:
     """How logits are made that nothing reads here: of hidden states and a head that is an input."""
-    if not isinstance(node, fx.Node) or not is_free(node, graph):
+    is_padded = context.length is not None  # what is returned is cut back to its length
+    if is_padded or not isinstance(node, fx.Node) or not is_free(node, graph):
         return None
     logits = logits_of(node, node.meta["val"].ndim - 1, records(node))
     if logits is None or not is_awaited(logits, context):

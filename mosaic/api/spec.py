@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mosaic.api.buckets import Buckets, check_buckets
 from mosaic.api.errors import ShardingError
 from mosaic.api.methods import Local, Method, method_of
 
@@ -41,6 +42,10 @@ class ShardingSpec:
         the first run only), or False. One all-gather of half a kilobyte a run; on a GPU a
         difference in data is an error when the next run begins.
     mesh_axis: the mesh axis of methods given as strings, and of an axis that Mosaic finds itself.
+    buckets: lengths of the axis that is cut, ``(1024, 2048)``, or "powers" (of two). Every input
+        is padded to the next of them, and one program compiled for all lengths that are padded to
+        one; results and gradients are those of the length itself. Where a program has no exact form
+        for that, each length is compiled by itself, with a warning that says why.
 
     Raises ShardingError for names and methods that do not fit together.
     """
@@ -52,6 +57,7 @@ class ShardingSpec:
     gradients: Literal["whole", "shares"] = "whole"
     check_inputs: Literal["always", "first", False] = "always"
     mesh_axis: str = field(default="sp", kw_only=True)
+    buckets: Buckets | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -74,6 +80,9 @@ class ShardingSpec:
             methods = {a: method_of(m, mesh=self.mesh_axis) for a, m in self.axes.items()}
             object.__setattr__(self, "axes", methods)
         self._check_names()
+        check_buckets(self.buckets, len(self.sharded))
+        if isinstance(self.buckets, list):
+            object.__setattr__(self, "buckets", tuple(self.buckets))
 
     def _check_names(self) -> None:
         for path in self.inputs or {}:

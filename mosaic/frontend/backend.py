@@ -17,8 +17,9 @@ from torch import fx
 from mosaic.api.errors import MosaicError, ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import calls, shard_programs
-from mosaic.frontend.capture import capture
+from mosaic.frontend.capture import Captured, capture
 from mosaic.frontend.data_check import DataCheck
+from mosaic.frontend.lengths import Padding, captured_at_bucket, padding_of
 from mosaic.frontend.refused import refuse_unknown
 from mosaic.frontend.sharded_inputs import (
     Arriving,
@@ -32,7 +33,8 @@ from mosaic.frontend.sharded_inputs import (
     parts_of,
     write_back,
 )
-from mosaic.frontend.user_warnings import announce, resumed_at
+from mosaic.frontend.user_warnings import announce, once, resumed_at
+from mosaic.graph.lengths import Length, NotPaddedError
 from mosaic.graph.modes import Modes
 from mosaic.graph.pipeline import run_passes, without_those_off
 from mosaic.graph.real_strides import heeding_strides
@@ -117,7 +119,7 @@ def compile_graph(
     check_ranks(arriving, ranks)
     group = ranks.group(joint_mesh(chosen.spec, arriving)) if ranks else None
     try:
-        local, context, plan = partitioned(module, chosen, ranks, arriving)
+        local, context, plan, padding = partitioned(module, chosen, ranks, arriving)
     except Exception as error:
         report_failure(group, error)
         raise
@@ -127,6 +129,7 @@ def compile_graph(
     lowering = Lowering(context, plan)
     try:
         examples = part_examples(module, example_inputs, context.mutated)
+        examples = padding.examples(module, examples) if padding else examples
         compiled = INNER[chosen.inner](local, examples, lowering)
     except Restart:  # AOTAutograd wants a number as a constant: Dynamo traces anew, on every rank
         raise
@@ -137,6 +140,8 @@ def compile_graph(
     for listener in LISTENERS:
         listener(plan)
     check = data_check(context, ranks, facts, any(lowering.sequences.values()))
+    if padding:
+        return padded(compiled, context, padding, check)
     return checked(compiled, context, outputs_of(module, plan), check)
 
 
@@ -145,8 +150,9 @@ watch_all(mosaic, calls.watch)
 
 def partitioned(
     module: fx.GraphModule, options: Options, ranks: MosaicContext | None, arriving: Arriving
-) -> tuple[fx.GraphModule, Context, Plan]:
-    """PIPELINE: from Dynamo's graph to this rank's local program."""
+) -> tuple[fx.GraphModule, Context, Plan, Padding | None]:
+    """PIPELINE: from Dynamo's graph to this rank's local program; with buckets one for all lengths
+    of a bucket, if there is an exact form of that."""
     spec, owner, goes_on = options.spec, options.owner, calls.goes_on(module)
     if owner and owner.shares and not goes_on:
         spec = replace(spec, gradients="shares")
@@ -155,20 +161,47 @@ def partitioned(
         calls.check_one_graph(module, spec)
     first = shard_programs.first_call(module)
     if first is not None and not arriving:
-        return shard_programs.passed_through(module, first, spec, world)
+        return *shard_programs.passed_through(module, first, spec, world), None
     refuse_unknown(module)
     worlds = [world_of(ranks, mesh) for mesh in meshes(spec, arriving)]
+
+    # One process alone has plain tensors.
+    stays_cut = ranks is not None and (goes_on or bool(arriving) or spec.outputs != "whole")
+
+    def context_of(captured: Captured, length: Length | None = None) -> Context:
+        context = Context(
+            spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
+            policies=captured.policies, worlds=worlds, checks=captured.checks, length=length,
+        )  # fmt: skip
+        context.goes_on = goes_on
+        context.stays_cut = stays_cut
+        is_part = owner is not None and spec.buckets is None
+        context.has_other_names = is_part or resumed_at(captured.graph) is not None
+        context.is_first_graph = options.is_first_graph
+        context.graph_text = text_of(captured.graph)
+        return context
+
+    if spec.buckets is not None:
+        try:
+            why_not = (
+                "the graph breaks" if goes_on else "inputs are cut already" if arriving else ""
+            )
+            padding = padding_of(module, spec, why_not)
+            captured, length = captured_at_bucket(module, padding)
+            local, context, plan = through_passes(captured, context_of(captured, length), owner)
+            padding = padding.with_outputs(module, plan, context.output_rows)
+            padding.guard(length.least)
+            return local, context, plan, padding
+        except NotPaddedError as error:
+            once(error.said())
     captured = capture(module)
-    context = Context(
-        spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
-        policies=captured.policies, worlds=worlds, checks=captured.checks,
-    )  # fmt: skip
-    context.goes_on = goes_on
-    stays_cut = goes_on or bool(arriving) or spec.outputs != "whole"
-    context.stays_cut = stays_cut and ranks is not None  # one process alone has plain tensors
-    context.has_other_names = owner is not None or resumed_at(captured.graph) is not None
-    context.is_first_graph = options.is_first_graph
-    context.graph_text = text_of(captured.graph)
+    return *through_passes(captured, context_of(captured), owner), None
+
+
+def through_passes(
+    captured: Captured, context: Context, owner: calls.Owner | None
+) -> tuple[fx.GraphModule, Context, Plan]:
+    """This rank's local program of a global one, and its plan."""
     passes = without_those_off(PIPELINE, OPTIONAL)
     reports = run_passes(passes, captured.graph, context, "global")
     if owner:
@@ -250,7 +283,8 @@ def data_check(
         return None
     if dist.get_backend(group) == "fake":
         return None
-    whole = [i for i in context.inputs if i.index not in context.arriving]
+    given = context.inputs[:-1] if context.length else context.inputs
+    whole = [i for i in given if i.index not in context.arriving]
     arguments = [i for i in whole if not i.is_state and not context.holds_shards]
     state = [i for i in whole if i.is_state]
     every_run = spec.check_inputs == "always" and sends
@@ -278,5 +312,20 @@ def checked(
         found = iter(compiled(*mine))
         write_back(given, mine, context.mutated)
         return [made(out, args, found) for out in outputs]
+
+    return run
+
+
+def padded(
+    compiled: Callable[..., Any], context: Context, padding: Padding, check: DataCheck | None
+) -> Callable[..., Any]:
+    """Compare inputs before a run, as they are given; they go in padded, and outputs come out
+    without their padding."""
+
+    def run(*args: Any) -> Any:
+        calls.running(context.spec if context.world.size > 1 else WHOLE)
+        if check is not None:
+            check(args)
+        return padding.cut(compiled(*padding.padded(args)), padding.length_of(args))
 
     return run

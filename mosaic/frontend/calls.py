@@ -27,6 +27,7 @@ from torch import fx
 from mosaic.api.errors import ShardingError, UnsupportedError
 from mosaic.api.spec import ShardingSpec, path_parts
 from mosaic.frontend.flash import allow_package
+from mosaic.frontend.lengths import mark
 from mosaic.frontend.model_inputs import replaced
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
@@ -127,6 +128,7 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compiled, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
         allow_package()
+        mark(made.spec, signed(compiled), args, kwargs)
         with Call(made) as this, without_flex_warnings():
             result = compiled(*args, **kwargs)
         result = as_promised(result, made.spec, are_cut(args, kwargs))
@@ -137,6 +139,17 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return call
+
+
+def signed(compiled: Any) -> Callable[..., Any]:
+    """The function whose arguments a compiled one takes: for a module's call its forward."""
+    function: Any = compiled._torchdynamo_orig_callable
+    owner: Any = getattr(function, "__self__", None)
+    is_call = isinstance(owner, torch.nn.Module) and function.__name__ in CALLS
+    return owner.forward if is_call else function
+
+
+CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 
 
 def are_cut(*arguments: Any) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -257,21 +257,21 @@ def value_of(placeholder: fx.Node) -> Any:
     return value if is_read else 0
 
 
-def specialise(value: Any) -> Any:
-    """A placeholder's value at known sizes. Dynamo puts a guard on each, so that every other size
-    is compiled anew."""
+def specialise(value: Any, size: Callable[[Any], int] = int) -> Any:
+    """A placeholder's value at known sizes. Dynamo puts a guard on each of which ``int`` is asked,
+    so that every other size is compiled anew."""
     if isinstance(value, torch.SymInt):
-        return int(value)
+        return size(value)
     if isinstance(value, torch.SymFloat):
         return float(value)
     if not isinstance(value, torch.Tensor):
         return value
-    shape, stride = [int(n) for n in value.shape], [int(n) for n in value.stride()]
+    shape, stride = [size(n) for n in value.shape], [size(n) for n in value.stride()]
     return shape, stride, value.dtype, value.device, value.requires_grad
 
 
-def capture(module: fx.GraphModule) -> Captured:
-    """Trace Dynamo's graph into functional ATen with static global sizes.
+def capture(module: fx.GraphModule, size: Callable[[Any], int] = int) -> Captured:
+    """Trace Dynamo's graph into functional ATen with static global sizes (``size`` of Dynamo's).
 
     Raises UnsupportedError for what would not be the same program.
 
@@ -283,7 +283,7 @@ def capture(module: fx.GraphModule) -> Captured:
     flash.forget_lengths(module)
     inputs = read_inputs(module)
     given = [value_of(n) for n in module.graph.find_nodes(op="placeholder")]
-    known = [specialise(value) for value in flattened(given)]
+    known = [specialise(value, size) for value in flattened(given)]
     mode = FakeTensorMode()
     with mode:
         fakes = [_empty(*v) if isinstance(v, tuple) else v for v in known]

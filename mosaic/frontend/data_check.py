@@ -75,6 +75,7 @@ class DataCheck:
     every_run: bool
     runs: int = 0
     _head: Tensor | None = field(default=None, repr=False)
+    _shapes: Sequence[torch.Size] = field(default=(), repr=False)
 
     def __call__(self, args: Sequence[Any]) -> None:
         """Raise ShardingError where the ranks differ, of this run or of the one before it."""
@@ -102,9 +103,11 @@ class DataCheck:
         device, found = self.context.device, [args[i.index] for i in self.arguments]
         tensors = [x for x in found if is_plain(x)]
         names = [i.name for i, x in zip(self.arguments, found, strict=True) if is_plain(x)]
-        if self._head is None:
-            head = [self.number, *written([x.shape for x in tensors])]
+        shapes = [x.shape for x in tensors]
+        if self._head is None or shapes != self._shapes:  # of a bucket's program they change
+            head = [self.number, *written(shapes)]
             self._head = torch.tensor(head, dtype=torch.int64).to(device)
+            self._shapes = shapes
         prints = torch.zeros(PRINTS, dtype=torch.int64, device=device)
         for number, x in enumerate(tensors):
             prints[slot(number)] += fingerprint(x).to(device)
@@ -154,8 +157,9 @@ class Comparison:
         differs = self.said != self.said[rank]
         if not bool(differs.any()):
             return
-        if bool(differs[:, 0].any()):
-            raise self._different_graphs(rank, differs[:, 0])
+        graphs = differs[:, : 1 + SIZES].any(1)  # or sizes, in the program of a bucket
+        if bool(graphs.any()):
+            raise self._different_graphs(rank, graphs)
         prints = differs[:, 1 + SIZES :]
         if bool(prints.any()):
             number = int(prints.any(0).nonzero()[0])

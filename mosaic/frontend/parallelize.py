@@ -58,6 +58,7 @@ def parallelize(
         the model (the items of its lists of modules of one class).
     fully_shard: apply FSDP2 to each block and to the model, over all ranks; or its arguments
         (``{"mp_policy": ..., "mesh": ranks.mesh["dp", "sp"]}`` for HSDP). Do not call it yourself.
+        Buckets of lengths need the whole model as one graph: ``blocks=[model]``.
     checkpoint: recompute each block in backward, but for its attention.
     inner: "inductor" or "eager".
 
@@ -72,6 +73,7 @@ def parallelize(
     ranks = get_context()
     units = [*(blocks if blocks is not None else repeated(model))]
     check_units(model, units)
+    check_buckets(model, spec, units, checkpoint)
     inputs = ModelInputs(spec, ranks, inspect.signature(model.forward))
     owner = Owner(spec, ranks, bool(fully_shard), inputs)
     for unit in units:
@@ -81,7 +83,8 @@ def parallelize(
         for layer in layers:
             layer.forward = owner.compiled(layer, False, inner)
         shard_all(model, [*units, *layers], owner, {} if fully_shard is True else dict(fully_shard))
-    model.forward = with_inputs_cut(model.forward, inputs)
+    if spec.buckets is None:
+        model.forward = with_inputs_cut(model.forward, inputs)
     return model
 
 
@@ -120,6 +123,9 @@ class Owner:
             forward = functools.partial(checkpoint_of, forward, use_reentrant=False)
         # The model's own inputs are compared before every call: units have nothing else.
         spec = replace(self.spec, check_inputs=self.spec.check_inputs and "first")
+        if spec.buckets is not None:  # the unit is the model, and takes whole inputs
+            stays = "shards" if self.spec.outputs == "whole" else self.spec.outputs
+            spec = replace(self.spec, outputs=stays)
         options: dict[str, Any] = {"spec": spec, "inner": inner, "owner": self}
         run = torch.compile(forward, backend=backend, options=options)
 
@@ -214,6 +220,18 @@ def check_units(model: nn.Module, units: Sequence[Any]) -> None:
                 f"{type(unit).__name__} is sharded by FSDP2 already",
                 fix="leave that to mosaic.parallelize(..., fully_shard=True)",
             )
+
+
+def check_buckets(
+    model: nn.Module, spec: ShardingSpec, units: Sequence[nn.Module], recomputed: bool
+) -> None:
+    """Raise ShardingError for buckets where units are parts of the model: what runs between them
+    would take padding for rows, and tensors that are cut otherwise for each length are guarded."""
+    if spec.buckets is not None and (units != [model] or recomputed):
+        raise ShardingError(
+            "buckets need the model as one graph, which knows where its padding is",
+            fix="compile it whole: blocks=[model], and call torch.utils.checkpoint inside of it",
+        )
 
 
 # --- parameters ---------------------------------------------------------------------------------

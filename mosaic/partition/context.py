@@ -11,6 +11,7 @@ from torch import fx
 from mosaic.api.spec import ShardingSpec
 from mosaic.attention.problem import AttentionProblem
 from mosaic.graph.inputs import Input, Policy
+from mosaic.graph.lengths import Length
 from mosaic.graph.modes import Modes
 from mosaic.layout import Place
 from mosaic.partition.interpreter import ShardingInterpreter
@@ -44,6 +45,8 @@ class Context:
     is_first_graph: bool = True
     goes_on: bool = False  # in other graphs of the same function
     holds_shards: bool = False  # a program that was written for shards: it is only lowered
+    length: Length | None = None  # of the axis, where it is data
+    output_rows: list[tuple[Place, ...]] = field(default_factory=list)  # of outputs, then
     graph_text: str = ""
     constants: int = 0  # tensors of the local program that are no inputs
     worlds: Sequence[World] = ()

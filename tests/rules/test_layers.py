@@ -65,6 +65,7 @@ FLOORS = (
     ("graph", "attention", "losses"),
     ("masks", "eager"),
     ("partition",),
+    ("padding",),
     ("report", "passes"),
     ("frontend",),
     ("integrations",),
