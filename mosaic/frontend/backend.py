@@ -16,7 +16,7 @@ from torch import fx
 
 from mosaic.api.errors import MosaicError, ShardingError
 from mosaic.api.spec import ShardingSpec
-from mosaic.frontend import calls, shard_programs
+from mosaic.frontend import calls, dtensors, shard_programs
 from mosaic.frontend.capture import capture
 from mosaic.frontend.data_check import DataCheck
 from mosaic.frontend.refused import refuse_unknown
@@ -115,9 +115,10 @@ def compile_graph(
     chosen = Options(**(options or {}), is_first_graph=calls.counted() == 1)
     ranks, arriving = context_or_world_of_one(), arriving_shards(module)
     check_ranks(arriving, ranks)
-    group = ranks.group(joint_mesh(chosen.spec, arriving)) if ranks else None
+    parallel = dtensors.axis_of(module, ranks)
+    group = ranks.group(joint_mesh(chosen.spec, arriving, parallel)) if ranks else None
     try:
-        local, context, plan = partitioned(module, chosen, ranks, arriving)
+        local, context, plan = partitioned(module, chosen, ranks, arriving, parallel)
     except Exception as error:
         report_failure(group, error)
         raise
@@ -144,25 +145,33 @@ watch_all(mosaic, calls.watch)
 
 
 def partitioned(
-    module: fx.GraphModule, options: Options, ranks: MosaicContext | None, arriving: Arriving
+    module: fx.GraphModule,
+    options: Options,
+    ranks: MosaicContext | None,
+    arriving: Arriving,
+    parallel: str | None,
 ) -> tuple[fx.GraphModule, Context, Plan]:
     """PIPELINE: from Dynamo's graph to this rank's local program."""
     spec, owner, goes_on = options.spec, options.owner, calls.goes_on(module)
     if owner and owner.shares and not goes_on:
         spec = replace(spec, gradients="shares")
-    world = world_of(ranks, joint_mesh(spec, arriving))
+    world = world_of(ranks, joint_mesh(spec, arriving, parallel))
     if spec.gives_shares and world.size > 1:
         calls.check_one_graph(module, spec)
     first = shard_programs.first_call(module)
     if first is not None and not arriving:
         return shard_programs.passed_through(module, first, spec, world)
     refuse_unknown(module)
+    dtensors.refuse(module, ranks, parallel, own_axes(joint_mesh(spec, arriving, None)))
     worlds = [world_of(ranks, mesh) for mesh in meshes(spec, arriving)]
     captured = capture(module)
     context = Context(
         spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
         policies=captured.policies, worlds=worlds, checks=captured.checks,
     )  # fmt: skip
+    if parallel:
+        context.parallel, context.dtensors = world_of(ranks, parallel), dtensors.cut(module)
+        context.worlds = [*worlds, context.parallel, world_of(ranks, spec.mesh)]
     context.goes_on = goes_on
     context.stays_cut = goes_on or bool(arriving) or spec.outputs != "whole"
     context.has_other_names = owner is not None or resumed_at(captured.graph) is not None
@@ -187,9 +196,10 @@ def meshes(spec: ShardingSpec, arriving: Arriving) -> list[str]:
     return [",".join(few) for few in some]
 
 
-def joint_mesh(spec: ShardingSpec, arriving: Arriving) -> str:
-    """Every mesh axis that takes part, as one long one."""
+def joint_mesh(spec: ShardingSpec, arriving: Arriving, parallel: str | None) -> str:
+    """Every mesh axis that takes part, as one long one; replicas (dp) have data of their own."""
     named = own_axes(spec.mesh) if spec.sharded or not arriving else set()
+    named |= {parallel} - {None, "dp"}
     return ",".join(sorted(named.union(*map(own_axes, mesh_axes(arriving)))))
 
 
@@ -249,7 +259,8 @@ def data_check(
         return None
     if dist.get_backend(group) == "fake":
         return None
-    whole = [i for i in context.inputs if i.index not in context.arriving]
+    cut = {*context.arriving, *context.dtensors}
+    whole = [i for i in context.inputs if i.index not in cut]
     arguments = [i for i in whole if not i.is_state and not context.holds_shards]
     state = [i for i in whole if i.is_state]
     every_run = spec.check_inputs == "always" and sends
