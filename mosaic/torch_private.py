@@ -119,6 +119,7 @@ __all__ = [
     "code_at_hand",
     "compile_by_eager",
     "compile_by_inductor",
+    "compile_with_hooks",
     "compiled_by_inductor",
     "compiles_left",
     "decompose_op",
@@ -229,6 +230,16 @@ def placeholder_source(node: fx.Node) -> tuple[str, bool]:
     name = source.name() if callable(source.name) else source.name
     is_state = isinstance(grapharg.example, torch.nn.Parameter) or "._buffers[" in name
     return name, is_state
+
+
+def compile_with_hooks(module: torch.nn.Module, compiled: Callable[[Any], Any]) -> None:
+    """Compile a module's call with the hooks around its forward, as ``Module.compile`` does; in one
+    graph, where Dynamo would take torch's own function apart."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = compiled(call)
 
 
 def call_of_dtensor(node: fx.Node) -> tuple[str, dict[str, Any]] | None:

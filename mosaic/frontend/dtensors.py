@@ -24,6 +24,7 @@ from mosaic.layout import Layout, Place
 from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.dtensors import PARTIAL, REPLICATED
 from mosaic.runtime.mesh import MosaicContext
+from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import call_of_dtensor, placeholder_source
 
 NAMED = (
@@ -53,6 +54,8 @@ def refuse(
         is_input = node.op == "placeholder"
         name = Input(number, *placeholder_source(node)).name if is_input else node.name
         why = why_not_over(x, ranks, axis, cut) or why_no_placement(x) or why_not_made(node)
+        if is_input and isinstance(x._local_tensor, ShardedTensor):
+            why = MADE_OUTSIDE
         if why is not None:
             raise UnsupportedError(
                 f"{name} is a DTensor, and {why[0]}",
@@ -67,6 +70,12 @@ def refuse(
                 fix="give a plain tensor: x.to_local(), or use_local_output=True in the style of "
                 "the layer that makes it; and let no graph break come between",
             )
+
+
+MADE_OUTSIDE = (
+    "it was made of a ShardedTensor, outside of what is compiled",
+    "put the layer's style on modules inside of the block that is compiled",
+)
 
 
 def why_not_over(

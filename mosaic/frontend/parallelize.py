@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import fully_shard as shard_parameters
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from mosaic.api.errors import ShardingError
@@ -35,7 +36,7 @@ from mosaic.frontend.deferred import DeferredPositions
 from mosaic.frontend.model_inputs import ModelInputs
 from mosaic.partition.values import Axis
 from mosaic.runtime.mesh import MosaicContext, get_context
-from mosaic.torch_private import flattened, without_function_modes
+from mosaic.torch_private import compile_with_hooks, flattened, without_function_modes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,13 +74,16 @@ def parallelize(
     units = [*(blocks if blocks is not None else repeated(model))]
     check_units(model, units)
     inputs = ModelInputs(spec, ranks, inspect.signature(model.forward))
-    owner = Owner(spec, ranks, bool(fully_shard), inputs)
+    owner = Owner(spec, ranks, bool(fully_shard), inputs, parallel_axes(model, ranks))
     for unit in units:
-        unit.forward = owner.compiled(unit, checkpoint, inner)
+        unit.forward = owner.compiled(unit, unit.forward, checkpoint, inner)
+    whole = replace(owner, shares=False)  # they stay with the model
+    for layer in parallel_layers(model, units):
+        compile_with_hooks(layer, lambda call, of=layer: whole.compiled(of, call, False, inner))
     if fully_shard:
         layers = large_layers(model, units)
         for layer in layers:
-            layer.forward = owner.compiled(layer, False, inner)
+            layer.forward = owner.compiled(layer, layer.forward, False, inner)
         shard_all(model, [*units, *layers], owner, {} if fully_shard is True else dict(fully_shard))
     model.forward = with_inputs_cut(model.forward, inputs)
     return model
@@ -105,6 +109,7 @@ class Owner:
     ranks: MosaicContext
     shares: bool  # where a unit is one graph, for FSDP2 to add up
     inputs: ModelInputs
+    parallel: tuple[str, ...] = ()  # mesh axes over which the model's layers are cut
     divisors: dict[nn.Module, int] = field(default_factory=dict)
     shards_over_one: bool = False  # FSDP2's mesh shards over one rank, and replicates over all
 
@@ -113,9 +118,10 @@ class Owner:
         for axis in axes:
             self.inputs.note(axis)
 
-    def compiled(self, unit: nn.Module, recomputed: bool, inner: str) -> Callable[..., Any]:
+    def compiled(
+        self, unit: nn.Module, forward: Callable[..., Any], recomputed: bool, inner: str
+    ) -> Callable[..., Any]:
         """The unit's forward, compiled; FSDP2 is told how to divide what it gives."""
-        forward = unit.forward
         if recomputed:
             forward = functools.partial(checkpoint_of, forward, use_reentrant=False)
         # The model's own inputs are compared before every call: units have nothing else.
@@ -133,9 +139,15 @@ class Owner:
 
         return call
 
+    @property
+    def sp_size(self) -> int:
+        """How many ranks share a sample, and have all of a parameter's gradient or a share of it."""
+        shared = {*self.ranks.axes} - {"dp", *self.parallel}
+        return prod(self.ranks.size(axis) for axis in shared)
+
     def divide(self, unit: nn.Module, shares: bool) -> None:
         """Let FSDP2 divide the sum of a unit's gradients by the number of ranks that have each."""
-        divisor = self.ranks.dp_size * (1 if shares else sp_size(self.ranks))
+        divisor = self.ranks.dp_size * (1 if shares else self.sp_size)
         if self.divisors.setdefault(unit, divisor) != divisor:
             raise ShardingError(
                 f"{type(unit).__name__} was one graph in an earlier call and is several now, or "
@@ -151,7 +163,7 @@ class Owner:
         all ranks is the right one."""
         if not self.shards_over_one or divisor == 1:
             unit.set_gradient_divide_factor(float(divisor))
-        elif divisor != dist.get_world_size():
+        elif divisor != self.ranks.dp_size * self.sp_size:
             raise ShardingError(
                 "FSDP2's mesh shards over one rank, where torch divides gradients twice",
                 divisor=divisor,
@@ -186,7 +198,8 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 def large_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
     """Embeddings and linear layers beside the units (a head). One that shares its weight with
-    another (a tied head) stays with the model: FSDP2 takes a parameter in one place only."""
+    another (a tied head) stays with the model: FSDP2 takes a parameter in one place only. So does
+    one that tensor parallelism cuts: its hooks, which run around it, make DTensors."""
     inside = {module for unit in units for module in unit.modules()}
     every = model.named_parameters(remove_duplicate=False)
     times = Counter(id(parameter) for _, parameter in every)
@@ -196,8 +209,19 @@ def large_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module
         if isinstance(module, (nn.Embedding, nn.Linear))
         and module not in inside
         and module is not model
+        and not has_dtensors(module)
         and all(times[id(parameter)] == 1 for parameter in module.parameters())
     ]
+
+
+def parallel_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
+    """Layers beside the units that tensor parallelism cuts (an embedding, a head)."""
+    inside = {module for unit in units for module in unit.modules()}
+    return [m for m in model.modules() if m not in inside and has_dtensors(m)]
+
+
+def has_dtensors(layer: nn.Module) -> bool:
+    return any(isinstance(w, DTensor) for w in layer.parameters(recurse=False))
 
 
 def check_units(model: nn.Module, units: Sequence[Any]) -> None:
@@ -226,8 +250,9 @@ def shard_all(
     ranks = owner.ranks
     if ranks.mesh is None:  # a single process
         return
-    mesh = given.pop("mesh", None) or mesh_of_all(ranks)
-    missing = set(range(dist.get_world_size())) - set(mesh.mesh.flatten().tolist())
+    every = mesh_of_all(ranks, owner.parallel)
+    mesh = given.pop("mesh", None) or every
+    missing = {*every.mesh.flatten().tolist()} - {*mesh.mesh.flatten().tolist()}
     if missing:
         raise ShardingError(
             f"FSDP2's mesh leaves out ranks {sorted(missing)}",
@@ -239,14 +264,18 @@ def shard_all(
         sums: Any = module
         if ranks.device.type == "cpu":  # gloo adds, and does no more
             sums.set_force_sum_reduction_for_comms(True)
-        owner.set_divisor(sums, ranks.dp_size * sp_size(ranks))
+        owner.set_divisor(sums, ranks.dp_size * owner.sp_size)
 
 
-def mesh_of_all(ranks: MosaicContext) -> DeviceMesh:
+def mesh_of_all(ranks: MosaicContext, parallel: Sequence[str]) -> DeviceMesh:
+    """All ranks that have the same part of each layer."""
     assert ranks.mesh is not None
-    return flattened(ranks.mesh, ranks.axes) if len(ranks.axes) > 1 else ranks.mesh
+    axes = tuple(axis for axis in ranks.axes if axis not in parallel)
+    return flattened(ranks.mesh, axes) if len(axes) > 1 else ranks.mesh[axes]
 
 
-def sp_size(ranks: MosaicContext) -> int:
-    """How many ranks share a sample."""
-    return prod(ranks.size(axis) for axis in ranks.axes if axis != "dp")
+def parallel_axes(model: nn.Module, ranks: MosaicContext) -> tuple[str, ...]:
+    """The mesh axes that parameters are DTensors over."""
+    cut = (w for w in model.parameters() if isinstance(w, DTensor))
+    names = {name for w in cut for name in w.device_mesh.mesh_dim_names or ()}
+    return tuple(axis for axis in ranks.axes if axis in names)

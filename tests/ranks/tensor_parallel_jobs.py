@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from parallel_jobs import bare, said, tokens, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -54,7 +54,7 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     def __init__(self, kv_heads: int = 2, layers: int = 2):
         super().__init__()
-        self.embed, self.head = nn.Embedding(11, E), nn.Linear(E, 12)
+        self.embed, self.head = nn.Embedding(12, E), nn.Linear(E, 12)
         self.blocks = nn.ModuleList(Block(kv_heads) for _ in range(layers))
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
@@ -71,9 +71,22 @@ PLAN = {name: ColwiseParallel for name in COLUMNS} | {
 }
 
 
-def cut_layers(model: Gpt, mesh: Any) -> None:
+def cut_layers(model: Gpt, mesh: Any, plan: str) -> None:
+    """``plan``: what is cut beside the products of each block."""
     for block in model.blocks:
         parallelize_module(block, mesh, {name: style() for name, style in PLAN.items()})
+    outside: dict[str, Any] = {}
+    if plan == "embedding, head":
+        outside = {
+            "embed": RowwiseParallel(input_layouts=Replicate()),
+            "head": ColwiseParallel(output_layouts=Replicate()),
+        }
+    if plan == "norms":  # whose activations are cut between layers, too
+        outside = {
+            "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+            "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        }
+    parallelize_module(model, mesh, outside)
 
 
 @functools.cache
@@ -83,7 +96,9 @@ def mesh_of(*axes: tuple[str, int]) -> DeviceMesh:
     return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
-def trained(sp: int, tp: int, how: str = "compile", n: int = 13) -> dict[str, Any]:
+def trained(
+    sp: int, tp: int, how: str = "compile", plan: str = "blocks", inner: str = "eager", n: int = 13
+) -> dict[str, Any]:
     """Two steps' losses, the second one's gradients and what was planned; ``sp`` = 0 is one
     process without Mosaic."""
     torch.manual_seed(0)
@@ -91,13 +106,13 @@ def trained(sp: int, tp: int, how: str = "compile", n: int = 13) -> dict[str, An
     if sp:
         mesh = mesh_of(("sp", sp), ("tp", tp))
         mosaic.init(mesh=mesh)
-        cut_layers(model, mesh["tp"])
+        cut_layers(model, mesh["tp"], plan)
         if how == "compile":
             model = torch.compile(
-                model, backend="mosaic", options={"spec": SPEC, "inner": "eager"}
+                model, backend="mosaic", options={"spec": SPEC, "inner": inner}
             )
         else:
-            model = mosaic.parallelize(model, SPEC, inner="eager", fully_shard=FSDP[how](mesh))
+            model = mosaic.parallelize(model, SPEC, inner=inner, fully_shard=FSDP[how](mesh))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     with mosaic.plans() as plans:

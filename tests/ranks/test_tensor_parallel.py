@@ -9,7 +9,7 @@ from compare import assert_close, compare_gradients
 from sampling import FULL
 
 
-@pytest.mark.parametrize("how", ["compile", "parallelize"])
+@pytest.mark.parametrize("how", ["fsdp"])
 @pytest.mark.parametrize("sp, tp", [(2, 2), (1, 2)])
 def test_two_steps(ranks, sp: int, tp: int, how: str) -> None:
     want = jobs.trained(0, 0)
