@@ -474,8 +474,11 @@ CALLERS = (
 
 
 def stands_in(frame: Any) -> bool:
-    """Whether a frame is what Dynamo compiles in place of a function of torch's own."""
+    """Whether a frame is what Dynamo compiles in place of a function of torch's own, or of a unit
+    (``frontend/dtensors.py``)."""
     code = frame.f_code
+    if code.co_name == "call_on_plain":
+        return True
     return code.co_filename == external_utils.__file__ and code.co_name in ("inner", "wrapper")
 
 

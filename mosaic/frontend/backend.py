@@ -253,8 +253,10 @@ def data_check(
 ) -> DataCheck | None:
     """What compares this graph's whole inputs across ranks, if anything does. A graph without
     collectives is looked at once: nothing waits for it on other ranks."""
-    spec = context.spec
-    group = ranks.group(context.world.mesh_axis) if ranks else None
+    spec, mesh = context.spec, own_axes(context.world.mesh_axis)
+    if context.parallel and context.has_other_names:  # a unit's inputs may be one rank's of tp
+        mesh -= {context.parallel.mesh_axis}
+    group = ranks.group(",".join(sorted(mesh))) if ranks and mesh else None
     if ranks is None or group is None or context.world.size == 1 or not spec.check_inputs:
         return None
     if dist.get_backend(group) == "fake":

@@ -8,6 +8,7 @@ refused, with the line and the way out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.dtensors import PARTIAL, REPLICATED
 from mosaic.runtime.mesh import MosaicContext
 from mosaic.runtime.sharded_tensor import ShardedTensor
-from mosaic.torch_private import call_of_dtensor, placeholder_source
+from mosaic.torch_private import call_of_dtensor, placeholder_source, pytree
 
 NAMED = (
     "say which mesh axis it is over: mosaic.init(mesh_shape=(2, 2), mesh_axes=('sp', 'tp')), and "
@@ -145,9 +146,23 @@ def cut(module: fx.GraphModule) -> dict[int, Place]:
     return {i: place for i, place in found.items() if place is not None}
 
 
+def with_plain_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose layers make DTensors of what it is given."""
+
+    @functools.wraps(forward)
+    def call_on_plain(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            args, kwargs = pytree.tree_map_only(Tensor, moves.plain, (args, kwargs))
+        return forward(*args, **kwargs)
+
+    return call_on_plain
+
+
 def move_of(node: fx.Node) -> Callable[[Tensor], Tensor] | None:
     """What a call of Dynamo's graph does between a rank's tensor and the whole one; None for any
     other call. Raises UnsupportedError for one that has no exact form here."""
+    if node.target is moves.plain:
+        return lambda x: x
     call = call_of_dtensor(node)
     if call is None:
         return None

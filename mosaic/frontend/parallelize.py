@@ -33,6 +33,7 @@ from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import calls
 from mosaic.frontend.backend import mosaic as backend
 from mosaic.frontend.deferred import DeferredPositions
+from mosaic.frontend.dtensors import with_plain_inputs
 from mosaic.frontend.model_inputs import ModelInputs
 from mosaic.partition.values import Axis
 from mosaic.runtime.mesh import MosaicContext, get_context
@@ -122,6 +123,8 @@ class Owner:
         self, unit: nn.Module, forward: Callable[..., Any], recomputed: bool, inner: str
     ) -> Callable[..., Any]:
         """The unit's forward, compiled; FSDP2 is told how to divide what it gives."""
+        if any(isinstance(w, DTensor) for w in unit.parameters()):
+            forward = with_plain_inputs(forward)
         if recomputed:
             forward = functools.partial(checkpoint_of, forward, use_reentrant=False)
         # The model's own inputs are compared before every call: units have nothing else.

@@ -50,3 +50,14 @@ def to_rank(x: Tensor, dim: int, gradient: str, mesh_axis: str, p: int) -> Tenso
 @to_rank.register_fake
 def _(x: Tensor, dim: int, gradient: str, mesh_axis: str, p: int) -> Tensor:
     return x.new_empty([n // p if d == dim else n for d, n in enumerate(x.shape)])
+
+
+@torch.library.custom_op("mosaic::plain", mutates_args=())
+def plain(x: Tensor) -> Tensor:
+    """The same tensor, plain while Dynamo traces: DTensors are made of no ShardedTensors."""
+    raise AssertionError("mosaic::plain stands for its operand and is never run")
+
+
+@plain.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)

@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleInput,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
 
@@ -73,19 +75,28 @@ PLAN = {name: ColwiseParallel for name in COLUMNS} | {
 
 def cut_layers(model: Gpt, mesh: Any, plan: str) -> None:
     """``plan``: what is cut beside the products of each block."""
-    for block in model.blocks:
-        parallelize_module(block, mesh, {name: style() for name, style in PLAN.items()})
+    inside: dict[str, Any] = {name: style() for name, style in PLAN.items()}
     outside: dict[str, Any] = {}
     if plan == "embedding, head":
         outside = {
             "embed": RowwiseParallel(input_layouts=Replicate()),
             "head": ColwiseParallel(output_layouts=Replicate()),
         }
-    if plan == "norms":  # whose activations are cut between layers, too
+    if plan == "sequence":  # as Megatron does: between layers each rank has some tokens
+        rows = {"input_layouts": Shard(1), "desired_input_layouts": Replicate()}
+        inside |= {
+            "norm": SequenceParallel(),
+            "attention": PrepareModuleInput(**rows),
+            "attention.out": RowwiseParallel(output_layouts=Shard(1)),
+            "up": ColwiseParallel(input_layouts=Shard(1)),
+            "down": RowwiseParallel(output_layouts=Shard(1)),
+        }
         outside = {
             "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
             "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
         }
+    for block in model.blocks:
+        parallelize_module(block, mesh, inside)
     parallelize_module(model, mesh, outside)
 
 
