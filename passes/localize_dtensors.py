@@ -5,9 +5,9 @@
     h = linear(h, w)                            h = linear(h, w)
     y = to_rank(h, 2, "", "tp", 2)              y: f64[2, 13, 8] = h
 
-The rules that cut an axis over ``sp`` cut this one, too: a row-parallel layer's product is a partial
-sum, and meets at once. What lies outside of the DTensors is one rank's already, and stays as it is.
-The collectives over ``tp`` are then ops like others for the axes that later passes cut.
+The rules that cut an axis over ``sp`` cut this one, too: a row-parallel layer's product is a
+partial sum, and meets at once. What lies outside of the DTensors is one rank's already,
+and stays as it is. The collectives over ``tp`` are then ops like others for the axes that later passes cut.
 """
 
 from __future__ import annotations

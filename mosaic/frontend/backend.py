@@ -199,7 +199,7 @@ def meshes(spec: ShardingSpec, arriving: Arriving) -> list[str]:
 def joint_mesh(spec: ShardingSpec, arriving: Arriving, parallel: str | None) -> str:
     """Every mesh axis that takes part, as one long one; replicas (dp) have data of their own."""
     named = own_axes(spec.mesh) if spec.sharded or not arriving else set()
-    named |= {parallel} - {None, "dp"}
+    named |= {parallel} - {"dp"} if parallel else set()
     return ",".join(sorted(named.union(*map(own_axes, mesh_axes(arriving)))))
 
 

@@ -32,15 +32,26 @@ NAMED = (
     "say which mesh axis it is over: mosaic.init(mesh_shape=(2, 2), mesh_axes=('sp', 'tp')), and "
     "parallelize_module(model, ranks.mesh['tp'], plan)"
 )
+OVER_ONE = "let fully_shard gather it over all of them but one, before the forward"
+NOT_CUT = (
+    "distribute it over another axis, as 'tp' or 'dp'; mosaic.parallelize(..., fully_shard=True) "
+    "shards parameters over this one"
+)
 moves = torch.ops.mosaic
 
 
 def axis_of(module: fx.GraphModule, ranks: MosaicContext | None) -> str | None:
     """The mesh axis that the DTensors of Dynamo's graph are over, if it is one of ours."""
-    values = (n.meta.get("example_value") for n in module.graph.nodes)
+    values = (n.meta.get("example_value") for n in nodes_of(module))
     names = (x.device_mesh.mesh_dim_names or () for x in values if isinstance(x, DTensor))
     known = (name for few in names for name in few if ranks and name in ranks.axes)
     return next(known, None)
+
+
+def nodes_of(module: fx.GraphModule) -> list[fx.Node]:
+    """With those of the bodies of checkpoints."""
+    parts = (part for part in module.modules() if isinstance(part, fx.GraphModule))
+    return [node for part in parts for node in part.graph.nodes]
 
 
 def refuse(
@@ -48,21 +59,18 @@ def refuse(
 ) -> None:
     """Raise UnsupportedError for a DTensor that is not followed. ``cut``: over which mesh axes
     Mosaic cuts activations."""
-    for number, node in enumerate(module.graph.nodes):
+    for number, node in enumerate(nodes_of(module)):
         x = node.meta.get("example_value")
-        if not isinstance(x, DTensor):
-            continue
-        is_input = node.op == "placeholder"
-        name = Input(number, *placeholder_source(node)).name if is_input else node.name
-        why = why_not_over(x, ranks, axis, cut) or why_no_placement(x) or why_not_made(node)
-        if is_input and isinstance(x._local_tensor, ShardedTensor):
-            why = MADE_OUTSIDE
+        why = why_not_followed(node, x, ranks, axis, cut) if isinstance(x, DTensor) else None
         if why is not None:
+            is_input = node.op == "placeholder"
+            name = Input(number, *placeholder_source(node)).name if is_input else node.name
             raise UnsupportedError(
                 f"{name} is a DTensor, and {why[0]}",
                 where=where(user_of(node) if is_input else node),
                 fix=why[1],
             )
+        move_of(node)  # refuses what has no exact form
     for node in module.graph.output_node().args[0]:
         if isinstance(node, fx.Node) and isinstance(node.meta.get("example_value"), DTensor):
             raise UnsupportedError(
@@ -73,10 +81,16 @@ def refuse(
             )
 
 
-MADE_OUTSIDE = (
-    "it was made of a ShardedTensor, outside of what is compiled",
-    "put the layer's style on modules inside of the block that is compiled",
-)
+def why_not_followed(
+    node: fx.Node, x: DTensor, ranks: MosaicContext | None, axis: str | None, cut: set[str]
+) -> tuple[str, str] | None:
+    """What is wrong with a DTensor, and the way out."""
+    if node.op == "placeholder" and isinstance(x._local_tensor, ShardedTensor):
+        return (
+            "it was made of a ShardedTensor, outside of what is compiled",
+            "put the layer's style on modules inside of the block that is compiled",
+        )
+    return why_not_over(x, ranks, axis, cut) or why_no_placement(x) or why_not_made(node)
 
 
 def why_not_over(
@@ -85,14 +99,14 @@ def why_not_over(
     """What is wrong with a DTensor's mesh, and the way out."""
     mesh, names = x.device_mesh, x.device_mesh.mesh_dim_names or ()
     if mesh.ndim != 1:
-        return f"it is over {mesh.ndim} mesh axes, where one is followed", NAMED
+        return f"it is over {mesh.ndim} mesh axes, where one is followed", OVER_ONE
     if ranks is None or axis is None or names[:1] != (axis,):
         return "its mesh is no axis of mosaic.init", NAMED
     mine, theirs = dist.get_process_group_ranks(ranks.group(axis)), mesh.mesh.tolist()
     if mine != theirs:
         return f"mesh axis '{axis}' of mosaic.init has other ranks: {mine}, not {theirs}", NAMED
     if axis in cut:
-        return f"Mosaic cuts activations over its mesh axis '{axis}'", NAMED
+        return f"Mosaic cuts activations over its mesh axis '{axis}'", NOT_CUT
     return None
 
 
@@ -219,4 +233,3 @@ def meeting(node: fx.Node, given: dict[str, Any], dim: int) -> str:
 
 
 SUMS = ("sum", "avg")
-

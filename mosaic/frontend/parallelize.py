@@ -20,7 +20,6 @@ from math import prod
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -59,7 +58,9 @@ def parallelize(
     blocks: the modules that are compiled, each by itself; without them the repeated children of
         the model (the items of its lists of modules of one class).
     fully_shard: apply FSDP2 to each block and to the model, over all ranks; or its arguments
-        (``{"mp_policy": ..., "mesh": ranks.mesh["dp", "sp"]}`` for HSDP). Do not call it yourself.
+        (``{"mp_policy": ..., "mesh": ranks.mesh["dp", "sp"]}`` for HSDP), over those that have the
+        same part of layers that tensor parallelism cuts (``parallelize_module`` comes first). Do
+        not call it yourself.
     checkpoint: recompute each block in backward, but for its attention.
     inner: "inductor" or "eager".
 
@@ -77,14 +78,14 @@ def parallelize(
     inputs = ModelInputs(spec, ranks, inspect.signature(model.forward))
     owner = Owner(spec, ranks, bool(fully_shard), inputs, parallel_axes(model, ranks))
     for unit in units:
-        unit.forward = owner.compiled(unit, unit.forward, checkpoint, inner)
+        unit.forward = owner.compiled(unit, unit.forward, recomputed=checkpoint, inner=inner)
     whole = replace(owner, shares=False)  # they stay with the model
     for layer in parallel_layers(model, units):
-        compile_with_hooks(layer, lambda call, of=layer: whole.compiled(of, call, False, inner))
+        compile_with_hooks(layer, functools.partial(whole.compiled, layer, inner=inner))
     if fully_shard:
         layers = large_layers(model, units)
         for layer in layers:
-            layer.forward = owner.compiled(layer, layer.forward, False, inner)
+            layer.forward = owner.compiled(layer, layer.forward, inner=inner)
         shard_all(model, [*units, *layers], owner, {} if fully_shard is True else dict(fully_shard))
     model.forward = with_inputs_cut(model.forward, inputs)
     return model
@@ -120,7 +121,12 @@ class Owner:
             self.inputs.note(axis)
 
     def compiled(
-        self, unit: nn.Module, forward: Callable[..., Any], recomputed: bool, inner: str
+        self,
+        unit: nn.Module,
+        forward: Callable[..., Any],
+        *,
+        recomputed: bool = False,
+        inner: str,
     ) -> Callable[..., Any]:
         """The unit's forward, compiled; FSDP2 is told how to divide what it gives."""
         if any(isinstance(w, DTensor) for w in unit.parameters()):
@@ -144,7 +150,7 @@ class Owner:
 
     @property
     def sp_size(self) -> int:
-        """How many ranks share a sample, and have all of a parameter's gradient or a share of it."""
+        """How many ranks share a sample, and add up a parameter's gradient or have all of it."""
         shared = {*self.ranks.axes} - {"dp", *self.parallel}
         return prod(self.ranks.size(axis) for axis in shared)
 

@@ -50,8 +50,9 @@ UNWRAPPED = {
 
 
 def refuse_unknown(module: fx.GraphModule) -> None:
-    """(DTensors are the matter of ``dtensors.py``.) Raise UnsupportedError for higher-order ops that have no rule, for hooks, for ops of the
-    user's that write to their inputs, and for tensors that are no plain ones."""
+    """Raise UnsupportedError for higher-order ops that have no rule, for hooks, for ops of the
+    user's that write to their inputs, and for tensors that are no plain ones (of DTensors
+    ``dtensors.py`` says more)."""
     for number, node in enumerate(module.graph.find_nodes(op="placeholder")):
         name = Input(number, *placeholder_source(node)).name
         refuse_wrapped(node, name, user_of(node))
