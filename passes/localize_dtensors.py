@@ -7,7 +7,8 @@
 
 The rules that cut an axis over ``sp`` cut this one, too: a row-parallel layer's product is a
 partial sum, and meets at once. What lies outside of the DTensors is one rank's already,
-and stays as it is. The collectives over ``tp`` are then ops like others for the axes that later passes cut.
+and stays as it is. The collectives over ``tp`` are then ops like others for the axes that later
+passes cut.
 """
 
 from __future__ import annotations

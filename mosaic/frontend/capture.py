@@ -115,8 +115,7 @@ class _Interpreter(fx.Interpreter):
             return float(n.meta["example_value"])
         # The tracer copies "custom" to every node that this one becomes.
         n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
-        move = dtensors.move_of(n)
-        if move is not None:
+        if (move := dtensors.move_of(n)) is not None:
             return move(self.env[n.args[0]])
         with blamed_on(n):
             if n not in self.histories:
@@ -255,12 +254,11 @@ def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
 
 
 def value_of(placeholder: fx.Node) -> Any:
-    """What an input is like; no size where nobody reads that: it may be any."""
+    """What an input is like; no size where nobody reads that (it may be any), and no mesh of
+    DTensors: what is done with it is in their calls."""
     value = placeholder.meta["example_value"]
-    if is_mesh(value):  # of DTensors; what is done with it is in their calls
-        return 0
-    is_read = placeholder.users or not isinstance(value, torch.SymInt)
-    return value if is_read else 0
+    is_unread = isinstance(value, torch.SymInt) and not placeholder.users
+    return 0 if is_unread or is_mesh(value) else value
 
 
 def specialise(value: Any) -> Any:
