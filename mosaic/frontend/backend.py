@@ -16,7 +16,7 @@ from torch import fx
 
 from mosaic.api.errors import MosaicError, ShardingError
 from mosaic.api.spec import ShardingSpec
-from mosaic.frontend import calls, dtensors, shard_programs
+from mosaic.frontend import calls, decoding, dtensors, shard_programs
 from mosaic.frontend.capture import capture
 from mosaic.frontend.data_check import DataCheck
 from mosaic.frontend.refused import refuse_unknown
@@ -117,6 +117,8 @@ def compile_graph(
     check_ranks(arriving, ranks)
     parallel = dtensors.axis_of(module, ranks)
     group = ranks.group(joint_mesh(chosen.spec, arriving, parallel)) if ranks else None
+    if not arriving and not parallel and decoding.is_step(module, chosen.spec):
+        return run_whole(module, example_inputs, chosen, ranks, group)
     try:
         local, context, plan = partitioned(module, chosen, ranks, arriving, parallel)
     except Exception as error:
@@ -139,6 +141,34 @@ def compile_graph(
         listener(plan)
     check = data_check(context, ranks, facts, any(lowering.sequences.values()))
     return checked(compiled, context, outputs_of(module, plan), check)
+
+
+def run_whole(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    ranks: MosaicContext | None,
+    group: dist.ProcessGroup | None,
+) -> Callable[..., Any]:
+    """A step of decoding as it is, with sizes that may change: nothing is cut, nor sent."""
+    facts = agreement.digest(
+        graph=text_of(module.graph),
+        spec=options.spec.encode(),
+        plan="decoding",
+        modes=conditions(module),
+        versions=torch.__version__,
+    )
+    agreement.agree(group, facts)
+    compiled = INNER[options.inner](module, example_inputs, lambda graph, kind: None)
+    plan = decoding.planned(ranks.size(options.spec.mesh) if ranks else 1)
+    for listener in LISTENERS:
+        listener(plan)
+
+    def run(*args: Any) -> Any:
+        calls.running(WHOLE)
+        return compiled(*args)
+
+    return run
 
 
 watch_all(mosaic, calls.watch)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
-from mosaic.frontend import calls
+from mosaic.frontend import calls, decoding
 from mosaic.frontend.backend import mosaic as backend
 from mosaic.frontend.deferred import DeferredPositions
 from mosaic.frontend.dtensors import with_plain_inputs
@@ -92,13 +92,16 @@ def parallelize(
 
 
 def with_inputs_cut(forward: Callable[..., Any], inputs: ModelInputs) -> Callable[..., Any]:
-    """A model's forward, on its inputs cut."""
+    """A model's forward, on its inputs cut; a step of decoding on whole ones."""
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if inputs.is_step(*args, **kwargs):
+            args, kwargs = decoding.made_whole((args, kwargs))
+            return forward(*args, **kwargs)
         args, kwargs = inputs.cut(*args, **kwargs)
         with DeferredPositions():
-            return forward(*args, **kwargs)
+            return decoding.single_rows_whole(forward(*args, **kwargs))
 
     return call
 
