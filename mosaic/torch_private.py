@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx, snapshot_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.graph import _Namespace
@@ -113,9 +115,11 @@ __all__ = [
     "averages",
     "bake_floats",
     "break_after",
+    "call_of_dtensor",
     "code_at_hand",
     "compile_by_eager",
     "compile_by_inductor",
+    "compile_with_hooks",
     "compiled_by_inductor",
     "compiles_left",
     "decompose_op",
@@ -141,6 +145,7 @@ __all__ = [
     "is_composite",
     "is_in_backward",
     "is_linear",
+    "is_mesh",
     "is_of_functorch",
     "is_traceable_wrapper_subclass",
     "is_whole_function",
@@ -229,6 +234,38 @@ def placeholder_source(node: fx.Node) -> tuple[str, bool]:
     name = source.name() if callable(source.name) else source.name
     is_state = isinstance(grapharg.example, torch.nn.Parameter) or "._buffers[" in name
     return name, is_state
+
+
+def compile_with_hooks(module: torch.nn.Module, compiled: Callable[[Any], Any]) -> None:
+    """Compile a module's call with the hooks around its forward, as ``Module.compile`` does; in one
+    graph, where Dynamo would take torch's own function apart."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = compiled(call)
+
+
+def call_of_dtensor(node: fx.Node) -> tuple[str, dict[str, Any]] | None:
+    """Which of DTensor's own calls a node of Dynamo's is, and its keyword arguments. Before torch
+    2.13 each is a function ``prim from_local``, made for the call, with these in its closure."""
+    target: Any = node.target
+    if node.op == "call_method" and isinstance(node.args[0].meta.get("example_value"), DTensor):  # type: ignore[union-attr]
+        return (target, dict(node.kwargs)) if target in ("redistribute", "to_local") else None
+    if target is DTensor.from_local:
+        return "from_local", dict(node.kwargs)
+    found = re.fullmatch(
+        r"prim.(from_local|redistribute|to_local)", getattr(target, "__name__", "")
+    )
+    if node.op != "call_function" or found is None:
+        return None
+    held = inspect.getclosurevars(target).nonlocals.get("kwargs_as_value", {})
+    return found[1], {**held, **node.kwargs}
+
+
+def is_mesh(x: Any) -> bool:
+    """Whether a graph's input is a DeviceMesh, or stands for one while it is traced."""
+    return isinstance(x, DeviceMesh) or isinstance(getattr(x, "real_obj", None), DeviceMesh)
 
 
 VMAP_PARTS = {VMAP_BEGINS, VMAP_ENDS, VMAP_PREPARES, _add_batch_dim, _remove_batch_dim}
@@ -493,8 +530,11 @@ CALLERS = (
 
 
 def stands_in(frame: Any) -> bool:
-    """Whether a frame is what Dynamo compiles in place of a function of torch's own."""
+    """Whether a frame is what Dynamo compiles in place of a function of torch's own, or of a unit
+    (``frontend/dtensors.py``)."""
     code = frame.f_code
+    if code.co_name == "call_on_plain":
+        return True
     return code.co_filename == external_utils.__file__ and code.co_name in ("inner", "wrapper")
 
 

@@ -9,6 +9,7 @@ from mosaic.passes.assign_layouts import assign_layouts
 from mosaic.passes.choose_method import choose_method
 from mosaic.passes.defer_outputs import defer_outputs
 from mosaic.passes.infer_axes import infer_axes
+from mosaic.passes.localize_dtensors import localize_dtensors
 from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
 from mosaic.passes.mask_padding import mask_padding
@@ -25,6 +26,7 @@ from mosaic.passes.rewrite_attention import rewrite_attention
 PIPELINE = (
     mask_padding,  # of lengths that share a program
     normalize,
+    localize_dtensors,  # tensor parallelism: the program of one rank of its axis
     raise_attention,  # from here on every attention is one node
     analyze_masks,  # what attention masks mean; most of them disappear
     raise_loss,  # a head with its cross-entropy: no logits

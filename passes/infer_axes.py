@@ -271,7 +271,7 @@ class Search:
         if node.target is operator.getitem:  # one of several results
             node, index = node.args
         operands = [n for n in node.all_input_nodes if n in self.data]
-        name = key(node.target)
+        name = key(node.target) if hasattr(node.target, "_schema") else ""  # a collective of ours
         if name in ("slice.Tensor", "cat") and along_axis(node, place):
             operands = [
                 n for n in operands if whole_length(n, place.dim) >= place.layout.n or name == "cat"

@@ -16,7 +16,7 @@ from torch import fx
 
 from mosaic.api.errors import MosaicError, ShardingError
 from mosaic.api.spec import ShardingSpec
-from mosaic.frontend import calls, shard_programs
+from mosaic.frontend import calls, decoding, dtensors, shard_programs
 from mosaic.frontend.capture import Captured, capture
 from mosaic.frontend.data_check import DataCheck
 from mosaic.frontend.lengths import Padding, captured_at_bucket, padding_of
@@ -117,9 +117,12 @@ def compile_graph(
     chosen = Options(**(options or {}), is_first_graph=calls.counted() == 1)
     ranks, arriving = context_or_world_of_one(), arriving_shards(module)
     check_ranks(arriving, ranks)
-    group = ranks.group(joint_mesh(chosen.spec, arriving)) if ranks else None
+    parallel = dtensors.axis_of(module, ranks)
+    group = ranks.group(joint_mesh(chosen.spec, arriving, parallel)) if ranks else None
+    if not arriving and not parallel and decoding.is_step(module, chosen.spec):
+        return run_whole(module, example_inputs, chosen, ranks, group)
     try:
-        local, context, plan, padding = partitioned(module, chosen, ranks, arriving)
+        local, context, plan, padding = partitioned(module, chosen, ranks, arriving, parallel)
     except Exception as error:
         report_failure(group, error)
         raise
@@ -145,24 +148,57 @@ def compile_graph(
     return checked(compiled, context, outputs_of(module, plan), check)
 
 
+def run_whole(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    ranks: MosaicContext | None,
+    group: dist.ProcessGroup | None,
+) -> Callable[..., Any]:
+    """A step of decoding as it is, with sizes that may change: nothing is cut, nor sent."""
+    facts = agreement.digest(
+        graph=text_of(module.graph),
+        spec=options.spec.encode(),
+        plan="decoding",
+        modes=conditions(module),
+        versions=torch.__version__,
+    )
+    agreement.agree(group, facts)
+    compiled = INNER[options.inner](module, example_inputs, lambda graph, kind: None)
+    plan = decoding.planned(ranks.size(options.spec.mesh) if ranks else 1)
+    for listener in LISTENERS:
+        listener(plan)
+
+    def run(*args: Any) -> Any:
+        calls.running(WHOLE)
+        return compiled(*args)
+
+    return run
+
+
 watch_all(mosaic, calls.watch)
 
 
 def partitioned(
-    module: fx.GraphModule, options: Options, ranks: MosaicContext | None, arriving: Arriving
+    module: fx.GraphModule,
+    options: Options,
+    ranks: MosaicContext | None,
+    arriving: Arriving,
+    parallel: str | None,
 ) -> tuple[fx.GraphModule, Context, Plan, Padding | None]:
     """PIPELINE: from Dynamo's graph to this rank's local program; with buckets one for all lengths
     of a bucket, if there is an exact form of that."""
     spec, owner, goes_on = options.spec, options.owner, calls.goes_on(module)
     if owner and owner.shares and not goes_on:
         spec = replace(spec, gradients="shares")
-    world = world_of(ranks, joint_mesh(spec, arriving))
+    world = world_of(ranks, joint_mesh(spec, arriving, parallel))
     if spec.gives_shares and world.size > 1:
         calls.check_one_graph(module, spec)
     first = shard_programs.first_call(module)
     if first is not None and not arriving:
         return *shard_programs.passed_through(module, first, spec, world), None
     refuse_unknown(module)
+    dtensors.refuse(module, ranks, parallel, own_axes(joint_mesh(spec, arriving, None)))
     worlds = [world_of(ranks, mesh) for mesh in meshes(spec, arriving)]
 
     # One process alone has plain tensors.
@@ -173,6 +209,9 @@ def partitioned(
             spec, world, captured.inputs, captured.mutated, Modes.current(), arriving=arriving,
             policies=captured.policies, worlds=worlds, checks=captured.checks, length=length,
         )  # fmt: skip
+        if parallel:
+            context.parallel, context.dtensors = world_of(ranks, parallel), dtensors.cut(module)
+            context.worlds = [*worlds, context.parallel, world_of(ranks, spec.mesh)]
         context.goes_on = goes_on
         context.stays_cut = stays_cut
         is_part = owner is not None and spec.buckets is None
@@ -182,20 +221,32 @@ def partitioned(
         return context
 
     if spec.buckets is not None:
+        reasons = {
+            "the graph breaks": goes_on,
+            "inputs are cut already": bool(arriving),
+            "parameters are DTensors": bool(parallel),
+        }
+        why_not = next((why for why, is_so in reasons.items() if is_so), "")
         try:
-            why_not = (
-                "the graph breaks" if goes_on else "inputs are cut already" if arriving else ""
-            )
-            padding = padding_of(module, spec, why_not)
-            captured, length = captured_at_bucket(module, padding)
-            local, context, plan = through_passes(captured, context_of(captured, length), owner)
-            padding = padding.with_outputs(module, plan, context.output_rows)
-            padding.guard(length.least)
-            return local, context, plan, padding
+            return at_bucket(module, padding_of(module, spec, why_not), context_of, owner)
         except NotPaddedError as error:
             once(error.said())
     captured = capture(module)
     return *through_passes(captured, context_of(captured), owner), None
+
+
+def at_bucket(
+    module: fx.GraphModule,
+    padding: Padding,
+    context_of: Callable[[Captured, Length], Context],
+    owner: calls.Owner | None,
+) -> tuple[fx.GraphModule, Context, Plan, Padding]:
+    """The program for all lengths of a bucket."""
+    captured, length = captured_at_bucket(module, padding)
+    local, context, plan = through_passes(captured, context_of(captured, length), owner)
+    padding = padding.with_outputs(module, plan, context.output_rows)
+    padding.guard(length.least)
+    return local, context, plan, padding
 
 
 def through_passes(
@@ -221,9 +272,10 @@ def meshes(spec: ShardingSpec, arriving: Arriving) -> list[str]:
     return [",".join(few) for few in some]
 
 
-def joint_mesh(spec: ShardingSpec, arriving: Arriving) -> str:
-    """Every mesh axis that takes part, as one long one."""
+def joint_mesh(spec: ShardingSpec, arriving: Arriving, parallel: str | None) -> str:
+    """Every mesh axis that takes part, as one long one; replicas (dp) have data of their own."""
     named = own_axes(spec.mesh) if spec.sharded or not arriving else set()
+    named |= {parallel} - {"dp"} if parallel else set()
     return ",".join(sorted(named.union(*map(own_axes, mesh_axes(arriving)))))
 
 
@@ -277,14 +329,17 @@ def data_check(
 ) -> DataCheck | None:
     """What compares this graph's whole inputs across ranks, if anything does. A graph without
     collectives is looked at once: nothing waits for it on other ranks."""
-    spec = context.spec
-    group = ranks.group(context.world.mesh_axis) if ranks else None
+    spec, mesh = context.spec, own_axes(context.world.mesh_axis)
+    if context.parallel and context.has_other_names:  # a unit's inputs may be one rank's of tp
+        mesh -= {context.parallel.mesh_axis}
+    group = ranks.group(",".join(sorted(mesh))) if ranks and mesh else None
     if ranks is None or group is None or context.world.size == 1 or not spec.check_inputs:
         return None
     if dist.get_backend(group) == "fake":
         return None
     given = context.inputs[:-1] if context.length else context.inputs
-    whole = [i for i in given if i.index not in context.arriving]
+    cut = {*context.arriving, *context.dtensors}
+    whole = [i for i in given if i.index not in cut]
     arguments = [i for i in whole if not i.is_state and not context.holds_shards]
     state = [i for i in whole if i.is_state]
     every_run = spec.check_inputs == "always" and sends

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
-from mosaic.frontend import flash, flex
+from mosaic.frontend import dtensors, flash, flex
 from mosaic.frontend.block_masks import BlockCheck, Blocks, checks_of
 from mosaic.frontend.fused import UNFUSED
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
@@ -45,6 +45,7 @@ from mosaic.torch_private import (
     flex_op,
     get_data,
     is_alias,
+    is_mesh,
     no_tracing_context,
     placeholder_source,
     policy_of,
@@ -114,6 +115,8 @@ class _Interpreter(fx.Interpreter):
             return float(n.meta["example_value"])
         # The tracer copies "custom" to every node that this one becomes.
         n.meta["custom"] = {**n.meta.get("custom", {}), "modes": self.modes}
+        if (move := dtensors.move_of(n)) is not None:
+            return move(self.env[n.args[0]])
         with blamed_on(n):
             if n not in self.histories:
                 self.histories[n] = self.hidden_write(n)
@@ -251,10 +254,11 @@ def read_inputs(module: fx.GraphModule) -> tuple[Input, ...]:
 
 
 def value_of(placeholder: fx.Node) -> Any:
-    """What an input is like; no size where nobody reads that: it may be any."""
+    """What an input is like; no size where nobody reads that (it may be any), and no mesh of
+    DTensors: what is done with it is in their calls."""
     value = placeholder.meta["example_value"]
-    is_read = placeholder.users or not isinstance(value, torch.SymInt)
-    return value if is_read else 0
+    is_unread = isinstance(value, torch.SymInt) and not placeholder.users
+    return 0 if is_unread or is_mesh(value) else value
 
 
 def specialise(value: Any, size: Callable[[Any], int] = int) -> Any:

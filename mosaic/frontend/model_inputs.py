@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -60,6 +61,20 @@ class ModelInputs:
         wanted = (kind for kind in kinds if kind(n, p) == axis.layout != Layout.even(n, p))
         if kind := next(wanted, None):
             self.kinds[axis.mesh_axis] = kind
+
+    def is_step(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a call is a step of decoding: without gradients, of one token."""
+        given = named(self.signature.bind(*args, **kwargs))
+        lengths: list[int] = []
+
+        def note(x: Any, dims: list[str]) -> None:
+            if isinstance(x, Tensor) and x.ndim == len(dims):
+                axes = (str(axis) for axis in self.spec.sharded)
+                lengths.extend(x.shape[dims.index(axis)] for axis in axes if axis in dims)
+
+        for path, names in (self.spec.inputs or {}).items():
+            replaced(given, path_parts(path), partial(note, dims=names.split()))
+        return not torch.is_grad_enabled() and bool(lengths) and set(lengths) == {1}
 
     def cut(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call's arguments, those with names cut. Raises ShardingError where ranks differ in what

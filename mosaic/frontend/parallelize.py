@@ -20,22 +20,23 @@ from math import prod
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import fully_shard as shard_parameters
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
 from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
-from mosaic.frontend import calls
+from mosaic.frontend import calls, decoding
 from mosaic.frontend.backend import mosaic as backend
 from mosaic.frontend.deferred import DeferredPositions
+from mosaic.frontend.dtensors import with_plain_inputs
 from mosaic.frontend.model_inputs import ModelInputs
 from mosaic.partition.values import Axis
 from mosaic.runtime.mesh import MosaicContext, get_context
-from mosaic.torch_private import flattened, without_function_modes
+from mosaic.torch_private import compile_with_hooks, flattened, without_function_modes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,8 +58,10 @@ def parallelize(
     blocks: the modules that are compiled, each by itself; without them the repeated children of
         the model (the items of its lists of modules of one class).
     fully_shard: apply FSDP2 to each block and to the model, over all ranks; or its arguments
-        (``{"mp_policy": ..., "mesh": ranks.mesh["dp", "sp"]}`` for HSDP). Do not call it yourself.
-        Buckets of lengths need the whole model as one graph: ``blocks=[model]``.
+        (``{"mp_policy": ..., "mesh": ranks.mesh["dp", "sp"]}`` for HSDP), over those that have the
+        same part of layers that tensor parallelism cuts (``parallelize_module`` comes first). Do
+        not call it yourself. Buckets of lengths need the whole model as one graph:
+        ``blocks=[model]``.
     checkpoint: recompute each block in backward, but for its attention.
     inner: "inductor" or "eager".
 
@@ -75,13 +78,16 @@ def parallelize(
     check_units(model, units)
     check_buckets(model, spec, units, checkpoint)
     inputs = ModelInputs(spec, ranks, inspect.signature(model.forward))
-    owner = Owner(spec, ranks, bool(fully_shard), inputs)
+    owner = Owner(spec, ranks, bool(fully_shard), inputs, parallel_axes(model, ranks))
     for unit in units:
-        unit.forward = owner.compiled(unit, checkpoint, inner)
+        unit.forward = owner.compiled(unit, unit.forward, recomputed=checkpoint, inner=inner)
+    whole = replace(owner, shares=False)  # they stay with the model
+    for layer in parallel_layers(model, units):
+        compile_with_hooks(layer, functools.partial(whole.compiled, layer, inner=inner))
     if fully_shard:
         layers = large_layers(model, units)
         for layer in layers:
-            layer.forward = owner.compiled(layer, False, inner)
+            layer.forward = owner.compiled(layer, layer.forward, inner=inner)
         shard_all(model, [*units, *layers], owner, {} if fully_shard is True else dict(fully_shard))
     if spec.buckets is None:
         model.forward = with_inputs_cut(model.forward, inputs)
@@ -89,13 +95,16 @@ def parallelize(
 
 
 def with_inputs_cut(forward: Callable[..., Any], inputs: ModelInputs) -> Callable[..., Any]:
-    """A model's forward, on its inputs cut."""
+    """A model's forward, on its inputs cut; a step of decoding on whole ones."""
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if inputs.is_step(*args, **kwargs):
+            args, kwargs = decoding.made_whole((args, kwargs))
+            return forward(*args, **kwargs)
         args, kwargs = inputs.cut(*args, **kwargs)
         with DeferredPositions():
-            return forward(*args, **kwargs)
+            return decoding.single_rows_whole(forward(*args, **kwargs))
 
     return call
 
@@ -108,6 +117,7 @@ class Owner:
     ranks: MosaicContext
     shares: bool  # where a unit is one graph, for FSDP2 to add up
     inputs: ModelInputs
+    parallel: tuple[str, ...] = ()  # mesh axes over which the model's layers are cut
     divisors: dict[nn.Module, int] = field(default_factory=dict)
     shards_over_one: bool = False  # FSDP2's mesh shards over one rank, and replicates over all
 
@@ -116,9 +126,17 @@ class Owner:
         for axis in axes:
             self.inputs.note(axis)
 
-    def compiled(self, unit: nn.Module, recomputed: bool, inner: str) -> Callable[..., Any]:
+    def compiled(
+        self,
+        unit: nn.Module,
+        forward: Callable[..., Any],
+        *,
+        recomputed: bool = False,
+        inner: str,
+    ) -> Callable[..., Any]:
         """The unit's forward, compiled; FSDP2 is told how to divide what it gives."""
-        forward = unit.forward
+        if any(isinstance(w, DTensor) for w in unit.parameters()):
+            forward = with_plain_inputs(forward)
         if recomputed:
             forward = functools.partial(checkpoint_of, forward, use_reentrant=False)
         # The model's own inputs are compared before every call: units have nothing else.
@@ -139,9 +157,15 @@ class Owner:
 
         return call
 
+    @property
+    def sp_size(self) -> int:
+        """How many ranks share a sample, and add up a parameter's gradient or have all of it."""
+        shared = {*self.ranks.axes} - {"dp", *self.parallel}
+        return prod(self.ranks.size(axis) for axis in shared)
+
     def divide(self, unit: nn.Module, shares: bool) -> None:
         """Let FSDP2 divide the sum of a unit's gradients by the number of ranks that have each."""
-        divisor = self.ranks.dp_size * (1 if shares else sp_size(self.ranks))
+        divisor = self.ranks.dp_size * (1 if shares else self.sp_size)
         if self.divisors.setdefault(unit, divisor) != divisor:
             raise ShardingError(
                 f"{type(unit).__name__} was one graph in an earlier call and is several now, or "
@@ -157,7 +181,7 @@ class Owner:
         all ranks is the right one."""
         if not self.shards_over_one or divisor == 1:
             unit.set_gradient_divide_factor(float(divisor))
-        elif divisor != dist.get_world_size():
+        elif divisor != self.ranks.dp_size * self.sp_size:
             raise ShardingError(
                 "FSDP2's mesh shards over one rank, where torch divides gradients twice",
                 divisor=divisor,
@@ -192,7 +216,8 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 def large_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
     """Embeddings and linear layers beside the units (a head). One that shares its weight with
-    another (a tied head) stays with the model: FSDP2 takes a parameter in one place only."""
+    another (a tied head) stays with the model: FSDP2 takes a parameter in one place only. So does
+    one that tensor parallelism cuts: its hooks, which run around it, make DTensors."""
     inside = {module for unit in units for module in unit.modules()}
     every = model.named_parameters(remove_duplicate=False)
     times = Counter(id(parameter) for _, parameter in every)
@@ -202,8 +227,19 @@ def large_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module
         if isinstance(module, (nn.Embedding, nn.Linear))
         and module not in inside
         and module is not model
+        and not has_dtensors(module)
         and all(times[id(parameter)] == 1 for parameter in module.parameters())
     ]
+
+
+def parallel_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
+    """Layers beside the units that tensor parallelism cuts (an embedding, a head)."""
+    inside = {module for unit in units for module in unit.modules()}
+    return [m for m in model.modules() if m not in inside and has_dtensors(m)]
+
+
+def has_dtensors(layer: nn.Module) -> bool:
+    return any(isinstance(w, DTensor) for w in layer.parameters(recurse=False))
 
 
 def check_units(model: nn.Module, units: Sequence[Any]) -> None:
@@ -244,8 +280,9 @@ def shard_all(
     ranks = owner.ranks
     if ranks.mesh is None:  # a single process
         return
-    mesh = given.pop("mesh", None) or mesh_of_all(ranks)
-    missing = set(range(dist.get_world_size())) - set(mesh.mesh.flatten().tolist())
+    every = mesh_of_all(ranks, owner.parallel)
+    mesh = given.pop("mesh", None) or every
+    missing = {*every.mesh.flatten().tolist()} - {*mesh.mesh.flatten().tolist()}
     if missing:
         raise ShardingError(
             f"FSDP2's mesh leaves out ranks {sorted(missing)}",
@@ -257,14 +294,18 @@ def shard_all(
         sums: Any = module
         if ranks.device.type == "cpu":  # gloo adds, and does no more
             sums.set_force_sum_reduction_for_comms(True)
-        owner.set_divisor(sums, ranks.dp_size * sp_size(ranks))
+        owner.set_divisor(sums, ranks.dp_size * owner.sp_size)
 
 
-def mesh_of_all(ranks: MosaicContext) -> DeviceMesh:
+def mesh_of_all(ranks: MosaicContext, parallel: Sequence[str]) -> DeviceMesh:
+    """All ranks that have the same part of each layer."""
     assert ranks.mesh is not None
-    return flattened(ranks.mesh, ranks.axes) if len(ranks.axes) > 1 else ranks.mesh
+    axes = tuple(axis for axis in ranks.axes if axis not in parallel)
+    return flattened(ranks.mesh, axes) if len(axes) > 1 else ranks.mesh[axes]
 
 
-def sp_size(ranks: MosaicContext) -> int:
-    """How many ranks share a sample."""
-    return prod(ranks.size(axis) for axis in ranks.axes if axis != "dp")
+def parallel_axes(model: nn.Module, ranks: MosaicContext) -> tuple[str, ...]:
+    """The mesh axes that parameters are DTensors over."""
+    cut = (w for w in model.parameters() if isinstance(w, DTensor))
+    names = {name for w in cut for name in w.device_mesh.mesh_dim_names or ()}
+    return tuple(axis for axis in ranks.axes if axis in names)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.distributed.tensor import DTensor
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.graph.inputs import Input
-from mosaic.graph.source import frames, where
+from mosaic.graph.source import user_of, where
 from mosaic.runtime.deferred_tensor import DeferredTensor
 from mosaic.runtime.sharded_tensor import ShardedTensor
 from mosaic.torch_private import (
@@ -44,15 +45,14 @@ WAYS_OUT = {
 HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "register_multi_grad_hook"}
 #: Tensors that are not one plain block of numbers, by where their class comes from.
 UNWRAPPED = {
-    "DTensor": "pass x.full_tensor(), or x.to_local() where it is the same on every rank; "
-    "apply FSDP with fully_shard, which gives the model plain parameters",
     "NestedTensor": "pad to one length, and pass a mask or ids of documents",
 }
 
 
 def refuse_unknown(module: fx.GraphModule) -> None:
     """Raise UnsupportedError for higher-order ops that have no rule, for hooks, for ops of the
-    user's that write to their inputs, and for tensors that are no plain ones."""
+    user's that write to their inputs, and for tensors that are no plain ones (of DTensors
+    ``dtensors.py`` says more)."""
     for number, node in enumerate(module.graph.find_nodes(op="placeholder")):
         name = Input(number, *placeholder_source(node)).name
         refuse_wrapped(node, name, user_of(node))
@@ -139,7 +139,7 @@ def kind_of(value: Any) -> str | None:
     if not isinstance(value, torch.Tensor):
         return None
     kind = type(value).__name__
-    if isinstance(value, (ShardedTensor, DeferredTensor)):
+    if isinstance(value, (ShardedTensor, DeferredTensor, DTensor)):
         return None
     if bool(is_traceable_wrapper_subclass(value)):
         return kind
@@ -148,8 +148,3 @@ def kind_of(value: Any) -> str | None:
     if value.layout != torch.strided:
         return f"{str(value.layout).removeprefix('torch.')} tensor"
     return "quantized tensor" if value.is_quantized else None
-
-
-def user_of(node: fx.Node) -> fx.Node:
-    """The first use of an input, which has a line."""
-    return next((u for u in node.users if frames(u)), node)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.distributed.tensor import DTensor
 
 from mosaic.api.errors import ShardingError
 from mosaic.layout import Place
@@ -18,7 +19,7 @@ from mosaic.report.plan import Plan
 from mosaic.runtime.deferred_tensor import Recipe, flattened
 from mosaic.runtime.mesh import MosaicContext
 from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
-from mosaic.torch_private import is_alias
+from mosaic.torch_private import is_alias, is_mesh
 
 #: For the number of an input where each mesh axis cuts it.
 Arriving = dict[int, tuple[Place, ...]]
@@ -87,21 +88,26 @@ def part_examples(
 ) -> list[Any]:
     """What the local program is compiled with: of a ShardedTensor this rank's part (a fake one)."""
     values, given = flattened(placeholder_values(module)), flattened(examples)
-    parts = [
-        part_of_fake(x) if isinstance(x, ShardedTensor) else y
-        for x, y in zip(values, given, strict=True)
-    ]
+    parts = [part_example(x, y) for x, y in zip(values, given, strict=True)]
     for i in mutated:
         if isinstance(values[i], ShardedTensor) and values[i].requires_grad:
             parts[i] = parts[i].clone()  # as parts_of does: no leaf
     return parts
 
 
-def part_of_fake(x: ShardedTensor) -> torch.Tensor:
-    with x._local.fake_mode:  # type: ignore[attr-defined]
+def part_example(x: Any, given: Any) -> Any:
+    if isinstance(x, ShardedTensor):
+        return part_of_fake(x, x._local)
+    if isinstance(x, DTensor):
+        return part_of_fake(x, x._local_tensor)
+    return 0 if is_mesh(x) else given
+
+
+def part_of_fake(x: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    with local.fake_mode:  # type: ignore[attr-defined]
         part = torch.empty_strided(
-            [int(n) for n in x._local.shape],
-            [int(n) for n in x._local.stride()],
+            [int(n) for n in local.shape],
+            [int(n) for n in local.stride()],
             dtype=x.dtype,
             device=x.device,
         )
@@ -111,11 +117,19 @@ def part_of_fake(x: ShardedTensor) -> torch.Tensor:
 def parts_of(args: Sequence[Any], mutated: Sequence[int]) -> list[Any]:
     """This rank's parts of a call's arguments. One that is written to is copied, if the write must
     reach a history or what else is in its memory: ``write_back`` takes it there."""
-    parts = [x.local if isinstance(x, ShardedTensor) else x for x in args]
+    parts = [part_of_argument(x) for x in args]
     for i in mutated:
         if isinstance(args[i], ShardedTensor) and not holds_its_own(args[i]):
             parts[i] = parts[i].clone()
     return parts
+
+
+def part_of_argument(x: Any) -> Any:
+    if isinstance(x, ShardedTensor):
+        return x.local
+    if isinstance(x, DTensor):
+        return x.to_local()
+    return 0 if is_mesh(x) else x
 
 
 def write_back(args: Sequence[Any], parts: Sequence[Any], mutated: Sequence[int]) -> None:

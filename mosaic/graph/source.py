@@ -78,3 +78,8 @@ def shown(file: str) -> str:
         if mark in path.parts:
             return "/".join(path.parts[path.parts.index(mark) + 1 :])
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+def user_of(node: fx.Node) -> fx.Node:
+    """The first use of an input, which has a line."""
+    return next((u for u in node.users if frames(u)), node)

@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
-from mosaic.frontend.parallelize import parallelize, sp_size
+from mosaic.frontend.parallelize import parallelize
 from mosaic.integrations.checkpoints import WholeOptimizer, load_whole, whole_state
 from mosaic.integrations.checks import check_trainer
 from mosaic.integrations.fused_head import take_parts
@@ -118,7 +118,8 @@ class SequenceParallel(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> Any:
         """Of this rank: it has its share of the batch."""
-        return super().floating_point_ops(inputs) / sp_size(self.ranks)
+        in_replica = prod(self.ranks.size(axis) for axis in self.ranks.axes if axis != "dp")
+        return super().floating_point_ops(inputs) / in_replica
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Predictions are whole: metrics are computed from them."""

@@ -40,6 +40,8 @@ class Context:
     modes: Modes
     #: Inputs that are shards already: for each mesh axis where it cuts them.
     arriving: Mapping[int, tuple[Place, ...]] = field(default_factory=dict)
+    parallel: World | None = None  # the ranks that DTensors are over,
+    dtensors: Mapping[int, Place] = field(default_factory=dict)  # and which inputs they cut
     stays_cut: bool = False  # outputs that hold an axis, for who takes ShardedTensors
     has_other_names: bool = False  # than the spec: after a break, or of a part of a model
     is_first_graph: bool = True

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -295,7 +296,8 @@ class ShardingInterpreter:
         like = like or self.current or value.node
         is_long = value.place is not None and value.cut.size > 1
         if is_long and value.origin is None and like is not None:
-            name = str(like.target).removesuffix(".default")
+            is_ours = isinstance(like.target, FunctionType)
+            name = like.target.__name__ if is_ours else str(like.target).removesuffix(".default")
             self.say_gathered(name, f"has an operand that {why}", like, [value])
         return self.gather(value, why, like)
 

@@ -38,8 +38,9 @@ def test_every_step_of_a_compilation_is_a_file(planned, folder):
     ]
     assert names == [*(f"{i:02} {step}.txt" for i, step in enumerate(steps)), "plan.txt"]
     assert (written / "plan.txt").read_text() == f"{plan}\n"
-    assert "slice" in (written / "10 global partition.diff").read_text()
-    assert not (written / "06 global infer_axes.diff").exists()  # it rewrites nothing
+    (difference,) = written.glob("* global partition.diff")
+    assert "slice" in difference.read_text()
+    assert not [*written.glob("* global infer_axes.diff")]  # it rewrites nothing
 
 
 def test_what_a_failing_pass_was_given_is_there(planned, folder, monkeypatch):
@@ -47,7 +48,7 @@ def test_what_a_failing_pass_was_given_is_there(planned, folder, monkeypatch):
     with pytest.raises(Exception, match="division by zero"):
         planned(attend, X)
     names = sorted(path.name for path in (folder / "rank1" / "compile1").glob("*.txt"))
-    assert names[-1] == "09 global choose_method.txt"
+    assert names[-1].endswith(" global choose_method.txt")
 
 
 def test_a_pass_that_is_needed_stays(planned, monkeypatch):
