@@ -99,9 +99,10 @@ def logits_recipe(
 ) -> tuple[Recipe, list[fx.Node]] | None:
     """How logits are made that nothing reads here: of hidden states and a head that is an input."""
     is_padded = context.length is not None  # what is returned is cut back to its length
-    if is_padded or not isinstance(node, fx.Node) or not is_free(node, graph):
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if is_padded or not isinstance(val, Tensor) or not is_free(node, graph):
         return None
-    logits = logits_of(node, node.meta["val"].ndim - 1, records(node))
+    logits = logits_of(node, val.ndim - 1, records(node))
     if logits is None or not is_awaited(logits, context):
         return None
     head = logits.head

@@ -74,11 +74,13 @@ def records(x: fx.Node) -> bool:
 
 def head_of(x: fx.Node) -> Head | None:
     """The product that gives logits, if ``x`` is one."""
+    if x.kwargs:
+        return None
     if x.target == aten.linear.default:
         head = Head(x, x.args[0], x.args[1], x.args[2] if x.args[2:] else None, False)
     elif x.target in PRODUCTS:
         head = Head(x, x.args[0], x.args[1], None, True)
-    elif x.target == aten.addmm.default and not x.kwargs:
+    elif x.target == aten.addmm.default:
         head = Head(x, x.args[1], x.args[2], x.args[0], True)
     else:
         return None
@@ -90,16 +92,18 @@ def head_of(x: fx.Node) -> Head | None:
 def class_dim_before(x: fx.Node, dim: int) -> int | None:
     """Where the classes are in the operand of ``x``, which has them in ``dim``; None where ``x``
     is nothing that each token's hidden state could go through as well."""
-    if x.op != "call_function" or not x.args or not isinstance(x.args[0], fx.Node):
+    first = x.args[0] if x.op == "call_function" and x.args else None
+    if not isinstance(first, fx.Node) or not isinstance(first.meta["val"], torch.Tensor):
         return None
-    before, after = x.args[0].meta["val"].shape, x.meta["val"].shape
+    before, after = first.meta["val"].shape, x.meta["val"].shape
     if step_of(x) is not None or x.target in SAME:
         return dim
     if x.target in VIEWS:
         is_last = dim == len(after) - 1 and before[-1:] == after[-1:]
         return len(before) - 1 if is_last else None
     if x.target == aten.slice.Tensor:
-        return None if x.args[1] % len(before) == dim else dim
+        along = x.args[1] if x.args[1:] else 0
+        return None if along % len(before) == dim else dim
     if x.target == aten.transpose.int:
         a, b = (d % len(before) for d in x.args[1:])
         return {a: b, b: a}.get(dim, dim)
@@ -115,6 +119,6 @@ def step_of(x: fx.Node) -> Step | None:
         return Step("to", str(to).removeprefix("torch.")) if to.is_floating_point else None
     if x.target == aten.tanh.default:
         return Step("tanh")
-    if x.target in NUMBERS and isinstance(x.args[1], (int, float)):
+    if x.target in NUMBERS and not x.kwargs and isinstance(x.args[1], (int, float)):
         return Step(NUMBERS[x.target], str(float(x.args[1])))
     return None
