@@ -69,13 +69,21 @@ def on_meta(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-class DeferredPositions(TorchFunctionMode):
-    """``torch.arange`` of integers gives a pattern: masks are made of it."""
+class Deferring(TorchFunctionMode):
+    """``torch.arange`` of integers gives a pattern: masks are made of it. ``F.linear`` gives what
+    ``logits(*args)`` does in its place, if that is something."""
+
+    def __init__(self, logits: Callable[..., Tensor | None]):
+        super().__init__()
+        self.logits = logits
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            late = self.logits(*args, **kwargs)
+            return func(*args, **kwargs) if late is None else late
         if func is not torch.arange or "out" in kwargs or kwargs.get("requires_grad"):
             return func(*args, **kwargs)
         made = func(*args, **kwargs)

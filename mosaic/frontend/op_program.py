@@ -26,6 +26,7 @@ from mosaic.passes.infer_axes import arriving_axes
 from mosaic.passes.normalize import mark_gradients, undo_copies
 from mosaic.passes.partition import write
 from mosaic.passes.propagate import follow, note_places
+from mosaic.passes.raise_loss import raise_loss
 from mosaic.passes.rewrite_attention import rewrite_attention
 from mosaic.runtime.agreement import COMPARE_OPS, differing
 from mosaic.runtime.deferred_tensor import DeferredTensor, Step, flattened, run
@@ -122,7 +123,7 @@ def cut_text(x: Tensor) -> str:
 
 def described(x: Any) -> Any:
     if isinstance(x, DeferredTensor):
-        return (x.steps, *map(described, x.current()))
+        return (x.steps, *map(described, flattened([x])))
     if not isinstance(x, Tensor):
         return (type(x), x)
     places = x.places if isinstance(x, ShardedTensor) else ()
@@ -184,6 +185,7 @@ def written(
     undo_copies(graph)
     mark_gradients(graph)
     context = context_of(graph, cut)
+    raise_loss(graph, context)
     sends = any(node.target in ATTENTIONS for node in graph.nodes)
     if sends:
         analyze_masks(graph, context)

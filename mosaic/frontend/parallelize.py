@@ -31,8 +31,9 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import calls, decoding
 from mosaic.frontend.backend import mosaic as backend
-from mosaic.frontend.deferred import DeferredPositions
+from mosaic.frontend.deferred import Deferring
 from mosaic.frontend.dtensors import with_plain_inputs
+from mosaic.frontend.late_logits import Waiting, late
 from mosaic.frontend.model_inputs import ModelInputs
 from mosaic.partition.values import Axis
 from mosaic.runtime.mesh import MosaicContext, get_context
@@ -90,20 +91,30 @@ def parallelize(
             layer.forward = owner.compiled(layer, layer.forward, inner=inner)
         shard_all(model, [*units, *layers], owner, {} if fully_shard is True else dict(fully_shard))
     if spec.buckets is None:
-        model.forward = with_inputs_cut(model.forward, inputs)
+        model.forward = with_inputs_cut(model.forward, inputs, bool(fully_shard))
     return model
 
 
-def with_inputs_cut(forward: Callable[..., Any], inputs: ModelInputs) -> Callable[..., Any]:
+def with_inputs_cut(
+    forward: Callable[..., Any], inputs: ModelInputs, is_sharded: bool
+) -> Callable[..., Any]:
     """A model's forward, on its inputs cut; a step of decoding on whole ones."""
+    waiting = Waiting()
+
+    def logits(*args: Any, **kwargs: Any) -> Any:
+        found = late(*args, **kwargs)
+        if found is not None and is_sharded:
+            waiting.note(found)
+        return found
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
+        waiting.expire()
         if inputs.is_step(*args, **kwargs):
             args, kwargs = decoding.made_whole((args, kwargs))
             return forward(*args, **kwargs)
         args, kwargs = inputs.cut(*args, **kwargs)
-        with DeferredPositions():
+        with Deferring(logits):
             return decoding.single_rows_whole(forward(*args, **kwargs))
 
     return call
@@ -149,7 +160,7 @@ class Owner:
 
         @functools.wraps(unit.forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with without_function_modes(DeferredPositions):  # Dynamo would trace it
+            with without_function_modes(Deferring):  # Dynamo would trace it
                 result = run(*args, **kwargs)
             if self.shares and torch.is_grad_enabled():
                 self.divide(unit, calls.gave_shares(result))
@@ -215,9 +226,10 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def large_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module]:
-    """Embeddings and linear layers beside the units (a head). One that shares its weight with
-    another (a tied head) stays with the model: FSDP2 takes a parameter in one place only. So does
-    one that tensor parallelism cuts: its hooks, which run around it, make DTensors."""
+    """Embeddings and linear layers beside the units. One that shares its weight with another (a
+    tied head) stays with the model: FSDP2 takes a parameter in one place only. So does a head: its
+    loss is made without logits, behind it. And one that tensor parallelism cuts: its hooks, which
+    run around it, make DTensors."""
     inside = {module for unit in units for module in unit.modules()}
     every = model.named_parameters(remove_duplicate=False)
     times = Counter(id(parameter) for _, parameter in every)
@@ -228,6 +240,7 @@ def large_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Module
         and module not in inside
         and module is not model
         and not has_dtensors(module)
+        and not is_head(module)
         and all(times[id(parameter)] == 1 for parameter in module.parameters())
     ]
 
@@ -236,6 +249,10 @@ def parallel_layers(model: nn.Module, units: Sequence[nn.Module]) -> list[nn.Mod
     """Layers beside the units that tensor parallelism cuts (an embedding, a head)."""
     inside = {module for unit in units for module in unit.modules()}
     return [m for m in model.modules() if m not in inside and has_dtensors(m)]
+
+
+def is_head(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and layer.out_features > layer.in_features
 
 
 def has_dtensors(layer: nn.Module) -> bool:

@@ -19,7 +19,9 @@ from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.runtime.sharded_tensor import ATTENTION, READS, RUN, is_traced, uncompiled
@@ -28,6 +30,8 @@ from mosaic.torch_private import pytree, without_torch_function
 aten = torch.ops.aten
 #: What is dear to do twice.
 PRODUCTS = (aten.linear.default, aten.mm.default, aten.matmul.default, aten.addmm.default)
+#: Leaves that may have other values than they had, of which nobody can tell.
+EXPIRED: Any = WeakTensorKeyDictionary()
 #: The leaf of what has none: Dynamo takes no tensor without one.
 NOTHING = torch.empty(0)
 
@@ -155,6 +159,9 @@ class DeferredTensor(torch.Tensor):
             return func(args[0].made(), *args[1:], **(kwargs or {}))
         if func is ATTENTION and not is_traced(args, kwargs or {}):
             return RUN["attention"](*args, **(kwargs or {}))
+        if func is F.cross_entropy and args and isinstance(args[0], DeferredTensor):
+            if args[0].is_dear and not is_traced(args, kwargs or {}):
+                return RUN["loss"](*args, **(kwargs or {}))
         if func is torch.diff:  # which torch would take apart: masks are read by it
             return RUN["op"](torch.ops.aten.diff.default, *diff_arguments(*args, **(kwargs or {})))
         with without_torch_function():
@@ -177,14 +184,14 @@ class DeferredTensor(torch.Tensor):
 
     def current(self) -> tuple[Tensor, ...]:
         """The leaves. Raises UnsupportedError if one was written to since."""
-        if [version(leaf) for leaf in self.leaves] != self._versions:
+        if any(map(is_lost, self.leaves)) or [*map(version, self.leaves)] != self._versions:
             raise UnsupportedError(
                 "logits that were not kept are read behind a write to what they are made of"
                 if self.is_dear
                 else "a mask is read behind a write to what it was made of",
                 sizes=f"{'the logits' if self.is_dear else 'the mask'} {list(self.shape)}, "
                 f"made of {', '.join(str(list(leaf.shape)) for leaf in self.leaves)}",
-                fix="read them before optimizer.step()"
+                fix="read them in the step that made them, before backward and optimizer.step()"
                 if self.is_dear
                 else "write into a copy, or make the mask after the write",
             )
@@ -251,6 +258,12 @@ def diff_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Of ``torch.diff``, as a compiled graph has them."""
     return (x, n, dim, prepend, *(() if append is None else (append,))), {}
+
+
+def is_lost(x: Tensor) -> bool:
+    """Whether FSDP2 has let go of a parameter's memory, or may have other values in it by now."""
+    is_plain = type(x) in (Tensor, torch.nn.Parameter) and x.numel() > 0
+    return x in EXPIRED or (is_plain and x.untyped_storage().size() == 0)
 
 
 def version(x: Tensor) -> int:

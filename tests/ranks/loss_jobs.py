@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from model_jobs import gradients
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import mosaic
-from mosaic.losses import blocks, heads
+from mosaic.losses import blocks, heads, op
 
 BATCH, N, DIM, CLASSES = 2, 13, 8, 29
 
@@ -172,9 +173,9 @@ def has_logits(graph: torch.fx.Graph) -> bool:
 # --- transformers -------------------------------------------------------------------------------
 
 
-def llama() -> nn.Module:
+def llama(layers: int = 1) -> nn.Module:
     config = LlamaConfig(
-        vocab_size=CLASSES, hidden_size=DIM, intermediate_size=DIM, num_hidden_layers=1,
+        vocab_size=CLASSES, hidden_size=DIM, intermediate_size=DIM, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1, attn_implementation="sdpa",
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -211,6 +212,51 @@ def run_library(build: Callable[[], nn.Module], p: int | None) -> dict[str, Any]
     return {"losses": losses, "best": best, "gradients": gradients(model), "notes": notes}
 
 
+NAMES = {name: "batch tokens" for name in ("input_ids", "labels", "position_ids")}
+
+
+def run_parallelized(p: int | None, fully_shard: bool = False, tied: bool = False) -> dict:
+    """Two steps of training block by block: what there is of the loss is eager. Of the first one
+    the logits are read, too."""
+    torch.manual_seed(0)
+    model: Any = llama(layers=2)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    if p is not None:
+        mosaic.init(sp_size=p)
+        spec = mosaic.ShardingSpec(inputs=NAMES, axes={"tokens": "auto"})
+        options = {"fully_shard": fully_shard, "inner": "eager"}
+        model = mosaic.parallelize(model, spec, **options)
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+    with of_any_size(), mock.patch.object(op, "forward", wraps=op.forward) as blockwise:
+        for reads in (True, False):
+            ids = torch.randint(0, CLASSES, (BATCH, N))
+            out = model(input_ids=ids, labels=ids, use_cache=False)
+            total = out.loss + (out.logits[:, 3].square().mean() if reads else 0)
+            optimizer.zero_grad()
+            total.backward()
+            found.append(out.loss.item())
+            grads = {name: grad(w).clone() for name, w in model.named_parameters()}
+            optimizer.step()
+    kept = getattr(out.logits, "kept", "plain")
+    return {"losses": found, "gradients": grads, "calls": blockwise.call_count, "kept": kept,
+            "refused": refusal(lambda: out.logits.sum()) if p else ""}  # fmt: skip
+
+
+def grad(weight: Tensor) -> Tensor:
+    found = weight.grad
+    assert found is not None
+    return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+def refusal(read: Callable[[], Any]) -> str:
+    try:
+        read()
+    except mosaic.MosaicError as error:
+        return str(error)
+    return ""
+
+
 def read_late(p: int) -> str:
     """What reading logits says after the head has changed."""
     torch.manual_seed(0)
@@ -222,8 +268,4 @@ def read_late(p: int) -> str:
         _, logits = called(ids, ids)
     with torch.no_grad():
         model.head.weight.add_(1)
-    try:
-        logits.sum()
-    except mosaic.MosaicError as error:
-        return str(error)
-    return ""
+    return refusal(lambda: logits.sum())

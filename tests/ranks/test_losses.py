@@ -15,6 +15,7 @@ from loss_jobs import (
     returned,
     run,
     run_library,
+    run_parallelized,
     tied,
     weighted,
 )
@@ -76,3 +77,22 @@ def test_logits_are_not_read_behind_a_write_to_their_head(ranks) -> None:
     for text in ranks(2).run(read_late, 2):
         assert "written" in text
         assert "fix" in text
+
+
+@pytest.mark.parametrize(
+    "p, options",
+    [
+        (2, {}),
+        (2, {"fully_shard": True}),
+        FULL(3, {"fully_shard": True, "tied": True}),
+        FULL(2, {"tied": True}),
+    ],
+)
+def test_blocks_of_a_parallelized_model(ranks, p: int, options: dict) -> None:
+    want = run_parallelized(None, tied=options.get("tied", False))
+    for got in ranks(p).run(run_parallelized, p, **options):
+        assert got["losses"] == pytest.approx(want["losses"], rel=1e-6)
+        compare_gradients(want["gradients"], got["gradients"], 1e-5)
+        assert got["calls"] == 2
+        assert got["kept"] is None
+        assert "before backward and optimizer.step()" in got["refused"]
