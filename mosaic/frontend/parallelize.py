@@ -55,7 +55,8 @@ def parallelize(
 
     spec: names the dims of the model's inputs, and a method for each axis that is cut. Inputs come
         whole (equal on the ranks that share them), or as ShardedTensors. What holds a cut axis in
-        the model's output is a ShardedTensor; a loss is whole.
+        the model's output is a ShardedTensor; a loss is whole. Logits whose loss was made without
+        them wait until they are read (``full_tensor()``, ``local``, any op), before backward.
     blocks: the modules that are compiled, each by itself; without them the repeated children of
         the model (the items of its lists of modules of one class).
     fully_shard: apply FSDP2 to each block and to the model, over all ranks; or its arguments

@@ -41,7 +41,10 @@ def made(out: Output, args: Sequence[Any], parts: Iterator[Any]) -> Any:
     """An output of a call with ``args``: a tensor of the whole program if it stays cut. Takes from
     the compiled program's ``parts`` what it is made of."""
     if out.recipe is not None:
-        leaves = (args[x] if isinstance(x, int) else made(x, args, parts) for x in out.leaves)
+        leaves = (
+            with_whole_gradient(args[x]) if isinstance(x, int) else made(x, args, parts)
+            for x in out.leaves
+        )
         return out.recipe.of([*leaves])
     part = next(parts)
     if out.given is not None:

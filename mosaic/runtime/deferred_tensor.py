@@ -24,7 +24,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mosaic.api.errors import UnsupportedError
-from mosaic.runtime.sharded_tensor import ATTENTION, READS, RUN, is_traced, uncompiled
+from mosaic.runtime.sharded_tensor import (
+    ATTENTION,
+    READS,
+    RUN,
+    ShardedTensor,
+    is_traced,
+    uncompiled,
+    with_whole_gradient,
+)
 from mosaic.torch_private import pytree, without_torch_function
 
 aten = torch.ops.aten
@@ -176,6 +184,22 @@ class DeferredTensor(torch.Tensor):
         if self.is_dear:
             self.kept = made
         return made
+
+    @uncompiled
+    def with_history(self) -> Tensor:
+        """What ``made`` gives, with its gradient."""
+        return carried_out(self.steps, [with_whole_gradient(x) for x in flattened([self])])
+
+    def full_tensor(self) -> Tensor:
+        """The whole on every rank; differentiable. All ranks must call it."""
+        found = self.with_history()
+        return found.full_tensor() if isinstance(found, ShardedTensor) else found
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's part; differentiable."""
+        found = self.with_history()
+        return found.local if isinstance(found, ShardedTensor) else found
 
     @property
     def is_dear(self) -> bool:

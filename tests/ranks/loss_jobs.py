@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import mosaic
 from mosaic.losses import blocks, heads, op
+from mosaic.runtime import mesh
 
 BATCH, N, DIM, CLASSES = 2, 13, 8, 29
 
@@ -191,12 +192,14 @@ def gpt2() -> nn.Module:
 
 
 def run_library(build: Callable[[], nn.Module], p: int | None) -> dict[str, Any]:
-    """Two steps of training, the second with ``num_items_in_batch`` (float32: it upcasts)."""
+    """Two steps of training, the second with ``num_items_in_batch`` (float32: it upcasts). ``p``
+    None: plainly; 0: nobody has called ``mosaic.init``."""
     torch.manual_seed(0)
     model: Any = build()
     called = model
-    if p is not None:
+    if p:
         mosaic.init(sp_size=p)
+    if p is not None:
         called = torch.compile(model, backend="mosaic", options={"inner": "eager"})
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
     with of_any_size(), mosaic.plans() as plans:
@@ -210,6 +213,11 @@ def run_library(build: Callable[[], nn.Module], p: int | None) -> dict[str, Any]
             optimizer.step()
     notes = [note for plan in plans for note in plan.notes if note.startswith("no logits")]
     return {"losses": losses, "best": best, "gradients": gradients(model), "notes": notes}
+
+
+def without_init(build: Callable[[], nn.Module]) -> dict[str, Any]:
+    with mock.patch.object(mesh, "_context", None):
+        return run_library(build, 0)
 
 
 NAMES = {name: "batch tokens" for name in ("input_ids", "labels", "position_ids")}
@@ -232,7 +240,8 @@ def run_parallelized(p: int | None, fully_shard: bool = False, tied: bool = Fals
         for reads in (True, False):
             ids = torch.randint(0, CLASSES, (BATCH, N))
             out = model(input_ids=ids, labels=ids, use_cache=False)
-            total = out.loss + (out.logits[:, 3].square().mean() if reads else 0)
+            logits = out.logits.full_tensor() if p and tied else out.logits
+            total = out.loss + (logits[:, 3].square().mean() if reads else 0)
             optimizer.zero_grad()
             total.backward()
             found.append(out.loss.item())
