@@ -17,8 +17,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import chdir
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -146,7 +148,8 @@ def _answer(job: bytes, startup: BaseException | None) -> bytes:
         if startup is not None:
             raise startup
         fn, args, kwargs = pickle.loads(job)
-        answer = tree_map_only(torch.Tensor, _plain, fn(*args, **kwargs))
+        with chdir("."), mock.patch.dict(os.environ):  # a job leaves both as they were
+            answer = tree_map_only(torch.Tensor, _plain, fn(*args, **kwargs))
         _clean_up()
         return pickle.dumps((True, answer))
     except BaseException:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -33,14 +35,15 @@ def weights(name: str, alone: bool) -> dict[str, Any]:
     """A model's, after a block. In one process a block is what it is without Mosaic's lines."""
     launched(not alone)
     os.chdir(tempfile.mkdtemp())
-    for function in (mosaic.parallelize, mosaic.integrations.prepare):
-        function.__kwdefaults__["inner"] = "eager"  # Inductor would take a minute
     code = blocks()[name]
     if alone:
         code = without_mosaic(code)
     torch.manual_seed(0)
     given = {"model": llama(), **names_of(name)}
-    exec(compile(code, str(README), "exec"), given)
+    with ExitStack() as changed:  # Inductor would take a minute
+        for function in (mosaic.parallelize, mosaic.integrations.prepare):
+            changed.enter_context(mock.patch.dict(function.__kwdefaults__, inner="eager"))
+        exec(compile(code, str(README), "exec"), given)
     model = given["trainer"].model if "trainer" in given else given["model"]
     found = {n.removeprefix("module."): w.detach() for n, w in model.named_parameters()}
     found = {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in found.items()}
