@@ -24,12 +24,12 @@ from torch import fx
 from mosaic.attention.blocks import FULL
 from mosaic.attention.scores import behind_leaves
 from mosaic.graph.emit import drop_dead, insert
-from mosaic.masks.additive import INF, additive
+from mosaic.masks.additive import INF, meaning
 from mosaic.masks.biases import hides_by_inf
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
 from mosaic.masks.op import ATTENTIONS, PLAIN, STRUCTURED
-from mosaic.masks.read import Mask, Reader, every_row_sees, joined
+from mosaic.masks.read import Mask, every_row_sees
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
 from mosaic.masks.words import documents_of, scores_of, words_of
@@ -77,11 +77,7 @@ def structured(
     term = broadcast(mask, call.val.ndim)
     if not term.is_pairwise:
         return None
-    if mask.meta["val"].dtype == torch.bool:
-        found, fill = joined(Reader(constants)(Allowed(term)), constants), -INF
-    else:
-        added = additive(term, constants)
-        found, fill = joined(added.conditions, constants, added.biases), added.fill
+    found, fill = meaning(term, constants)
     square = call["query"].meta["val"].shape[-2] <= call["key"].meta["val"].shape[-2]
     if call.bound.get("sinks") is not None:  # which every row sees: what is hidden weighs nothing
         fill = -INF

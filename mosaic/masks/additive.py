@@ -14,7 +14,7 @@ from torch import fx
 from mosaic.attention.blocks import Band
 from mosaic.masks.conditions import Allowed, Condition
 from mosaic.masks.constants import Constants, is_filled
-from mosaic.masks.read import Reader, band_of, flat
+from mosaic.masks.read import Mask, Reader, band_of, flat, joined
 from mosaic.masks.terms import KEY, QUERY, Term, constant, operand, peeled
 
 aten = torch.ops.aten
@@ -44,6 +44,14 @@ class Additive:
 
 
 NOTHING = Additive()
+
+
+def meaning(mask: Term, constants: Constants) -> tuple[Mask, float]:
+    """What a mask says, boolean or added, and the number that hides."""
+    if mask.node.meta["val"].dtype == torch.bool:
+        return joined(Reader(constants)(Allowed(mask)), constants), -INF
+    added = additive(mask, constants)
+    return joined(added.conditions, constants, added.biases), added.fill
 
 
 def additive(term: Term, constants: Constants) -> Additive:

@@ -9,9 +9,8 @@ from torch import fx
 
 from mosaic.graph.lengths import NotPaddedError
 from mosaic.layout import Place
-from mosaic.masks.additive import INF, additive
-from mosaic.masks.conditions import Allowed
-from mosaic.masks.read import Reader, every_row_sees, joined
+from mosaic.masks.additive import INF, meaning
+from mosaic.masks.read import every_row_sees
 from mosaic.masks.terms import broadcast
 from mosaic.padding.follow import Follower, arguments
 
@@ -64,11 +63,7 @@ def says_causal(f: Follower, mask: fx.Node, node: fx.Node) -> bool:
     term, constants = broadcast(mask, node.meta["val"].ndim), f.constants
     if not term.is_pairwise:
         return False
-    if mask.meta["val"].dtype == torch.bool:
-        found, fill = joined(Reader(constants)(Allowed(term)), constants), -INF
-    else:
-        added = additive(term, constants)
-        found, fill = joined(added.conditions, constants, added.biases), added.fill
+    found, fill = meaning(term, constants)
     hides = fill == -INF or every_row_sees(found)
     return hides and found.band.right is not None and found.band.right <= 0
 
