@@ -29,7 +29,7 @@ from mosaic.frontend.vmapped import Region, check_transforms, written_out
 from mosaic.graph.history import with_history
 from mosaic.graph.inputs import Input, Policy
 from mosaic.graph.modes import Modes
-from mosaic.graph.source import where
+from mosaic.graph.source import nodes_of, where
 from mosaic.graph.strides import reach
 from mosaic.graph.unexpected import blamed_on
 from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
@@ -336,10 +336,9 @@ def capture(module: fx.GraphModule, size: Callable[[Any], int] = int) -> Capture
 
 def detach_data(module: fx.GraphModule) -> None:
     """``x.data`` as a detach: the tracer would look through it, and gradients would come back."""
-    for part in module.modules():
-        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            if node.target is get_data:
-                node.target = torch.detach
+    for node in nodes_of(module):
+        if node.target is get_data:
+            node.target = torch.detach
 
 
 def refuse_learned(graph: fx.Graph, inputs: tuple[Input, ...], mutated: tuple[int, ...]) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.graph.inputs import Input
-from mosaic.graph.source import user_of, where
+from mosaic.graph.source import nodes_of, user_of, where
 from mosaic.layout import Layout, Place
 from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.dtensors import PARTIAL, REPLICATED
@@ -46,12 +46,6 @@ def axis_of(module: fx.GraphModule, ranks: MosaicContext | None) -> str | None:
     names = (x.device_mesh.mesh_dim_names or () for x in values if isinstance(x, DTensor))
     known = (name for few in names for name in few if ranks and name in ranks.axes)
     return next(known, None)
-
-
-def nodes_of(module: fx.GraphModule) -> list[fx.Node]:
-    """With those of the bodies of checkpoints."""
-    parts = (part for part in module.modules() if isinstance(part, fx.GraphModule))
-    return [node for part in parts for node in part.graph.nodes]
 
 
 def refuse(

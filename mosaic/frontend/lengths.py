@@ -27,6 +27,7 @@ from mosaic.frontend.model_inputs import named, replaced
 from mosaic.frontend.sharded_inputs import Output
 from mosaic.graph.inputs import Input
 from mosaic.graph.lengths import Length, NotPaddedError, compared
+from mosaic.graph.source import nodes_of
 from mosaic.layout import Place
 from mosaic.report.plan import Plan
 from mosaic.runtime.comm import take_runs
@@ -264,12 +265,6 @@ def padded_dims(
 
 def is_symbol(size: Any) -> bool:
     return bool(size.node.expr.is_Symbol)
-
-
-def nodes_of(module: fx.GraphModule) -> Iterator[fx.Node]:
-    for part in module.modules():
-        if isinstance(part, fx.GraphModule):
-            yield from part.graph.nodes
 
 
 def captured_at_bucket(module: fx.GraphModule, padding: Padding) -> tuple[Captured, Length]:

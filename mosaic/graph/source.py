@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -78,6 +79,13 @@ def shown(file: str) -> str:
         if mark in path.parts:
             return "/".join(path.parts[path.parts.index(mark) + 1 :])
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+def nodes_of(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """All nodes of Dynamo's graph, with those of the bodies of checkpoints."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            yield from part.graph.nodes
 
 
 def user_of(node: fx.Node) -> fx.Node:
