@@ -36,10 +36,11 @@ aten = torch.ops.aten
 
 def defer_outputs(graph: fx.Graph, context: Context) -> int:
     written = len(context.mutated)
-    nodes, steps = graph.output_node().args[0], steps_of(graph)
+    nodes = graph.output_node().args[0]
+    steps = steps_of(graph) if context.goes_on and context.world.size > 1 else set()
     new, said = list(nodes[:written]), list(context.outputs[:written])
     for node, about in zip(nodes[written:], context.outputs[written:], strict=True):
-        found = mask_recipe(node, graph, context, about, steps)
+        found = mask_recipe(node, graph, about, steps)
         found = found or logits_recipe(node, graph, context)
         recipe, leaves = found or (None, [node])
         context.recipes.append(recipe)
@@ -72,12 +73,11 @@ def steps_of(graph: fx.Graph) -> set[fx.Node]:
 
 
 def mask_recipe(
-    node: Any, graph: fx.Graph, context: Context, about: Output, steps: set[fx.Node]
+    node: Any, graph: fx.Graph, about: Output, steps: set[fx.Node]
 ) -> tuple[Recipe, list[fx.Node]] | None:
     """How a mask for the graphs behind a break is made, and of which nodes; None where these are
     not much smaller."""
-    waits = context.goes_on and context.world.size > 1 and not about.requires_grad
-    if not waits or node not in steps or not is_free(node, graph):
+    if about.requires_grad or node not in steps or not is_free(node, graph):
         return None
     leaves: dict[fx.Node, None] = {}
     inside, todo = {node}, [node]
@@ -100,10 +100,10 @@ def logits_recipe(
     """How logits are made that nothing reads here: of hidden states and a head that is an input."""
     is_padded = context.length is not None  # what is returned is cut back to its length
     val = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if is_padded or not isinstance(val, Tensor) or not is_free(node, graph):
+    if is_padded or not isinstance(val, Tensor):
         return None
     logits = logits_of(node, val.ndim - 1, records(node))
-    if logits is None or not is_awaited(logits, context):
+    if logits is None or not is_awaited(logits, context) or not is_free(node, graph):
         return None
     head = logits.head
     inside, leaves = set(logits.path), [head.hidden]
@@ -132,7 +132,7 @@ def is_awaited(logits: Logits, context: Context) -> bool:
     if context.spec.gives_shares and logits.head.weight.meta["needs_gradient"]:
         return False
     is_late = logits.head.node.meta.get("is_late", False)
-    return is_late or (context.goes_on and logits.are_large(context.world.size))
+    return is_late or (context.goes_on and logits.are_many(context.world.size))
 
 
 def recipe_of(

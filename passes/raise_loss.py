@@ -27,11 +27,11 @@ from mosaic.losses.heads import SAME, VIEWS, Logits, logits_of, records, step_of
 from mosaic.losses.op import TOKEN_LOSSES
 from mosaic.losses.steps import encode
 from mosaic.partition.context import Context
+from mosaic.partition.losses import REDUCTIONS, counted
 from mosaic.partition.values import Call
 from mosaic.passes.normalize import mark_gradients
 
 aten = torch.ops.aten
-REDUCTIONS = ("none", "mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,11 @@ class Found:
 def raise_loss(graph: fx.Graph, context: Context) -> int:
     losses = graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default)
     ranks = context.world.size
-    found = [one for node in losses if (one := read(node)) and one.logits.are_large(ranks)]
+    found = [one for node in losses if (one := read(node)) and one.logits.are_many(ranks)]
     while (free := [one for one in found if is_free(one, found)]) != found:
         found = free
+    if not found:
+        return 0
     for one in found:
         like = one.loss.like
         with graph.inserting_before(like):
@@ -126,14 +128,3 @@ def rows(graph: fx.Graph, found: Found) -> fx.Node:
     order = [d for d in range(x.meta["val"].ndim) if d != 1]
     x = insert(graph, loss, aten.permute.default, (x, [*order, 1]))
     return insert(graph, loss, aten.reshape.default, (x, [-1, dim]))
-
-
-def counted(new: Any, target: fx.Node, ignored: int, weight: fx.Node | None) -> fx.Node:
-    """What a mean divides by: targets that are not ignored, or the sum of their class weights."""
-    used = new(aten.ne.Scalar, target, ignored)
-    if weight is None:
-        return new(aten.sum.default, used)
-    classes = new(aten.where.ScalarOther, used, target, 0)
-    weights = new(aten.embedding.default, new(aten.unsqueeze.default, weight, 1), classes)
-    weights = new(aten.squeeze.dim, weights, -1)
-    return new(aten.sum.default, new(aten.mul.Tensor, weights, used))

@@ -28,7 +28,7 @@ from mosaic.runtime.agreement import check_together
 from mosaic.runtime.deferred_tensor import DeferredTensor, flattened
 from mosaic.runtime.memory import UNDO, Memory, views_of
 from mosaic.runtime.mesh import get_context
-from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole, wrapped
+from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole
 from mosaic.torch_private import (
     FakeTensorMode,
     FunctionalTensor,
@@ -236,9 +236,7 @@ def run_attention(*args: Any, op: Any = PLAIN, **kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map_only(DeferredTensor, DeferredTensor.made, (args, kwargs))
         args, kwargs = pytree.tree_map_only(ShardedTensor, lambda x: x.local, (args, kwargs))
         return op(*args, **kwargs)
-    program = program_of(op, args, kwargs)
-    tensors = tensors_of(args, kwargs)
-    return program.run([x.local if isinstance(x, ShardedTensor) else x for x in tensors], wrapped)
+    return program_of(op, args, kwargs).with_history(args, kwargs)
 
 
 def run_structured(*args: Any, **kwargs: Any) -> Any:

@@ -19,20 +19,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mosaic.frontend.eagerly import meet
-from mosaic.frontend.op_program import program_of, tensors_of
-from mosaic.losses import heads
+from mosaic.frontend.op_program import program_of
+from mosaic.losses.heads import are_many
+from mosaic.partition.losses import REDUCTIONS
 from mosaic.runtime import sharded_tensor
 from mosaic.runtime.deferred_tensor import EXPIRED, DeferredTensor, Recipe, Ref, step_of
-from mosaic.runtime.sharded_tensor import (
-    ShardedTensor,
-    is_traced,
-    with_whole_gradient,
-    wrapped,
-)
+from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, with_whole_gradient
 from mosaic.torch_private import without_torch_function
 
 aten = torch.ops.aten
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def late(x: Any, weight: Any, bias: Any = None) -> DeferredTensor | None:
@@ -43,7 +38,7 @@ def late(x: Any, weight: Any, bias: Any = None) -> DeferredTensor | None:
         return None
     classes, dim = weight.shape
     ranks = prod(place.layout.p for place in x.places)
-    if classes <= dim or x.numel() // dim * classes < heads.LEAST * ranks:
+    if not are_many(x.numel() // max(1, dim), dim, classes, ranks):
         return None
     given = [y for y in (weight, bias) if y is not None]
     leaves = [x, *(with_whole_gradient(y) if y.requires_grad else y.detach() for y in given)]
@@ -97,9 +92,7 @@ def run_loss(
         program = program_of(op, arguments, {})
         if program.waits_for:
             meet(program.waits_for, op)
-        tensors = tensors_of(arguments)
-        parts = [x.local if isinstance(x, ShardedTensor) else x for x in tensors]
-        loss: Tensor = program.run(parts, wrapped)
+        loss: Tensor = program.with_history(arguments)
     return loss
 
 

@@ -32,7 +32,7 @@ from mosaic.runtime.agreement import COMPARE_OPS, differing
 from mosaic.runtime.deferred_tensor import DeferredTensor, Step, flattened, run
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.rendezvous import SAME
-from mosaic.runtime.sharded_tensor import ShardedTensor
+from mosaic.runtime.sharded_tensor import ShardedTensor, wrapped
 from mosaic.runtime.world import world_of
 from mosaic.torch_private import FakeTensorMode, pytree
 
@@ -71,6 +71,11 @@ class Program:
         for why in self.gathered:
             gathered_at(why)
         return self.wrapped(self.graph(*parts), wrap)
+
+    def with_history(self, *arguments: Any) -> Any:
+        """On the parts of a call's arguments, by ops that have a backward of their own."""
+        tensors = tensors_of(*arguments)
+        return self.run([x.local if isinstance(x, ShardedTensor) else x for x in tensors], wrapped)
 
     def check_alike(self) -> None:
         """Raise ShardingError where other ranks do not send what this one waits for; they are asked

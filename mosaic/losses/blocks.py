@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosaic.attention.merge import accumulator
 from mosaic.losses.steps import decode
 
 #: Logits of a block: 128 MiB in bfloat16. Of very many tokens a block has more, so that there are
@@ -41,12 +42,11 @@ class How(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What belongs to a block of tokens, beside their logits: ``lse`` and ``dlosses`` in backward
-    only."""
+    """What backward knows of the tokens, beside their hidden states."""
 
     target: Tensor
-    lse: Tensor | None = None
-    dlosses: Tensor | None = None
+    lse: Tensor
+    dlosses: Tensor
 
 
 class Wanted(NamedTuple):
@@ -57,20 +57,20 @@ class Wanted(NamedTuple):
     bias: bool
 
 
-def exact(dtype: torch.dtype) -> torch.dtype:
-    """In which sums over classes are made."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def forward(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, rows: Rows, weight: Tensor | None, how: How
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    how: How,
 ) -> tuple[Tensor, Tensor]:
     """The tokens' losses and LSEs; see ``op.token_losses``."""
-    losses = rows.target.new_empty(rows.target.shape, dtype=dtype_of(hidden, how))
+    losses = target.new_empty(target.shape, dtype=dtype_of(hidden, how))
     lse, step = torch.empty_like(losses), fused(losses_of, hidden.device)
     for part in blocks(hidden.shape[0], head.shape[0]):
         logits = F.linear(hidden[part], head, bias)
-        losses[part], lse[part] = step(logits, rows.target[part], weight, how)
+        losses[part], lse[part] = step(logits, target[part], weight, how)
     return losses, lse
 
 
@@ -86,16 +86,16 @@ def backward(
     """The gradients of hidden, head and bias; of one that is not wanted without an element."""
     tokens, classes = hidden.shape[0], head.shape[0]
     parts = [*blocks(classes, tokens)]
-    dtype = exact(hidden.dtype) if len(parts) > 1 else hidden.dtype
+    dtype = accumulator(hidden.dtype) if len(parts) > 1 else hidden.dtype
     dhidden = hidden.new_zeros(hidden.shape if wanted.hidden else [0], dtype=dtype)
     dhead = head.new_empty(head.shape if wanted.head else [0])
     dbias = head.new_empty([classes] if wanted.bias else [0])
     step = fused(dlogits_of, hidden.device)
-    sums = (torch.ones(()) if weight is None else weight.mean()).to(hidden.device)
+    mean = hidden.new_ones(()) if weight is None else weight.mean()
     for part in parts:
         logits = F.linear(hidden, head[part], None if bias is None else bias[part])
         columns = torch.arange(part.start, part.stop, device=hidden.device)
-        dlogits = step(logits, columns, rows, weight, sums, how, classes)
+        dlogits = step(logits, columns, rows, weight, mean, how, classes)
         if wanted.hidden:
             dhidden += dlogits @ head[part]
         if wanted.head:
@@ -108,7 +108,7 @@ def backward(
 def dtype_of(hidden: Tensor, how: How) -> torch.dtype:
     """Of losses and LSEs."""
     casts = [step.value for step in decode(how.steps) if step.op == "to"]
-    return exact(getattr(torch, casts[-1]) if casts else hidden.dtype)
+    return accumulator(getattr(torch, casts[-1]) if casts else hidden.dtype)
 
 
 def blocks(length: int, other: int) -> Iterator[slice]:
@@ -128,7 +128,7 @@ def losses_of(
     """Losses and LSEs (tokens) of logits (tokens, classes)."""
     for step in decode(how.steps):
         logits = step(logits)
-    logits = logits.to(exact(logits.dtype))
+    logits = logits.to(accumulator(logits.dtype))
     lse, used = logits.logsumexp(-1), target != how.ignored
     target = torch.where(used, target, 0)
     loss = lse - logits.gather(-1, target[:, None])[:, 0]
@@ -156,7 +156,6 @@ def dlogits_of(
     steps, values = decode(how.steps), [logits]
     for step in steps:
         values.append(step(values[-1]))
-    assert rows.lse is not None and rows.dlosses is not None
     shares = (values[-1].to(rows.lse.dtype) - rows.lse[:, None]).exp()
     used = rows.target != how.ignored
     loss = torch.where(used, rows.dlosses, 0)[:, None]

@@ -6,6 +6,7 @@ logits = view(to(linear(hidden, weight, bias), float32), -1, classes)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import fx
@@ -44,10 +45,14 @@ class Logits:
     def path(self) -> tuple[fx.Node, ...]:
         return (self.head.node, *self.between)
 
-    def are_large(self, ranks: int) -> bool:
-        """Whether it pays to do without them: they are larger than hidden states, and many."""
-        logits, hidden = (n.meta["val"] for n in (self.head.node, self.head.hidden))
-        return logits.shape[-1] > hidden.shape[-1] and logits.numel() >= LEAST * ranks
+    def are_many(self, ranks: int) -> bool:
+        hidden, logits = (n.meta["val"].shape for n in (self.head.hidden, self.head.node))
+        return are_many(prod(hidden[:-1]), hidden[-1], logits[-1], ranks)
+
+
+def are_many(tokens: int, dim: int, classes: int, ranks: int) -> bool:
+    """Whether it pays to do without logits: they are larger than hidden states, and many."""
+    return classes > dim and tokens * classes >= LEAST * ranks
 
 
 def logits_of(x: fx.Node, dim: int, grad: bool) -> Logits | None:

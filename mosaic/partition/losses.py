@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ def cross_entropy(s: ShardingInterpreter, c: Call) -> Value:
         return loss
     if probabilities:
         return s.call(c, aten.div.Tensor, loss, target.val.numel() // x.shape[classes])
-    return s.call(c, aten.div.Tensor, loss, counted(s, c, target))
+    count = counted(partial(s.call, c), target, c["ignore_index"], c["weight"])
+    return s.call(c, aten.div.Tensor, loss, count)
 
 
 def token_losses(s: ShardingInterpreter, c: Call) -> Any:
@@ -60,13 +63,14 @@ def token_losses(s: ShardingInterpreter, c: Call) -> Any:
     return s.emit(c, (place, place), hidden=s.at(hidden, place), target=s.at(target, place))
 
 
-def counted(s: ShardingInterpreter, c: Call, target: Value) -> Value:
-    """What a mean divides by: targets that are not ignored, or the sum of their class weights."""
-    used = s.call(c, aten.ne.Scalar, target, c["ignore_index"])
-    if c["weight"] is None:
-        return s.call(c, aten.sum.default, used)
-    classes = s.call(c, aten.where.ScalarOther, used, target, 0)
-    weights = s.call(c, aten.unsqueeze.default, c["weight"], 1)
-    weights = s.call(c, aten.embedding.default, weights, classes)
-    weights = s.call(c, aten.squeeze.dim, weights, -1)
-    return s.call(c, aten.sum.default, s.call(c, aten.mul.Tensor, weights, used))
+def counted(call: Callable[..., Any], target: Any, ignored: int, weight: Any) -> Any:
+    """What a mean divides by: targets that are not ignored, or the sum of their class weights.
+    ``call(op, ...)``: how an op is written."""
+    used = call(aten.ne.Scalar, target, ignored)
+    if weight is None:
+        return call(aten.sum.default, used)
+    classes = call(aten.where.ScalarOther, used, target, 0)
+    weights = call(aten.unsqueeze.default, weight, 1)
+    weights = call(aten.embedding.default, weights, classes)
+    weights = call(aten.squeeze.dim, weights, -1)
+    return call(aten.sum.default, call(aten.mul.Tensor, weights, used))
