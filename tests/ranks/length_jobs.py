@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from model_jobs import gradients, loss_of
 from models.gpt import GPT
 from models.table import TableModel
+from parallel_jobs import whole
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -166,10 +167,6 @@ def one_step(model: nn.Module, called: Any, batch: Callable[[int], Batch], n: in
     loss.backward()
     found = {name: whole(x) for name, x in gradients(model).items()}
     return {"loss": loss.detach(), "gradients": found, "outputs": [*tensors(out)]}
-
-
-def whole(x: Any) -> Any:
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def tensors(out: Any) -> Iterator[Tensor]:

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from model_jobs import gradients
+from parallel_jobs import said, whole
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import mosaic
@@ -245,25 +245,11 @@ def run_parallelized(p: int | None, fully_shard: bool = False, tied: bool = Fals
             optimizer.zero_grad()
             total.backward()
             found.append(out.loss.item())
-            grads = {name: grad(w).clone() for name, w in model.named_parameters()}
+            grads = {name: whole(w.grad).clone() for name, w in model.named_parameters()}
             optimizer.step()
     kept = getattr(out.logits, "kept", "plain")
     return {"losses": found, "gradients": grads, "calls": blockwise.call_count, "kept": kept,
-            "refused": refusal(lambda: out.logits.sum()) if p else ""}  # fmt: skip
-
-
-def grad(weight: Tensor) -> Tensor:
-    found = weight.grad
-    assert found is not None
-    return found.full_tensor() if isinstance(found, DTensor) else found
-
-
-def refusal(read: Callable[[], Any]) -> str:
-    try:
-        read()
-    except mosaic.MosaicError as error:
-        return str(error)
-    return ""
+            "refused": said(lambda: out.logits.sum()) if p else ""}  # fmt: skip
 
 
 def read_late(p: int) -> str:
@@ -277,4 +263,4 @@ def read_late(p: int) -> str:
         _, logits = called(ids, ids)
     with torch.no_grad():
         model.head.weight.add_(1)
-    return refusal(lambda: logits.sum())
+    return said(lambda: logits.sum())

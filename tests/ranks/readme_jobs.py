@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from parallel_jobs import whole
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, DistributedSampler
@@ -46,7 +47,7 @@ def weights(name: str, alone: bool) -> dict[str, Any]:
         exec(compile(code, str(README), "exec"), given)
     model = given["trainer"].model if "trainer" in given else given["model"]
     found = {n.removeprefix("module."): w.detach() for n, w in model.named_parameters()}
-    found = {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in found.items()}
+    found = {n: whole(w) for n, w in found.items()}
     assert not any(torch.equal(w, found[n]) for n, w in llama().named_parameters())
     return found
 
