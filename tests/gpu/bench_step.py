@@ -7,6 +7,9 @@ the last hidden states, forward and backward. 16,384 tokens, and 32,768 with che
 is a process of its own: milliseconds (median of 8, CUDA events), peak memory, seconds of the first
 step less an ordinary one, and what a profile says: GEMMs, attention, and the share of the rest.
 
+``labels``: LlamaForCausalLM with its own loss over 128,256 words; ``sum``: the same model, the sum
+of its hidden states (and of its head, which so has a gradient) in place of the loss.
+
 ``rank 0 of p`` is one rank's part of p times the tokens, in a fake group: it sends to itself, so
 that keys that visit have real values. Its ideal is its GEMMs and one causal attention of the same
 number of pairs, n / sqrt(p) tokens, by this device's quickest kernel.
@@ -32,7 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import mosaic
 from mosaic.attention import kernels
@@ -66,8 +69,10 @@ class Way:
     attention: str = "sdpa"
     checkpoint: bool = False
     ranks: int = 0
+    loss: str = ""
 
 
+WORDS = 128_256
 WAYS = (
     Way("torch.compile, SDPA", 16_384),
     Way("torch.compile, flex", 16_384, "flex_attention"),
@@ -77,6 +82,9 @@ WAYS = (
     Way("Mosaic, p = 1", 32_768, checkpoint=True, ranks=1),
     Way("Mosaic, rank 0 of 8", 16_384, ranks=8),
     Way("Mosaic, rank 0 of 64", 4096, ranks=64),
+    Way("torch.compile, labels", 16_384, loss="labels"),
+    Way("Mosaic, p = 1, sum", 16_384, ranks=1, loss="sum"),
+    Way("Mosaic, p = 1, labels", 16_384, ranks=1, loss="labels"),
 )
 
 
@@ -90,27 +98,36 @@ def built(way: Way, size: Size) -> Callable[[], Tensor]:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
-        vocab_size=128,
+        vocab_size=WORDS if way.loss and size != SMALL else 128,
         max_position_embeddings=whole,
         use_cache=False,
         attn_implementation=way.attention,
     )
     with DEVICE:
-        model: Any = LlamaModel(LlamaConfig(**sizes)).train()
+        kind = LlamaForCausalLM if way.loss else LlamaModel
+        model: Any = kind(LlamaConfig(**sizes)).train()
         model.to(DTYPE)
         x = torch.randn(1, whole, size.hidden, dtype=DTYPE)
+        labels = torch.randint(0, model.config.vocab_size, (1, whole))
     if way.checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiled = model.model if way.loss == "sum" else model
     if way.ranks:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=way.ranks)
         mosaic.init(sp_size=way.ranks, device=DEVICE)
-        model.compile(backend="mosaic", dynamic=False, options={"inner": INNER})
+        compiled.compile(backend="mosaic", dynamic=False, options={"inner": INNER})
     else:
-        model.compile(backend=INNER, dynamic=False)
+        compiled.compile(backend=INNER, dynamic=False)
     if way.ranks > 1:
         x = mosaic.distribute(x, 1, mosaic.Layout.zigzag(whole, way.ranks))
 
     def forward() -> Tensor:
+        model.zero_grad()
+        if way.loss == "labels":
+            return model(inputs_embeds=x, labels=labels).loss
+        if way.loss == "sum":
+            hidden = model.model(inputs_embeds=x).last_hidden_state
+            return hidden.float().sum() + model.lm_head.weight.sum()
         return model(inputs_embeds=x).last_hidden_state.float().square().mean()
 
     return forward

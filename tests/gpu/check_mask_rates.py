@@ -1,12 +1,12 @@
 """How fast masks and changes of scores are that run as structure, beside ``flex_attention``.
 
-    python tests/gpu/check_mask_rates.py [--device cpu]
+    python tests/gpu/check_mask_rates.py [--only WORDS ...] [--device cpu]
 
 Milliseconds of forward and backward and the peak memory, of one attention in bfloat16, with 32
 heads that share 8 of keys, head dim 128 (T5's: 16 heads, head dim 64): by Mosaic on one rank with
 the mask that a model builds, and by ``torch.nn.attention.flex_attention`` with a BlockMask that is
-made before and a ``score_mod``. Exits 1 if a result is wrong or fails. On a CPU sizes are small and
-the flex kernels are plain math: right or wrong only.
+made before and a ``score_mod``; sinks there by the log-sum-exp. Exits 1 if a result is wrong or
+fails. On a CPU sizes are small and the flex kernels are plain math: right or wrong only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Rate:
         default=lambda n, d: torch.arange(n, device=d)
     )
     cap: float = 0.0
-    has_table: bool = False
+    learns: bool = False
     heads: tuple[int, int] = (32, 8)
     dim: int = 128
 
@@ -83,6 +83,11 @@ def table_of(n: int, device: torch.device) -> Tensor:
     return torch.randn(32, heads, device=device).to(dtype).requires_grad_()
 
 
+def sinks_of(n: int, device: torch.device) -> Tensor:
+    heads, dtype = (32, HALF) if device.type == "cuda" else (4, torch.float32)
+    return torch.randn(heads, device=device).to(dtype).requires_grad_()
+
+
 WINDOW, DOCUMENTS = 1024, 8
 
 
@@ -115,12 +120,21 @@ def rates(tokens: int) -> tuple[Rate, ...]:
             by_table,
             None,
             table_of,
-            has_table=True,
+            learns=True,
             heads=(16, 16),
             dim=64,
         ),
+        Rate("causal", tokens // 2, causal, lambda _: lambda b, h, i, j: j <= i),
         Rate(
             "softcap 50, causal", tokens // 2, causal, lambda _: lambda b, h, i, j: j <= i, cap=50.0
+        ),
+        Rate(
+            "sinks, causal",
+            tokens // 2,
+            causal,
+            lambda _: lambda b, h, i, j: j <= i,
+            sinks_of,
+            learns=True,
         ),
     )
 
@@ -128,11 +142,17 @@ def rates(tokens: int) -> tuple[Rate, ...]:
 def by_mosaic(rate: Rate, data: Tensor, inner: str) -> Callable[..., Tensor]:
     def attention(q: Tensor, k: Tensor, v: Tensor, data: Tensor) -> Tensor:
         mask = rate.mask(q.shape[2], data)
-        if rate.cap:  # as transformers writes it
+        if rate.cap or rate.data is sinks_of:  # as transformers writes Gemma 2 and gpt-oss
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            scores = (q @ k.mT * q.shape[-1] ** -0.5 / rate.cap).tanh() * rate.cap
+            scores = q @ k.mT * q.shape[-1] ** -0.5
+            scores = (scores / rate.cap).tanh() * rate.cap if rate.cap else scores
             scores = scores + torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
-            return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+            if rate.cap:
+                return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+            sinks = data.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+            scores = torch.cat([scores, sinks], -1)
+            scores = scores - scores.max(-1, keepdim=True).values
+            return scores.softmax(-1, dtype=scores.dtype)[..., :-1] @ v
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
     compiled = torch.compile(attention, backend="mosaic", options={"inner": inner})
@@ -148,12 +168,19 @@ def by_flex(rate: Rate, data: Tensor, _: str) -> Callable[..., Tensor]:
     def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (
             score + data[bucket(j - i), h]
-            if rate.has_table
+            if rate.mask is by_table
             else rate.cap * (score / rate.cap).tanh()
         )
 
-    options = {"score_mod": change} if rate.cap or rate.has_table else {}
+    options = {"score_mod": change} if rate.cap or rate.mask is by_table else {}
     called = torch.compile(flex_attention, dynamic=False)
+    if rate.data is sinks_of:
+
+        def with_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, lse = called(q, k, v, block_mask=blocks, enable_gqa=True, return_lse=True)
+            return (out * (lse - data.float()[:, None]).sigmoid()[..., None]).to(q.dtype)
+
+        return with_sinks
     return lambda q, k, v: called(q, k, v, block_mask=blocks, enable_gqa=True, **options)
 
 
@@ -195,7 +222,7 @@ def measured(
     return found, f"{took} {peak:7.2f} GiB   first {first:5.1f} s"
 
 
-def show_rates(device: torch.device) -> list[str]:
+def show_rates(device: torch.device, only: list[str] | None) -> list[str]:
     is_cuda = device.type == "cuda"
     (use_flex_for_scores if is_cuda else use_flex_on_cpu)()
     inner = "inductor" if is_cuda else "eager"
@@ -204,16 +231,18 @@ def show_rates(device: torch.device) -> list[str]:
     wrong, lines = [], []
     say(f"\n{'':34}{'forward  backward  both, peak memory, first run':>30}")
     for rate in rates(32768 if is_cuda else 128):
+        if only and not any(word in rate.name for word in only):
+            continue
         known: list[Tensor] = []
         if not is_cuda:
-            rate = replace(rate, heads=(4, 4) if rate.has_table else (4, 2), dim=16)
+            rate = replace(rate, heads=(4, 4) if rate.mask is by_table else (4, 2), dim=16)
         ways = (("Mosaic", by_mosaic), ("flex_attention", by_flex))
         for name, way in ways if is_cuda else ways[:1]:
             label = f"{rate.name}, {rate.tokens:,}: {name}"
             try:
                 torch.manual_seed(0)
                 data = rate.data(rate.tokens, device)
-                learned = [data] if rate.has_table else []
+                learned = [data] if rate.learns else []
                 found, text = measured(rate, way(rate, data, inner), learned, device)
                 apart = [relative(x, y) for x, y in zip(found, known, strict=False)]
                 known = found
@@ -235,10 +264,14 @@ def show_rates(device: torch.device) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument(
+        "--only", nargs="*", help="the rates with one of these words in their names"
+    )
+    given = parser.parse_args()
+    device = torch.device(given.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     say(f"torch {torch.__version__}, {where}")
-    wrong = show_rates(device)
+    wrong = show_rates(device, given.only)
     say("\n" + "\n".join(wrong or ["all right"]))
     return int(bool(wrong))
 
