@@ -142,6 +142,7 @@ __all__ = [
     "has_contexts",
     "has_decomposition",
     "is_alias",
+    "is_beyond_shared_memory",
     "is_composite",
     "is_in_backward",
     "is_linear",
@@ -756,6 +757,11 @@ FLEX_OPTIONS = {
     "OUTPUT_LOGSUMEXP": True,
     "OUTPUT_MAX": False,
 }
+FLEX_SMALL = {"BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 1, "num_warps": 4}
+FLEX_SMALL_BACKWARD = dict.fromkeys(("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 32) | {
+    "num_stages": 1,
+    "num_warps": 4,
+}
 
 
 def flex_blocks(
@@ -799,11 +805,14 @@ def flex_forward(
     mask: FlexMod,
     scale: float,
     change: FlexMod,
+    is_small: bool,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, to the base of 2. ``mask``: of ``flex_blocks``; ``change``: the function of a
-    score, or None. Each with what its function takes after a pair."""
+    score, or None. Each with what its function takes after a pair. ``is_small``: in blocks that
+    need little shared memory."""
     op = torch.ops.higher_order.flex_attention
-    given = (change[0] or _same_score, mask[0], scale, FLEX_OPTIONS, change[1], mask[1])
+    options = FLEX_OPTIONS | (FLEX_SMALL if is_small else {})
+    given = (change[0] or _same_score, mask[0], scale, options, change[1], mask[1])
     out, lse, *_ = op(q, k, v, *given)
     return out, lse
 
@@ -818,13 +827,15 @@ def flex_backward(
     mask: FlexMod,
     scale: float,
     change: FlexMod,
+    is_small: bool,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
     """dq, dk, dv of these keys, with the output and log-sum-exp of all; and the gradients of the
     buffers of ``change`` that require one."""
     op = torch.ops.higher_order.flex_attention_backward
     mods = (_same_score, _same_gradient) if change[0] is None else _with_gradient(q, *change)
     given = (q, k, v, out, lse, dout, torch.zeros_like(lse), *mods)
-    grads: Any = op(*given, mask[0], scale, FLEX_OPTIONS, change[1], mask[1])
+    options = FLEX_OPTIONS | (FLEX_SMALL_BACKWARD if is_small else {})
+    grads: Any = op(*given, mask[0], scale, options, change[1], mask[1])
     return grads
 
 
@@ -836,6 +847,11 @@ def _with_gradient(
     with torch.enable_grad():
         score = q.new_zeros((), requires_grad=True)
         return create_fw_bw_graph(change, (score, batch, head, query, key), buffers)
+
+
+def is_beyond_shared_memory(error: Exception) -> bool:
+    """Of ``compiled_by_inductor``: whether no kernel's blocks fit."""
+    return "No valid triton configs" in str(error)
 
 
 def compiled_by_inductor(

@@ -97,12 +97,20 @@ def backward(
         columns = torch.arange(part.start, part.stop, device=hidden.device)
         dlogits = step(logits, columns, rows, weight, mean, how, classes)
         if wanted.hidden:
-            dhidden += dlogits @ head[part]
+            add_product(dhidden, dlogits, head[part])
         if wanted.head:
             torch.mm(dlogits.t(), hidden, out=dhead[part])
         if wanted.bias:
             dbias[part] = dlogits.sum(0)
     return dhidden.to(hidden.dtype), dhead, dbias
+
+
+def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x @ y to ``total``, which may be of a wider dtype: a GPU's product adds to it itself."""
+    if total.is_cuda and total.dtype != x.dtype:
+        torch.addmm(total, x, y, out_dtype=total.dtype, out=total)
+    else:
+        total += x @ y
 
 
 def dtype_of(hidden: Tensor, how: How) -> torch.dtype:

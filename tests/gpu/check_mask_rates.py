@@ -23,7 +23,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from check_masks import HALF, relative, say, use_flex_for_scores, use_flex_on_cpu
+from check_masks import HALF, relative, say, use_flex_on_cpu
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -224,7 +224,8 @@ def measured(
 
 def show_rates(device: torch.device, only: list[str] | None) -> list[str]:
     is_cuda = device.type == "cuda"
-    (use_flex_for_scores if is_cuda else use_flex_on_cpu)()
+    if not is_cuda:
+        use_flex_on_cpu()
     inner = "inductor" if is_cuda else "eager"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     mosaic.init(sp_size=1, device=device)

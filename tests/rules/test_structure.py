@@ -215,7 +215,7 @@ TABLE_BIAS = "float32 d%2 mild: sub.Tensor(%1, %0); abs(%3); index(%2, %4)"
         ("causal, dense boolean", {}, "an input"),
         ("softcap 50, dense float", {}, "added to the scores"),
         ("softcap 50", {"dtype": torch.float64}, "float64"),
-        ("softcap 50", {"scores": True}, "checked"),
+        ("softcap 50", {"scores": True}, ""),
         ("causal, bias of keys", {}, "added to the scores"),
     ],
 )

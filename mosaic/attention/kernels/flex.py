@@ -22,9 +22,11 @@ from mosaic.attention.kernels.kernel import MOST_BATCHES, Case, Gradients, Kerne
 from mosaic.attention.kernels.pairs import (
     buffers_of,
     exact_leaves,
+    is_spread,
     mask_mod,
     of_leaves,
     score_mod,
+    spread,
 )
 from mosaic.attention.kernels.seen_blocks import BLOCK, blocks_of
 from mosaic.attention.merge import Partial, unwritten
@@ -36,6 +38,7 @@ from mosaic.torch_private import (
     flex_blocks,
     flex_forward,
     flex_index,
+    is_beyond_shared_memory,
 )
 
 #: The kernels' log-sum-exp is one of powers of 2.
@@ -74,6 +77,12 @@ class Programs(NamedTuple):
     mask_leaves: int
     scores: str
     scale: float
+    is_small: bool = False  # small blocks of rows and keys, where the usual ones do not fit
+
+    @property
+    def ways(self) -> tuple[Programs, ...]:
+        """A program that changes scores takes shared memory of its own."""
+        return (self, self._replace(is_small=True)) if self.scores else (self,)
 
     def parts(self, rest: Sequence[Tensor]) -> tuple[Structure, Structure | None]:
         """Of the lists of blocks and all leaves."""
@@ -88,7 +97,7 @@ def forward_of(programs: Programs) -> Function:
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         mask, change = mods(programs, q, k, rest)
-        out, lse = flex_forward(q, k, v, mask, programs.scale, change)
+        out, lse = flex_forward(q, k, v, mask, programs.scale, change, programs.is_small)
         return out.contiguous(), lse * LN2
 
     return forward
@@ -101,7 +110,8 @@ def backward_of(programs: Programs) -> Function:
 
     def backward(dout, q, k, v, out, lse, *rest: Tensor) -> tuple[Tensor, ...]:
         mask, change = mods(programs, q, k, rest)
-        *grads, captured = flex_backward(dout, q, k, v, out, lse, mask, programs.scale, change)
+        rest_of = (mask, programs.scale, change, programs.is_small)
+        *grads, captured = flex_backward(dout, q, k, v, out, lse, *rest_of)
         _, scores = programs.parts(rest)
         dleaves = of_leaves(scores, captured) if scores else ()
         return tuple(grad.contiguous() for grad in (*grads, *dleaves))
@@ -122,8 +132,9 @@ def mods(programs: Programs, q: Tensor, k: Tensor, rest: Sequence[Tensor]) -> tu
 _COMPILED: dict[Any, Function] = {}
 
 
-def run(function: Function, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """By Inductor, which has the kernels; on a CPU as plain math, pair by pair.
+def run(functions: Sequence[Function], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """By Inductor, which has the kernels; on a CPU as plain math, pair by pair. Of ``functions``
+    the first whose blocks fit into this GPU's shared memory.
 
     What the kernels read must come as ``tensors``: they take lists of blocks and log-sum-exps to be
     contiguous, and Inductor pads what it computes itself (torch 2.11: another batch's rows are
@@ -131,12 +142,22 @@ def run(function: Function, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """
     device = tensors[0].device
     if device.type == "cpu":
-        return afresh(device, function, *tensors)
+        return afresh(device, functions[0], *tensors)
     shapes = [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-    key = (function, torch.get_float32_matmul_precision(), *shapes)
+    key = (*functions, torch.get_float32_matmul_precision(), *shapes)
     if key not in _COMPILED:
-        _COMPILED[key] = afresh(device, compiled_by_inductor, function, tensors)
+        _COMPILED[key] = afresh(device, compiled, functions, tensors)
     return tuple(_COMPILED[key](*tensors))
+
+
+def compiled(functions: Sequence[Function], tensors: Sequence[Tensor]) -> Function:
+    for function in functions[:-1]:
+        try:
+            return compiled_by_inductor(function, tensors)
+        except Exception as error:
+            if not is_beyond_shared_memory(error):
+                raise
+    return compiled_by_inductor(functions[-1], tensors)
 
 
 def afresh(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
@@ -152,7 +173,7 @@ def afresh(device: torch.device, function: Callable[..., Any], *args: Any) -> An
 
 def with_lists(leaves: Sequence[Tensor], program: str, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """The lists of blocks, and the leaves."""
-    lists = run(lists_of(program, q.shape[2], k.shape[2]), leaves)
+    lists = run((lists_of(program, q.shape[2], k.shape[2]),), leaves)
     return (*(x.reshape(-1).view(x.shape) for x in lists), *leaves)
 
 
@@ -166,7 +187,7 @@ def flex(q, k, v, leaves, program, score_leaves, scores, scale):
     """out and lse of the pairs that a structure sees, whose scores a program may change."""
     rest = with_lists(leaves, program, q, k)
     programs = Programs(program, len(leaves), scores, scale)
-    out, lse = run(forward_of(programs), (q, k, v, *rest, *score_leaves))
+    out, lse = run([forward_of(x) for x in programs.ways], (q, k, v, *rest, *score_leaves))
     return out, lse
 
 
@@ -185,8 +206,10 @@ def flex_backward_op(dout, q, k, v, out, lse, leaves, program, score_leaves, sco
     """dq, dk and dv, each shaped like its input, and those of the scores' learned leaves."""
     rest = with_lists(leaves, program, q, k)
     programs = Programs(program, len(leaves), scores, scale)
-    tensors = (dout, q, k, v, out, lse / LN2, *rest, *score_leaves)
-    return list(run(backward_of(programs), tensors))
+    changes = spread(Structure(scores, tuple(score_leaves))).leaves if scores else ()
+    tensors = (dout, q, k, v, out, lse / LN2, *rest, *changes)
+    dq, dk, dv, *dleaves = run([backward_of(x) for x in programs.ways], tensors)
+    return [dq, dk, dv, *(x.sum(-1) if is_spread(x) else x for x in dleaves)]
 
 
 @flex_backward_op.register_fake
@@ -227,8 +250,6 @@ def refused(case: Case) -> str:
         return "Triton is not installed"
     if case.dropout:
         return "dropout"
-    if case.scores:
-        return "kernels that change scores have not been checked on a GPU yet"
     if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return str(case.dtype).removeprefix("torch.")
     if not 16 <= min(case.head_dim, case.v_dim) <= max(case.head_dim, case.v_dim) <= 256:

@@ -1,7 +1,9 @@
 """A program as a function of one pair of query and key, as flex kernels take it.
 
 It reads each vector once, at the pair's batch, head, query or key, and each table at the index that
-a step has made: those reads are where the gradients of learned leaves are added up.
+a step has made: those reads are where the gradients of learned leaves are added up. A kernel adds
+one pair after the other to a number, and a table has few numbers for very many pairs: so backward
+has copies of it (``spread``), neighbours of which are those of neighbouring keys.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from mosaic.attention.merge import accumulator
 from mosaic.attention.structure import Structure
 from mosaic.attention.tiles import LOOKUPS, Ref, Special, Step
 
+#: How many copies a learned leaf has in backward: the most for which it has at most MOST numbers.
+SIDE, COPIES, MOST = 64, (4096, 64), 2**22
 #: What a tensor has at these indices.
 Read = Callable[[Tensor, list[Tensor]], Tensor]
 
@@ -58,10 +62,11 @@ def buffers_of(part: Structure) -> tuple[Tensor, ...]:
 
 def shaped(leaf: Tensor, is_learned: bool) -> Tensor:
     """As it is read: at an index at least, where it has a gradient."""
-    if leaf.ndim == 2:
-        return leaf.detach()
-    leaf = leaf.detach().squeeze()
-    return leaf.reshape(1) if is_learned and not leaf.ndim else leaf
+    leaf = leaf.detach()
+    if leaf.ndim in (2, 3):
+        return leaf
+    sizes = [leaf.shape[d] for d in varies(leaf)] + list(leaf.shape[-1:]) * is_spread(leaf)
+    return leaf.reshape(sizes or [1] * is_learned)
 
 
 def of_leaves(part: Structure, grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -80,6 +85,35 @@ def exact_leaves(part: Structure) -> Structure:
     learned = part.parsed.learned
     leaves = (x.to(accumulator(x.dtype)) if i in learned else x for i, x in enumerate(part.leaves))
     return part._replace(leaves=tuple(leaves))
+
+
+def spread(part: Structure) -> Structure:
+    """With copies of each learned leaf as its last dim, unless it is large."""
+
+    def copied(leaf: Tensor) -> Tensor:
+        count = next((n for n in COPIES if leaf.numel() * n <= MOST), 1)
+        return leaf[..., None].expand(*leaf.shape, count).contiguous() if count > 1 else leaf
+
+    learned = part.parsed.learned
+    leaves = (copied(x) if i in learned else x for i, x in enumerate(part.leaves))
+    return part._replace(leaves=tuple(leaves))
+
+
+def is_spread(leaf: Tensor) -> bool:
+    """A number has no dim, a table two and a vector four, and the copies are one more."""
+    return leaf.ndim % 2 == 1
+
+
+def varies(leaf: Tensor) -> list[int]:
+    """The dims of a vector, of batch, head, query and key, that are not 1."""
+    return [d for d, n in enumerate(leaf.shape[:-1] if is_spread(leaf) else leaf.shape) if n > 1]
+
+
+def copy_of(leaf: Tensor, query: Tensor, key: Tensor) -> list[Tensor]:
+    """The index of the copy that a pair reads, if there are copies."""
+    if not is_spread(leaf):
+        return []
+    return [(query % SIDE * SIDE + key % SIDE) % leaf.shape[-1]]
 
 
 def mask_mod(mask: Structure) -> Callable[..., Tensor]:
@@ -110,23 +144,27 @@ def at_pair(
     reads, program, leaves = Reads.of(part), part.parsed, part.leaves
     zero, known = at[1] * 0, dict[int, Any]()
     for number, buffer in zip(reads.leaves, buffers, strict=False):
-        dims = [d for d, n in enumerate(leaves[number].shape) if n > 1]
-        indices = [at[d] for d in dims] or [zero] * (number in program.learned)
+        indices = [at[d] for d in varies(leaves[number])] + copy_of(leaves[number], *at[2:])
+        indices = indices or [zero] * (number in program.learned)
         known[number] = read(buffer, indices) if indices else buffer
     heads = (at[1] if leaves[i].shape[1] > 1 else zero for i in reads.tables)
-    tables = zip(buffers[len(reads.leaves) :], heads, strict=True)
+    places = (
+        [head, *copy_of(leaves[i], *at[2:])] for i, head in zip(reads.tables, heads, strict=True)
+    )
+    tables = zip(buffers[len(reads.leaves) :], places, strict=True)
     given = [known.get(i) for i in range(len(leaves))]
     return program(*given, *score, special=of_pairs(tables, read, zero))  # type: ignore[arg-type]
 
 
-def of_pairs(tables: Iterable[tuple[Tensor, Tensor]], read: Read, zero: Tensor) -> Special:
-    """How a pair's steps are done; ``tables``: with the head, of each lookup after the other."""
+def of_pairs(tables: Iterable[tuple[Tensor, list[Tensor]]], read: Read, zero: Tensor) -> Special:
+    """How a pair's steps are done; ``tables``: with the indices after the looked up one, that is
+    head and copy, of each lookup after the other."""
     coming = iter(tables)
 
     def looked_up(step: Step, known: Sequence[Tensor]) -> Tensor:
-        table, head = next(coming)
+        table, place = next(coming)
         _, index, *padding = step.given(known)
-        found = read(table, [index, head])
+        found = read(table, [index, *place])
         if not padding or padding[0] < 0:
             return found
         return torch.where(index == padding[0], found.detach(), found)
