@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch_context_parallel as theirs
 from torch import Tensor
 
 import mosaic
@@ -163,7 +164,7 @@ def milliseconds(fn: Callable[[], object], times: int = 10) -> float:
     return slowest.item()
 
 
-def measured(fn: Callable, tensors: list[Tensor]) -> tuple[float, float]:
+def measured(fn: Callable, tensors: Sequence[Tensor]) -> tuple[float, float]:
     """Forward, and forward with backward, in milliseconds."""
     q, k, v, dout = tensors
     with torch.no_grad():
@@ -236,19 +237,9 @@ def one_gpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def torchs(size: Size, context: mosaic.MosaicContext) -> tuple[float, float]:
     """torch.distributed's context_parallel, in the same process group."""
-    from torch.distributed.tensor.experimental import context_parallel
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     assert context.mesh is not None
-    q, k, v, dout = size.tensors(context.device)
-    buffers = [q, k, v, dout]
-    with context_parallel(context.mesh["sp"], buffers=buffers, buffer_seq_dims=[2] * 4):
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-
-            def fn(q, k, v):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-            return measured(fn, [x.clone() for x in buffers])
+    mode, mesh = theirs.Mode("cuDNN", "allgather"), context.mesh["sp"]
+    return theirs.sdpa(size.tensors(context.device), mode, mesh, measured)
 
 
 def profile(tokens: int, context: mosaic.MosaicContext) -> None:
