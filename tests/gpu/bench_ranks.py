@@ -7,6 +7,7 @@ line as soon as it is known. The groups, of which ``--only`` picks those with a 
 
 ``causal``   attention, bf16, 32/8 heads of 128: auto, each method, torch's context_parallel
 ``masks``    the same with 8 documents, and with a window of 4,096, beside flex
+``llama``    8 layers of the 8B model's width, FSDP2, checkpoints, beside torch's own way
 
 "share" is one GPU's time for as many pairs of queries and keys, divided by the time of a rank.
 "predicted" is the cost by which ``auto`` chooses. A case that fails, or takes too long, is a line,
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import rank_attention
+import rank_llama
 import torch
 from case_runner import CUDA, Case, Group, Row, Runner, Setting, serve
 from rank_attention import ONE_GPU, Attention
@@ -44,6 +46,7 @@ def groups(p: int, small: bool) -> list[Group]:
     return [
         Group("causal", attentions(causal, p), p, 170),
         Group("masks", attentions(masks, p), p, 120),
+        Group("llama", rank_llama.cases(p), p, 150),
     ]
 
 
@@ -72,12 +75,8 @@ class Table:
             print(f"\n{'':<76}" + "".join(f"{name:>13}" for name in self.head))
         cells = [f"{row.numbers[n]:,.4g}" if n in row.numbers else "" for n in self.head]
         wrong = "  WRONG" if row.right is False else ""
-        print(
-            f"{row.case:<36} {row.way:<39}"
-            + "".join(f"{x:>13}" for x in cells)
-            + f"  {row.words}{wrong}",
-            flush=True,
-        )
+        line = "".join(f"{x:>13}" for x in cells) + f"  {row.words}{wrong}"
+        print(f"{row.case:<36} {row.way:<39}{line}".rstrip(), flush=True)
 
     def conclusions(self) -> Iterator[str]:
         """Of each attention: the best method, auto beside it, what was predicted, torch's best."""
