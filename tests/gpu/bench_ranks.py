@@ -8,6 +8,9 @@ line as soon as it is known. The groups, of which ``--only`` picks those with a 
 ``causal``   attention, bf16, 32/8 heads of 128: auto, each method, torch's context_parallel
 ``masks``    the same with 8 documents, and with a window of 4,096, beside flex
 ``llama``    8 layers of the 8B model's width, FSDP2, checkpoints, beside torch's own way
+``right``    methods against float64, 20 steps of training and models beside one process
+``table``    150,000 and a million rows of a model in the way of nanoTabPFN; ``alone``: one GPU's
+``faults``   a rank that is killed, late (``--late``), or has another batch or length
 
 "share" is one GPU's time for as many pairs of queries and keys, divided by the time of a rank.
 "predicted" is the cost by which ``auto`` chooses. A case that fails, or takes too long, is a line,
@@ -26,7 +29,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import rank_attention
+import rank_faults
 import rank_llama
+import rank_right
+import rank_table
 import torch
 from case_runner import CUDA, Case, Group, Row, Runner, Setting, serve
 from rank_attention import ONE_GPU, Attention
@@ -35,7 +41,7 @@ from rank_attention import ONE_GPU, Attention
 ALL = 540.0
 
 
-def groups(p: int, small: bool) -> list[Group]:
+def groups(p: int, small: bool, late: float) -> list[Group]:
     """In the order of what matters most."""
     lengths = (64, 128) if small else (32_768, 131_072, 16_384, 65_536)
     causal = [Attention(n) for n in lengths]
@@ -47,6 +53,10 @@ def groups(p: int, small: bool) -> list[Group]:
         Group("causal", attentions(causal, p), p, 170),
         Group("masks", attentions(masks, p), p, 120),
         Group("llama", rank_llama.cases(p), p, 150),
+        Group("right", rank_right.cases(p), p, 120),
+        Group("table", rank_table.cases(p), p, 150),
+        Group("faults", rank_faults.cases(late), 0, 150),
+        Group("alone", rank_table.cases(1), 1, 150),
     ]
 
 
@@ -124,7 +134,7 @@ def picked(found: Sequence[Group], words: Sequence[str] | None) -> list[Group]:
 
 def main() -> int:
     given = parsed()
-    some = picked(groups(given.ranks, given.small), given.only)
+    some = picked(groups(given.ranks, given.small, given.late), given.only)
     if given.group:
         group = next(group for group in some if group.name == given.group)
         return serve(group, given.first, Setting(given.small, given.ranks, late=given.late))
