@@ -70,7 +70,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that share processes, one for each of ``ranks`` (0: no group of torch's)."""
+    """Cases that share processes, one for each of ``ranks`` (0: no group of torch's). ``seconds``:
+    its share of the time, which is stretched to what all may take."""
 
     name: str
     cases: Sequence[Case]
@@ -198,10 +199,9 @@ class Runner:
 
     command: Sequence[str]
     show: Callable[[Row], None]
-    deadline: float  # of all groups, on the monotonic clock
 
-    def run(self, group: Group) -> None:
-        until = min(self.deadline, time.monotonic() + group.seconds)
+    def run(self, group: Group, until: float) -> None:
+        """``until``: on the monotonic clock."""
         first, count = 0, len(group.cases)
         while first < count:
             if time.monotonic() > until - 5:
