@@ -258,9 +258,18 @@ def is_gone(store: dist.Store, rank: int) -> bool:
     """Whether a rank's process has ended, as far as can be seen from here."""
     if has_left(store, rank):
         return True
-    if not store.check([f"mosaic/process/{rank}"]):
-        return False
-    where, number = json.loads(store.get(f"mosaic/process/{rank}"))
+    return has_ended(*process_of(store, rank))
+
+
+def process_of(store: dist.Store, rank: int) -> tuple[str, int]:
+    """Its ``machine`` and its number; no machine where it has not introduced itself."""
+    key = f"mosaic/process/{rank}"
+    where, number = json.loads(store.get(key)) if store.check([key]) else ("", 0)
+    return where, number
+
+
+def has_ended(where: str, number: int) -> bool:
+    """Whether a process is seen from here, and is no more."""
     if not where or where != machine():
         return False
     try:

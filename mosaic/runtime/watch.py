@@ -7,6 +7,7 @@ whom this one waits for. On a GPU it ends a process that waits for a rank that i
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import logging
 import os
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mosaic.runtime import rendezvous
-from mosaic.runtime.rendezvous import has_left, is_gone, runs_key, runs_of
+from mosaic.runtime.rendezvous import has_ended, has_left, process_of, runs_key, runs_of
 from mosaic.torch_private import default_store
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,12 @@ RANKS_A_SECOND = 8
 
 @dataclass
 class Watch:
-    """What this rank, ``me``, knows of the ``others`` in a group. ``turn``: the run that some have
-    not come to, ``since`` when, and after how long that is said; ``gone``: who, and since when."""
+    """What this rank, ``me``, knows of the others in a group, and of their ``processes``. ``turn``:
+    the run that some have not come to, ``since`` when, and after how long that is said; ``gone``:
+    who, and since when."""
 
     me: int
-    others: list[int]
+    processes: dict[int, tuple[str, int]]
     key: str
     device: torch.device
     store: dist.Store
@@ -44,25 +46,44 @@ class Watch:
     since: float = 0.0
     say_after: float = 0.0
     gone: dict[int, float] = field(default_factory=dict)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def others(self) -> list[int]:
+        return [*self.processes]
+
+    def run(self, pause: float) -> None:
+        while not self.over.wait(pause):
+            self.look()
+            self.end_if_waiting()
 
     def look(self) -> None:
-        now = time.monotonic()
-        mine = runs_of(self.store, self.key, self.me)
-        behind = [rank for rank in self.others if runs_of(self.store, self.key, rank) < mine]
-        self.say_late(behind, mine, now)
+        try:
+            mine = runs_of(self.store, self.key, self.me)
+            behind = [rank for rank in self.others if runs_of(self.store, self.key, rank) < mine]
+            left = [rank for rank in self.others if has_left(self.store, rank)]
+        except RuntimeError:  # the store has gone with the rank that keeps it
+            behind, left = self.others, []
+        else:
+            self.say_late(behind, mine)
         for rank in self.others:
-            if rank in self.gone or not is_gone(self.store, rank):
-                continue
-            if rank in behind or not has_left(self.store, rank):
-                self.gone[rank] = now
-                log.error(
-                    "ranks [%d] are gone, and rank %d runs compiled graphs with them: look for "
-                    "what they said before they ended",
-                    rank,
-                    self.me,
-                )
+            if rank in left and rank not in behind:
+                continue  # it has done its part
+            if rank in left or has_ended(*self.processes[rank]):
+                self.say_gone(rank)
 
-    def say_late(self, behind: list[int], turn: int, now: float) -> None:
+    def say_gone(self, rank: int) -> None:
+        if rank not in self.gone:
+            self.gone[rank] = time.monotonic()
+            log.error(
+                "ranks [%d] are gone, and rank %d runs compiled graphs with them: look for what "
+                "they said before they ended",
+                rank,
+                self.me,
+            )
+
+    def say_late(self, behind: list[int], turn: int) -> None:
+        now = time.monotonic()
         if turn != self.turn or not behind:
             self.turn, self.since, self.say_after = turn, now, rendezvous.SAY_AFTER
         waited = now - self.since
@@ -91,31 +112,28 @@ class Watch:
             os._exit(1)
 
 
-_watches: dict[dist.ProcessGroup, threading.Event] = {}
+_watches: dict[dist.ProcessGroup, Watch] = {}
 
 
 def watch(group: dist.ProcessGroup, device: torch.device) -> None:
     """Begin to look after the ranks of a group, once."""
     if group in _watches or dist.get_backend(group) == "fake":
         return
-    over = _watches[group] = threading.Event()
-    me, ranks = dist.get_rank(), dist.get_process_group_ranks(group)
-    others = [rank for rank in ranks if rank != me]
-    about = Watch(me, others, runs_key(group), device, default_store())
+    me, ranks, store = dist.get_rank(), dist.get_process_group_ranks(group), default_store()
+    others = {rank: process_of(store, rank) for rank in ranks if rank != me}
+    _watches[group] = about = Watch(me, others, runs_key(group), device, store)
     pause = max(rendezvous.LOOK_AFTER, len(ranks) / RANKS_A_SECOND)
-
-    def run() -> None:
-        while not over.wait(pause):
-            try:
-                about.look()
-            except RuntimeError:  # the store has gone with the rank that keeps it
-                about.gone.setdefault(0, time.monotonic())
-            about.end_if_waiting()
-
-    threading.Thread(target=run, name="mosaic-watch", daemon=True).start()
+    threading.Thread(target=about.run, args=(pause,), name="mosaic-watch", daemon=True).start()
 
 
 def stop() -> None:
     """Look no more: the ranks part in peace."""
     while _watches:
-        _watches.popitem()[1].set()
+        _watches.popitem()[1].over.set()
+
+
+@atexit.register
+def _look_at_last() -> None:
+    """An error of gloo's, which says that a connection was closed, comes before the next look."""
+    for about in [*_watches.values()] if hasattr(sys, "last_value") else []:
+        about.look()
