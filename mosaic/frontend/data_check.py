@@ -27,6 +27,7 @@ from mosaic.graph.inputs import Input
 from mosaic.runtime.fingerprint import fingerprint
 from mosaic.runtime.mesh import MosaicContext, current_context
 from mosaic.runtime.rendezvous import SAME, note_run
+from mosaic.runtime.watch import watch
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class DataCheck:
         if self.runs > 1 and not self.every_run:
             return
         note_run(self.group)
+        watch(self.group, self.context.device)
         ledger.pending = self._compared(args)
         is_first = self.runs == 1
         if not ledger.is_expected(self.number) or is_first or ledger.pending.event is None:

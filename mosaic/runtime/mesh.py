@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mosaic.api.errors import ShardingError
+from mosaic.runtime import watch
 from mosaic.runtime.rendezvous import introduce
 from mosaic.torch_private import flattened, reset_dynamo
 
@@ -116,6 +117,7 @@ class MosaicContext:
         global _context
         if _context is self:
             _context = None
+        watch.stop()
         reset_dynamo()  # what was compiled for these ranks is not for others
         if not dist.is_initialized():
             return

@@ -140,7 +140,7 @@ def _check_they_come(
                 f"and rank {rank} for them to {waits}",
                 fix=SAME,
             )
-        if _runs_of(store, group, rank) > _turns[_key(group, RUN)]:
+        if runs_of(store, runs_key(group), rank) > _turns[runs_key(group)]:
             raise ShardingError(
                 f"rank {dist.get_rank()} waits for the others to {doing}, "
                 f"and rank {rank} runs one that is compiled already",
@@ -156,14 +156,19 @@ SAME = (
 
 def note_run(group: dist.ProcessGroup) -> None:
     """Say that this rank begins to run a compiled graph, in which it waits for the others."""
-    prefix = _key(group, RUN)
+    prefix = runs_key(group)
     _turns[prefix] += 1
     default_store().set(f"{prefix}/{dist.get_rank()}", str(_turns[prefix]))
 
 
-def _runs_of(store: dist.Store, group: dist.ProcessGroup, rank: int) -> int:
-    key = f"{_key(group, RUN)}/{rank}"
-    return int(store.get(key)) if store.check([key]) else 0
+def runs_key(group: dist.ProcessGroup) -> str:
+    return _key(group, RUN)
+
+
+def runs_of(store: dist.Store, key: str, rank: int) -> int:
+    """How many runs of compiled graphs a rank has begun; ``key``: the ``runs_key`` of the group."""
+    found = f"{key}/{rank}"
+    return int(store.get(found)) if store.check([found]) else 0
 
 
 def _note(store: dist.Store, group: dist.ProcessGroup, about: str, text: str) -> None:
@@ -184,7 +189,7 @@ def _noted(store: dist.Store, group: dist.ProcessGroup, about: str, rank: int) -
 def _asked(group: dist.ProcessGroup) -> int:
     """How many questions this rank has had in the group."""
     end = _key(group, "").removeprefix("mosaic/")
-    kinds = (kind for kind in _turns if kind.endswith(end) and kind != _key(group, RUN))
+    kinds = (kind for kind in _turns if kind.endswith(end) and kind != runs_key(group))
     return sum(_turns[kind] for kind in kinds)
 
 
@@ -244,13 +249,27 @@ def machine() -> str:
         return ""
 
 
+def has_left(store: dist.Store, rank: int) -> bool:
+    """Whether it has said so; one that is killed says nothing."""
+    return bool(store.check([f"mosaic/left/{rank}"]))
+
+
 def is_gone(store: dist.Store, rank: int) -> bool:
     """Whether a rank's process has ended, as far as can be seen from here."""
-    if store.check([f"mosaic/left/{rank}"]):
+    if has_left(store, rank):
         return True
-    if not store.check([f"mosaic/process/{rank}"]):
-        return False
-    where, number = json.loads(store.get(f"mosaic/process/{rank}"))
+    return has_ended(*process_of(store, rank))
+
+
+def process_of(store: dist.Store, rank: int) -> tuple[str, int]:
+    """Its ``machine`` and its number; no machine where it has not introduced itself."""
+    key = f"mosaic/process/{rank}"
+    where, number = json.loads(store.get(key)) if store.check([key]) else ("", 0)
+    return where, number
+
+
+def has_ended(where: str, number: int) -> bool:
+    """Whether a process is seen from here, and is no more."""
     if not where or where != machine():
         return False
     try:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch_context_parallel as theirs
 from torch import Tensor
 
 import mosaic
@@ -64,7 +65,13 @@ def layout_for(band: Band, n: int, p: int) -> Layout:
     return Layout.zigzag(n, p) if band == CAUSAL else Layout.even(n, p)
 
 
-def compiled(method: Method, size: Size, band: Band, context: mosaic.MosaicContext) -> Callable:
+def compiled(
+    method: Method,
+    size: Size,
+    band: Band,
+    context: mosaic.MosaicContext,
+    inner: str = "inductor" if CUDA else "eager",
+) -> Callable:
     """The method as a compiled function of local q, k, v and a mask of all keys."""
     layout = layout_for(band, size.tokens, context.size("sp"))
     name = key_of(method)  # torch 2.11 wants a string
@@ -73,8 +80,8 @@ def compiled(method: Method, size: Size, band: Band, context: mosaic.MosaicConte
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return mosaic.attention(q, k, v, name, window=tuple(band), mask=mask, layout=layout)
 
-    inner = {"inner": "inductor" if CUDA else "eager"}
-    return torch.compile(run, backend="mosaic", options=inner, fullgraph=True, dynamic=False)
+    options = {"inner": inner}
+    return torch.compile(run, backend="mosaic", options=options, fullgraph=True, dynamic=False)
 
 
 def mine(x: Tensor, layout: Layout, rank: int) -> Tensor:
@@ -118,9 +125,10 @@ def relative(got: list[Tensor], want: list[Tensor]) -> float:
     return (sums[:, 0] / sums[:, 1]).sqrt().max().item()
 
 
-def check(context: mosaic.MosaicContext) -> bool:
+def check(context: mosaic.MosaicContext, **inner: str) -> float:
+    """The largest error of all methods and masks, in plain's."""
     size, p, rank = Size(CHECKED, 8, 2, 128 if CUDA else 16), context.size("sp"), context.rank("sp")
-    tensors, right = size.tensors(context.device), True
+    tensors, worst = size.tensors(context.device), 0.0
     say(f"\n{'method':<34}" + "".join(f"{name:>12}" for name in MASKS) + "   x plain's error")
     whole = {name: plain(name, tensors, torch.float64) for name in MASKS}
     base = {name: relative(plain(name, tensors, DTYPE), whole[name]) for name in MASKS}
@@ -131,14 +139,14 @@ def check(context: mosaic.MosaicContext) -> bool:
             q, k, v, dout = (mine(x, layout, rank) for x in tensors)
             q, k, v = leaves(q, k, v)
             mask = mask_of(name, size.tokens, context.device)
-            out = compiled(method, size, band, context)(q, k, v, mask)
+            out = compiled(method, size, band, context, **inner)(q, k, v, mask)
             got = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
             ratio = relative(got, [mine(x, layout, rank) for x in whole[name]]) / base[name]
-            right &= ratio <= 1.5
+            worst = max(worst, ratio)
             cells.append(f"{ratio:12.3f}")
         say(f"{text(method):<34}{''.join(cells)}")
     say(f"{'plain, relative error':<34}" + "".join(f"{base[name]:12.1e}" for name in MASKS))
-    return right
+    return worst
 
 
 # --- fast? ----------------------------------------------------------------------------------------
@@ -163,7 +171,7 @@ def milliseconds(fn: Callable[[], object], times: int = 10) -> float:
     return slowest.item()
 
 
-def measured(fn: Callable, tensors: list[Tensor]) -> tuple[float, float]:
+def measured(fn: Callable, tensors: Sequence[Tensor]) -> tuple[float, float]:
     """Forward, and forward with backward, in milliseconds."""
     q, k, v, dout = tensors
     with torch.no_grad():
@@ -236,19 +244,9 @@ def one_gpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def torchs(size: Size, context: mosaic.MosaicContext) -> tuple[float, float]:
     """torch.distributed's context_parallel, in the same process group."""
-    from torch.distributed.tensor.experimental import context_parallel
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     assert context.mesh is not None
-    q, k, v, dout = size.tensors(context.device)
-    buffers = [q, k, v, dout]
-    with context_parallel(context.mesh["sp"], buffers=buffers, buffer_seq_dims=[2] * 4):
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-
-            def fn(q, k, v):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-            return measured(fn, [x.clone() for x in buffers])
+    mode, mesh = theirs.Mode("cuDNN", "allgather"), context.mesh["sp"]
+    return theirs.sdpa(size.tensors(context.device), mode, mesh, measured)
 
 
 def profile(tokens: int, context: mosaic.MosaicContext) -> None:
@@ -289,7 +287,7 @@ def main() -> int:
     context = mosaic.init(sp_size=None)
     device = torch.cuda.get_device_name() if CUDA else "cpu"
     say(f"torch {torch.__version__}, {context.size('sp')} x {device}")
-    right = check(context)
+    right = check(context) <= 1.5
     if CUDA:
         for n in tokens:
             speed(n, context)

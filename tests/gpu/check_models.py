@@ -42,24 +42,25 @@ def difference(want: tuple, got: tuple) -> float:
     return float(max([*apart, (got[0] - want[0]).abs() / want[0].abs()]))
 
 
+def compared(name: str, inner: str, device: torch.device) -> tuple[float, float]:
+    """The largest difference of a model to one process, and seconds of its first call."""
+    want, spec = run(name, device, None), cases.CASES[name][1]
+    start = time.perf_counter()
+    got = run(name, device, {"inner": inner, **({"spec": spec} if spec else {})})
+    torch._dynamo.reset()
+    return difference(want, got), time.perf_counter() - start
+
+
 def main() -> int:
     context = mosaic.init(sp_size=None)
     worst = 0.0
     for name in NAMES:
-        want = run(name, context.device, None)
         for inner in ("eager", "inductor"):
-            spec = cases.CASES[name][1]
-            start = time.perf_counter()
-            got = run(name, context.device, {"inner": inner, **({"spec": spec} if spec else {})})
-            apart = difference(want, got)
+            apart, seconds = compared(name, inner, context.device)
             worst = max(worst, apart)
             if context.rank() == 0:
-                seconds = time.perf_counter() - start
-                print(
-                    f"{name:<12} {inner:<9} difference {apart:.1e}  first call {seconds:.1f} s",
-                    flush=True,
-                )
-            torch._dynamo.reset()
+                text = f"{name:<12} {inner:<9} difference {apart:.1e}  first call {seconds:.1f} s"
+                print(text, flush=True)
     if context.rank() == 0:
         where = f"{context.size()} ranks on {context.device.type}"
         print(f"torch {torch.__version__}, {where}: worst {worst:.1e}")

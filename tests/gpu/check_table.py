@@ -19,7 +19,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -223,8 +223,24 @@ def forget(given: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measured(run: Run, given: argparse.Namespace) -> str:
-    """Seconds of a step, the most memory, and what compiling took."""
+@dataclass(frozen=True)
+class Taken:
+    """Seconds of a step, of its first or its second run; GiB at most; seconds of compiling."""
+
+    seconds: float
+    peak: float
+    kind: str
+    compiling: float
+
+    def __str__(self) -> str:
+        how = f"({self.kind}; compiled in {self.compiling:.0f} s)"
+        return f"{self.seconds:8.2f} s {self.peak:7.2f} GiB   {how}"
+
+
+def measured(
+    run: Run, given: argparse.Namespace, world: AbstractContextManager[None] | None = None
+) -> Taken:
+    """``world``: of ranks that are there; without it rank 0 of fake ones."""
     forget(given)
     model = model_of(given).train(run.training)
     data = table(run.rows, given)
@@ -235,7 +251,7 @@ def measured(run: Run, given: argparse.Namespace) -> str:
 
     LISTENERS.append(listen)
     try:
-        with ranks(run.ranks, given.device):
+        with world or ranks(run.ranks, given.device):
             called = compiled(model, given)
             start = now(given)
             step(called, data, run, given)
@@ -249,7 +265,7 @@ def measured(run: Run, given: argparse.Namespace) -> str:
             peak = torch.cuda.max_memory_allocated() / 2**30 if given.cuda else 0.0
     finally:
         LISTENERS.remove(listen)
-    return f"{first:8.2f} s {peak:7.2f} GiB   ({kind}; compiled in {ready[-1] - start:.0f} s)"
+    return Taken(first, peak, kind, ready[-1] - start)
 
 
 def check_model(given: argparse.Namespace) -> list[str]:
@@ -320,7 +336,7 @@ def main() -> int:
     say()
     for run in [] if "runs" in given.skip else runs(given):
         try:
-            lines.append(f"{run!s:<50}{measured(run, given)}")
+            lines.append(f"{run!s:<50}{measured(run, given)!s}")
         except Exception as failure:
             lines.append(f"{run!s:<50}fails: {type(failure).__name__}: {str(failure)[:200]}")
             wrong.append(lines[-1])

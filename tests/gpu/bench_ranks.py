@@ -1,0 +1,161 @@
+"""Mosaic on all GPUs of one machine, beside one GPU and beside torch's own context parallel.
+
+    python tests/gpu/bench_ranks.py [--json FILE] [--only WORD ...] [--seconds N] [--small]
+
+It starts a process for each GPU (``--ranks`` says how many; on a CPU 2, with gloo), and prints a
+line as soon as it is known. The groups, of which ``--only`` picks those with a word in their names:
+
+``causal``   attention, bf16, 32/8 heads of 128: auto, each method, torch's context_parallel
+``masks``    the same with 8 documents, and with a window of 4,096, beside flex
+``llama``    8 layers of the 8B model's width, FSDP2, checkpoints, beside torch's own way
+``right``    methods against float64, 20 steps of training and models beside one process
+``table``    150,000 and a million rows of a model in the way of nanoTabPFN; ``alone``: one GPU's
+``faults``   a rank that is killed, late (``--late``), or has another batch or length
+
+"share" is one GPU's time for as many pairs of queries and keys, divided by the time of a rank.
+"predicted" is the cost by which ``auto`` chooses. A case that fails, or takes too long, is a line,
+and the next one runs in fresh processes. Exits 1 if a result is wrong or a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import rank_attention
+import rank_faults
+import rank_llama
+import rank_right
+import rank_table
+import torch
+from case_runner import CUDA, Case, Group, Row, Runner, Setting, serve
+from rank_attention import ONE_GPU, Attention
+
+
+def groups(p: int, small: bool, late: float) -> list[Group]:
+    """In the order of what matters most."""
+    lengths = (64, 128) if small else (32_768, 131_072, 16_384, 65_536)
+    causal = [Attention(n) for n in lengths]
+    window = 16 if small else 4096
+    masks = [
+        Attention(n, **kind) for n in lengths[:2] for kind in ({"documents": 8}, {"window": window})
+    ]
+    return [
+        Group("causal", attentions(causal, p), p, 150),
+        Group("masks", attentions(masks, p), p, 80),
+        Group("llama", rank_llama.cases(p), p, 110),
+        Group("right", rank_right.cases(p), p, 50),
+        Group("table", rank_table.cases(p), p, 50),
+        Group("faults", [rank_faults.case(late)], 0, 90),
+        Group("alone", rank_table.cases(1), 1, 20),
+    ]
+
+
+def attentions(some: Sequence[Attention], p: int) -> list[Case]:
+    return [case for x in some for case in rank_attention.cases(x, p)]
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """Prints rows as they come, with a head where the numbers are others."""
+
+    rows: list[Row] = field(default_factory=list)
+    head: tuple[str, ...] = ()
+
+    def show(self, row: Row) -> None:
+        alike = [r for r in [*self.rows, row] if r.case == row.case]
+        base = next((r for r in alike if ONE_GPU in r.way), None)
+        if base and "both ms" in row.numbers:
+            row.numbers["share"] = base.numbers["both ms"] / row.numbers["both ms"]
+        self.rows.append(row)
+        if not {*row.numbers} <= {*self.head}:
+            self.head = tuple(row.numbers)
+            print(f"\n{'':<76}" + "".join(f"{name:>13}" for name in self.head))
+        cells = [f"{row.numbers[n]:,.4g}" if n in row.numbers else "" for n in self.head]
+        wrong = "  WRONG" if row.right is False else ""
+        line = "".join(f"{x:>13}" for x in cells) + f"  {row.words}{wrong}"
+        print(f"{row.case:<36} {row.way:<39}{line}".rstrip(), flush=True)
+
+    def conclusions(self) -> Iterator[str]:
+        """Of each attention: the best method, auto beside it, what was predicted, torch's best."""
+        rows = [r for r in self.rows if "both ms" in r.numbers and ONE_GPU not in r.way]
+        for case in dict.fromkeys(r.case for r in rows):
+            took = {r.way: r.numbers["both ms"] for r in rows if r.case == case}
+            ours = {way: ms for way, ms in took.items() if "torch" not in way}
+            if not ours:
+                continue
+            best = min(ours, key=ours.__getitem__)
+            words = [f"{case}: best {best}, {ours[best]:.2f} ms"]
+            words += [f"{ms / ours[best]:.3f} x best: {w}" for w, ms in ours.items() if "auto" in w]
+            if torchs := [ms for way, ms in took.items() if "torch" in way]:
+                words.append(f"torch's best takes {min(torchs) / ours[best]:.2f} x as long")
+            some = [r for r in rows if r.case == case and "predicted ms" in r.numbers]
+            pairs = [(r.way, r.numbers["predicted ms"] / took[r.way]) for r in some]
+            said = ", ".join(f"{way} {ratio:.2f}" for way, ratio in pairs)
+            yield "; ".join([*words, *[f"predicted / measured: {said}"] * bool(said)])
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="a file that gets all rows")
+    parser.add_argument("--only", nargs="*", help="groups, or cases, with one of these words")
+    parser.add_argument("--seconds", type=float, default=530.0, help="that all may take")
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
+    parser.add_argument("--small", action="store_true", help="tiny sizes")
+    parser.add_argument("--late", type=float, default=40.0, help="seconds of the late rank")
+    parser.add_argument("--group", help="run it here, as one of its ranks")
+    parser.add_argument("--first", type=int, default=0, help="the case to begin with")
+    return parser.parse_args()
+
+
+def picked(found: Sequence[Group], words: Sequence[str] | None) -> list[Group]:
+    """Groups with a word in their names, else those of their cases that have one."""
+    if not words:
+        return [*found]
+    kept = []
+    for group in found:
+        named = any(word in group.name for word in words)
+        some = [c for c in group.cases if named or any(word in c.name for word in words)]
+        kept += [Group(group.name, some, group.ranks, group.seconds)] if some else []
+    return kept
+
+
+def main() -> int:
+    given = parsed()
+    some = picked(groups(given.ranks, given.small, given.late), given.only)
+    if given.group:
+        group = next(group for group in some if group.name == given.group)
+        return serve(group, given.first, Setting(given.small, given.ranks, late=given.late))
+    if int(os.environ.get("RANK", 0)):
+        return 0  # of torchrun: its first process starts the ranks
+    where = torch.cuda.get_device_name() if CUDA else "cpu"
+    print(f"torch {torch.__version__}, {given.ranks} x {where}, {time.strftime('%Y-%m-%d')}")
+    table, begun = Table(), time.monotonic()
+    options = [f"--ranks={given.ranks}", f"--late={given.late}", *["--small"] * given.small]
+    options += ["--only", *given.only] if given.only else []
+    runner = Runner([sys.executable, __file__, *options], table.show)
+    stretch, until = given.seconds / sum(group.seconds for group in some), begun
+    for group in some:
+        until += stretch * group.seconds  # what those before it have left over is added
+        runner.run(group, until)
+        print(f"  {group.name}: {time.monotonic() - begun:.0f} s since the beginning", flush=True)
+    concluded = [*table.conclusions()]
+    print("\n" + "\n".join(concluded))
+    if given.json:
+        rows = [asdict(row) for row in table.rows]
+        told = {"torch": torch.__version__, "device": where, "ranks": given.ranks}
+        given.json.write_text(json.dumps(told | {"rows": rows, "said": concluded}, indent=1))
+    return int(any(row.right is False for row in table.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
