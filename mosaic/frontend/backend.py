@@ -44,6 +44,7 @@ from mosaic.graph.unexpected import ours
 from mosaic.partition.context import Context
 from mosaic.passes import JOINT, LOWERING, OPTIONAL, PIPELINE
 from mosaic.report.debug import debugging
+from mosaic.report.memory import parameters_of
 from mosaic.report.plan import LISTENERS, Plan, plan_of
 from mosaic.runtime import agreement
 from mosaic.runtime.autograd_functions import AUTOGRAD_FUNCTIONS
@@ -260,6 +261,7 @@ def through_passes(
     plan = plan_of(context, reports)
     announce(plan)
     plan.graphs["local"] = captured.graph
+    plan.parameters = parameters_of(captured.graph, context.inputs)
     local = fx.GraphModule(captured.root, captured.graph)
     return local, context, plan
 

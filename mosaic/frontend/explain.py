@@ -82,6 +82,7 @@ def merged(found: list[Plan]) -> Plan:
         )
     best = max(found, key=lambda p: len(p.attentions))
     if len(found) > 1:
+        best.others = [plan for plan in found if plan is not best]
         best.notes.append(
             f"{len(found)} graphs: the program breaks; what is cut stays cut in between"
         )

@@ -18,6 +18,7 @@ from mosaic.graph.source import code, line
 from mosaic.layout import Place, Shard
 from mosaic.partition.context import Context
 from mosaic.partition.values import Collective
+from mosaic.report.memory import Memory, Parameter, kept_by, memory_of
 from mosaic.report.show import diff
 from mosaic.runtime.deferred_tensor import Recipe
 
@@ -57,6 +58,8 @@ class Plan:
     notes: list[str]
     outputs: list[tuple[Place, ...]] = field(default_factory=list)  # how each of them is cut
     recipes: list[Recipe | None] = field(default_factory=list)  # of outputs that are deferred
+    parameters: list[Parameter] = field(default_factory=list)  # and buffers
+    others: list[Plan] = field(default_factory=list)  # of the same program's other graphs
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
     steps: dict[str, tuple[str, str]] = field(default_factory=dict)  # pass: listings around it
 
@@ -68,21 +71,21 @@ class Plan:
     @property
     def kept(self) -> int:
         """Bytes that one rank keeps from forward to backward, beside parameters and inputs."""
-        forward, backward = self.graphs.get("forward"), self.graphs.get("backward")
-        if forward is None or backward is None:
-            return 0
-        inputs = backward.find_nodes(op="placeholder")
-        saved = sum(not node.name.startswith("tangents") for node in inputs)
-        outputs = forward.output_node().args[0]
-        given = {memory(node) for node in forward.find_nodes(op="placeholder")}
-        nodes = [n for n in outputs[len(outputs) - saved :] if memory(n) not in {0, *given}]
-        alike = Counter(id(node.meta["val"]) for node in nodes)  # a layer's, and another layer's
-        held: dict[int, int] = {}
-        for node in nodes:
-            val = node.meta["val"]
-            key = memory(node) if alike[id(val)] == 1 else hash(node)
-            held[key] = max(held.get(key, 0), val.numel() * val.element_size())
-        return sum(held.values())
+        return self.memory().kept
+
+    def memory(
+        self, *, shards: int = 1, moments: int = 2, dtype: torch.dtype | None = None
+    ) -> Memory:
+        """What one rank holds in a training step, by kind. ``shards``: ranks over which FSDP2 cuts
+        parameters; ``moments``: tensors that the optimizer keeps for each (AdamW's two);
+        ``dtype``: of parameters, gradients and moments, if not that which the graph has."""
+        kept = [
+            kept_by(*(plan.graphs[kind] for kind in ("local", "forward", "backward")), shards)
+            for plan in (self, *self.others)
+            if "backward" in plan.graphs
+        ]
+        parameters = [p for plan in (self, *self.others) for p in plan.parameters]
+        return memory_of(parameters, kept, shards=shards, moments=moments, dtype=dtype)
 
     @property
     def seconds(self) -> float:
@@ -95,8 +98,9 @@ class Plan:
         rows += [f"  {a}" for a in self.attentions] or ["  none"]
         rows += ["", "other collectives: op, axis, bytes, why"]
         rows += [f"  {row}" for row in self.collective_rows()] or ["  none"]
-        if self.kept:
-            rows += ["", f"kept for backward by each rank: {size(self.kept)}"]
+        if "backward" in self.graphs:
+            rows += ["", "held by each rank, with AdamW's moments and no parameter cut"]
+            rows += [f"  {row}" for row in str(self.memory()).splitlines()]
         rows += ["", f"passes: {self.seconds:.2f} s"]
         rows += [f"  {p}" for p in self.passes]
         rows += [f"gathered: {g}" for g in self.gathered] + self.notes
@@ -110,12 +114,6 @@ class Plan:
             + (f"  x{times}" if times > 1 else "")
             for (op, axis, n, why, source), times in alike.items()
         ]
-
-
-def memory(node: object) -> int:
-    """What a tensor's memory is known by; 0 for what is no tensor."""
-    val = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else 0
 
 
 #: Called with every plan that is made.
