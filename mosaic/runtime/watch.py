@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds for which a GPU has been at work since a rank is gone, until the process is ended.
 END_AFTER = 20.0
+#: Seconds for which a process that ends in an error looks whether another one has ended before.
+LAST_LOOK = 1.5
 #: Of how many ranks one asks the store in a second.
 RANKS_A_SECOND = 8
 
@@ -134,6 +136,11 @@ def stop() -> None:
 
 @atexit.register
 def _look_at_last() -> None:
-    """An error of gloo's, which says that a connection was closed, comes before the next look."""
-    for about in [*_watches.values()] if hasattr(sys, "last_value") else []:
-        about.look()
+    """gloo's error, that a connection was closed, comes before a process is seen to have ended."""
+    until = time.monotonic() + LAST_LOOK
+    while hasattr(sys, "last_value") and _watches and time.monotonic() < until:
+        for about in [*_watches.values()]:
+            about.look()
+            if about.gone:
+                return
+        time.sleep(0.05)
