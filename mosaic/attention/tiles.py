@@ -139,6 +139,11 @@ class TileProgram:
             known.append(step(known, special))
         return known[-1]
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether it looks something up for each pair, or gives what it reads a gradient."""
+        return bool(self.learned) or any(step.op in LOOKUPS for step in self.steps)
+
     def gradients(self, leaves: Sequence[Tensor], dtile: Tensor) -> dict[int, Tensor]:
         """What a tile's gradient is for each of the ``learned`` leaves, by their numbers."""
 

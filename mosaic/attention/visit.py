@@ -80,11 +80,13 @@ class Visit:
 
     def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Piece, dict[str, Any]]]:
         """The calls of ``kernels.forward`` that do it all: the piece of each, and its options."""
-        changes = self.scores is not None
+        changes = kernels.change_of(self.scores.program if self.scores else "")
         case = kernels.Case.of(q, k, v, self.mask, self.keep is not None, changes)
         if self.is_structure and not self.is_empty:
             piece, options = self.at_once(q, k)
-            given = (options["mask"], self.keep is not None, options["scores"] is not None)
+            scores = options["scores"]
+            changes = kernels.change_of(scores.program if scores else "")
+            given = (options["mask"], self.keep is not None, changes)
             if kernels.takes(kernels.Case.of(q, k, v, *given), piece):
                 yield piece, options
                 return
@@ -183,7 +185,7 @@ def _band(band: Band, rows: Intervals, keys: Intervals, device: torch.device) ->
 
 def is_in_kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a kernel computes a plan's programs pair by pair: then no tile is made."""
-    changes = bool(plan.scores) or plan.has_bias
+    changes = kernels.change_of(plan.scores, plan.tile if plan.has_bias else "")
     case = kernels.Case.of(q, k, v, None, bool(plan.dropout), changes)._replace(mask=STRUCTURE)
     return kernels.takes(case, Piece(0, q.shape[2], 0, k.shape[2]))
 

@@ -14,7 +14,7 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.methods import Auto, Local, Method, method_named
 from mosaic.attention.blocks import FULL
 from mosaic.attention.dense import is_more, why_dense
-from mosaic.attention.kernels.kernel import Case
+from mosaic.attention.kernels.kernel import Case, change_of
 from mosaic.attention.problem import AttentionProblem
 from mosaic.attention.tiles import adds_bias
 from mosaic.graph.source import where
@@ -286,7 +286,8 @@ def is_by_pairs(c: Call) -> bool:
 
 def case_of(c: Call) -> Case:
     q, k, v = (c[name].val for name in QKV)
-    changes = adds_bias(tile_of(c.bound)) or bool(scores_of(c.bound))
+    tile = tile_of(c.bound)
+    changes = change_of(scores_of(c.bound), tile if adds_bias(tile) else "")
     return Case.of(q, k, v, None, bool(c["dropout_p"]), changes)
 
 

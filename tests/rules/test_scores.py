@@ -17,7 +17,7 @@ from mosaic.attention import kernels
 from mosaic.attention.blocks import FULL, Band, Piece
 from mosaic.attention.kernels import seen_blocks
 from mosaic.attention.kernels.flex import FLEX
-from mosaic.attention.kernels.kernel import Case
+from mosaic.attention.kernels.kernel import CHANGED, Case
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.scores import then, with_bias
 from mosaic.attention.structure import Structure
@@ -152,7 +152,7 @@ def test_a_row_of_low_numbers_weighs_them_alike(
 def test_only_flex_and_math_change_scores() -> None:
     for device, dtype in (("cuda", torch.bfloat16), ("cuda", torch.float32), ("cpu", DOUBLE)):
         for mask in (None, torch.bool, dtype):
-            case = Case(device, 9, dtype, 64, 64, mask, False, False, scores=True)
+            case = Case(device, 9, dtype, 64, 64, mask, False, False, scores=CHANGED)
             assert [x.name for x in kernels.KERNELS if x.fits(case)] == ["math"]
 
 

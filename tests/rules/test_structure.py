@@ -25,7 +25,7 @@ from mosaic.attention.dense import is_more, why_dense
 from mosaic.attention.kernels import flex as flex_module
 from mosaic.attention.kernels import seen_blocks
 from mosaic.attention.kernels.flex import FLEX, lists_of
-from mosaic.attention.kernels.kernel import STRUCTURE, Case
+from mosaic.attention.kernels.kernel import CHANGED, STRUCTURE, TABLES, Case
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.seen_blocks import Blocks, blocks_of
 from mosaic.attention.structure import Structure, of_band, of_documents, positions, together
@@ -215,7 +215,8 @@ TABLE_BIAS = "float32 d%2 mild: sub.Tensor(%1, %0); abs(%3); index(%2, %4)"
         ("causal, dense boolean", {}, "an input"),
         ("softcap 50, dense float", {}, "added to the scores"),
         ("softcap 50", {"dtype": torch.float64}, "float64"),
-        ("softcap 50", {"scores": True}, ""),
+        ("softcap 50", {"scores": CHANGED}, ""),
+        ("bias by tiles", {"scores": TABLES}, "a table"),
         ("causal, bias of keys", {}, "added to the scores"),
     ],
 )

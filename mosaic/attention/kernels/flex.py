@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mosaic.attention.kernels.kernel import MOST_BATCHES, Case, Gradients, Kernel
+from mosaic.attention.kernels.kernel import MOST_BATCHES, TABLES, Case, Gradients, Kernel
 from mosaic.attention.kernels.pairs import (
     buffers_of,
     exact_leaves,
@@ -250,6 +250,8 @@ def refused(case: Case) -> str:
         return "Triton is not installed"
     if case.dropout:
         return "dropout"
+    if case.scores == TABLES:
+        return "a table that is looked up, or learned, pair by pair is slow in its kernels"
     if case.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return str(case.dtype).removeprefix("torch.")
     if not 16 <= min(case.head_dim, case.v_dim) <= max(case.head_dim, case.v_dim) <= 256:

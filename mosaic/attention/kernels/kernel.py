@@ -13,6 +13,7 @@ from torch import Tensor
 from mosaic.attention.blocks import Piece
 from mosaic.attention.merge import Partial
 from mosaic.attention.structure import Structure
+from mosaic.attention.tiles import TileProgram
 
 
 class Gradients(NamedTuple):
@@ -32,6 +33,14 @@ Bounds = tuple[int | None, int | None]
 #: A ``Case``'s mask that is no tensor but a ``Structure``; one that says which keys all queries and
 #: heads see.
 STRUCTURE, KEYS = "structure", "keys"
+#: What changes a ``Case``'s scores: a program of numbers at the query and the key, or of tables.
+CHANGED, TABLES = "changed", "tables"
+
+
+def change_of(*programs: str) -> str:
+    """What a ``Case`` says of the programs that change its scores, or add to them; "" if none."""
+    parsed = [TileProgram.parse(program) for program in programs if program]
+    return "" if not parsed else TABLES if any(p.has_tables for p in parsed) else CHANGED
 
 
 class Case(NamedTuple):
@@ -46,7 +55,7 @@ class Case(NamedTuple):
     mask: torch.dtype | str | None
     dropout: bool
     empty: bool
-    scores: bool = False
+    scores: str = ""
     heads: int = 1
     program: str = ""
     leaves: tuple[torch.dtype, ...] = ()
@@ -59,7 +68,7 @@ class Case(NamedTuple):
         v: Tensor,
         mask: Tensor | Structure | None,
         dropout: bool,
-        scores: bool = False,
+        scores: str = "",
     ) -> Case:
         return cls(
             q.device.type,
