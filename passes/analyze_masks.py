@@ -74,7 +74,7 @@ def note_masks(graph: fx.Graph, constants: Constants) -> None:
         words = band_of(call.bound), tile_of(call.bound)
         key = (mask, documents_of(call.bound), leaves, *words, sizes)
         if key not in read:
-            read[key] = keys_seen(call, constants)
+            read[key] = keys_seen(call.bound, constants)
         node.meta["seen"] = read[key]
 
 

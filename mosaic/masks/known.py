@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,19 +15,19 @@ from mosaic.attention.structure import Structure, of_band, of_documents, of_keys
 from mosaic.attention.tiles import adds_bias
 from mosaic.masks.constants import LIMIT, Constants
 from mosaic.masks.words import band_of, documents_of, tile_of
-from mosaic.partition.values import Call
 
 #: Blocks of queries, and of keys, that are looked at: short sequences are read row by row.
 BLOCKS = 1024
 
 
-def keys_seen(call: Call, constants: Constants) -> KeysSeen | None:
-    """None where nothing but its band is known of it, or all keys may be seen."""
-    n, m = (call[name].meta["val"].shape[-2] for name in ("query", "key"))
-    parts, block = known_parts(call, constants), max(1, -(-max(n, m) // BLOCKS))
+def keys_seen(bound: Mapping[str, Any], constants: Constants) -> KeysSeen | None:
+    """Of a call of ``sdpa``, by the names of its arguments; None where nothing but its band is known
+    of it, or all keys may be seen."""
+    n, m = (bound[name].meta["val"].shape[-2] for name in ("query", "key"))
+    parts, block = known_parts(bound, constants), max(1, -(-max(n, m) // BLOCKS))
     if not parts or not n or not m:
         return None
-    if (band := band_of(call.bound)) != FULL:
+    if (band := band_of(bound)) != FULL:
         parts.append(of_band(band, torch.arange(n), torch.arange(m)))
     seen = some_in_blocks(together(parts), n, m, block)
     if seen.all():
@@ -49,7 +50,7 @@ def some_in_blocks(mask: Structure, n: int, m: int, block: int) -> Tensor:
     return padded.unflatten(1, (-1, block)).any(2).unflatten(0, (-1, block)).any(1)
 
 
-def known_parts(call: Call, constants: Constants) -> list[Structure]:
+def known_parts(bound: Mapping[str, Any], constants: Constants) -> list[Structure]:
     """What has to hold and is known: each a part of the conjunction that the mask is."""
 
     def values(nodes: Any) -> list[Tensor]:
@@ -59,12 +60,12 @@ def known_parts(call: Call, constants: Constants) -> list[Structure]:
         return known if len(known) == len(found) else []
 
     parts = []
-    if ids := values(documents_of(call.bound)):
+    if ids := values(documents_of(bound)):
         parts.append(of_documents(*ids))
-    tile = tile_of(call.bound)
-    if tile and not adds_bias(tile) and (leaves := values(call.bound["leaves"])):
+    tile = tile_of(bound)
+    if tile and not adds_bias(tile) and (leaves := values(bound["leaves"])):
         parts.append(Structure(tile, tuple(leaves)))
-    for mask in values([call["attn_mask"]]):
+    for mask in values([bound["attn_mask"]]):
         if mask.dtype == torch.bool and mask.ndim in (2, 4):
             parts.append(of_keys(mask[(None,) * (4 - mask.ndim)]))
     return parts

@@ -109,15 +109,15 @@ def test_bounds_of_vectors_say_the_same_of_long_axes(monkeypatch: pytest.MonkeyP
     """Where a mask's ops are known; stripes are not."""
     for name in set(MASKS) - {"stripes", "causal", "window", "both sides"}:
         call = call_of(name, 4)
-        exact = keys_seen(call, Constants())
+        exact = keys_seen(call.bound, Constants())
         with monkeypatch.context() as patched:
             patched.setattr(known, "LIMIT", 0)
-            assert keys_seen(call, Constants()) == exact, name
+            assert keys_seen(call.bound, Constants()) == exact, name
 
 
 def test_long_axes_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "BLOCKS", 8)
-    found = keys_seen(call_of("causal blocks", 4), Constants())
+    found = keys_seen(call_of("causal blocks", 4).bound, Constants())
     assert found is not None and (found.block, len(found.blocks)) == (8, 8)
     assert found.of(((20, 28),)) == ((16, 32),)  # its first and its last block
 
