@@ -21,8 +21,8 @@ BLOCKS = 1024
 
 
 def keys_seen(bound: Mapping[str, Any], constants: Constants) -> KeysSeen | None:
-    """Of a call of ``sdpa``, by the names of its arguments; None where nothing but its band is known
-    of it, or all keys may be seen."""
+    """Of a call of ``sdpa``, by the names of its arguments; None where nothing but its band is
+    known of it, or all keys may be seen."""
     n, m = (bound[name].meta["val"].shape[-2] for name in ("query", "key"))
     parts, block = known_parts(bound, constants), max(1, -(-max(n, m) // BLOCKS))
     if not parts or not n or not m:
