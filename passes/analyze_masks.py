@@ -22,17 +22,19 @@ import torch
 from torch import fx
 
 from mosaic.attention.blocks import FULL
+from mosaic.attention.keys_seen import KeysSeen
 from mosaic.attention.scores import behind_leaves
 from mosaic.graph.emit import drop_dead, insert
 from mosaic.masks.additive import INF, meaning
 from mosaic.masks.biases import hides_by_inf
 from mosaic.masks.conditions import Allowed
 from mosaic.masks.constants import Constants
+from mosaic.masks.known import keys_seen
 from mosaic.masks.op import ATTENTIONS, PLAIN, STRUCTURED
 from mosaic.masks.read import Mask, every_row_sees
 from mosaic.masks.terms import BATCH, KEY, QUERY, Term, arranged, broadcast, coordinates, made
 from mosaic.masks.tiles import tiles_of
-from mosaic.masks.words import documents_of, scores_of, words_of
+from mosaic.masks.words import band_of, documents_of, scores_of, tile_of, words_of
 from mosaic.partition.context import Context
 from mosaic.partition.values import Call
 
@@ -56,11 +58,24 @@ def analyze_masks(graph: fx.Graph, context: Context) -> int:
         if said is not None:
             rewrite(node, call, said)
             count += 1
-    for node in graph.nodes:
-        if node.target in ATTENTIONS:
-            node.meta["mask"] = words(node)
+    note_masks(graph, constants)
     drop_dead(graph)
     return count
+
+
+def note_masks(graph: fx.Graph, constants: Constants) -> None:
+    """What each mask says, in words, and which keys may be seen: equal layers are read once."""
+    read: dict[tuple[Any, ...], KeysSeen | None] = {}
+    for node in [n for n in graph.nodes if n.target in ATTENTIONS]:
+        call = Call(node.target, node.args, node.kwargs, None, node)
+        mask, leaves = call["attn_mask"], tuple(call.bound.get("leaves") or ())
+        node.meta["mask"] = words_of(call.bound, None if mask is None else mask.meta["val"])
+        sizes = tuple(call[name].meta["val"].shape[-2] for name in ("query", "key"))
+        words = band_of(call.bound), tile_of(call.bound)
+        key = (mask, documents_of(call.bound), leaves, *words, sizes)
+        if key not in read:
+            read[key] = keys_seen(call.bound, constants)
+        node.meta["seen"] = read[key]
 
 
 def says_masks(call: Call) -> bool:
@@ -181,9 +196,3 @@ def rewrite(node: fx.Node, call: Call, said: dict[str, Any]) -> None:
     plain = {**call.bound, "attn_mask": None}
     new = Call(target, (), {**plain, **said}, call.val, node)
     node.target, (node.args, node.kwargs) = target, new.split(new.bound)
-
-
-def words(node: fx.Node) -> str:
-    call = Call(node.target, node.args, node.kwargs, None, node)
-    mask = call["attn_mask"]
-    return words_of(call.bound, None if mask is None else mask.meta["val"])

@@ -5,15 +5,18 @@ With even shards the last rank of a causal attention works p times as long as th
 (rank r holds chunks r and 2p-1-r) all work alike. A causal window no longer than a shard is even
 work on even shards. Where documents begin is data, and not known here: of short chunks every rank
 has about as much of each. Kernels must compute the mask pair by pair then: there are many pieces.
-Every method is exact on any layout.
+Where it is known (fixed blocks, prefixes), pairs are counted: even shards or a zigzag that balance
+them keep what sees each other together. Every method is exact on any layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
 
+from mosaic.attention.problem import AttentionProblem
 from mosaic.layout import Layout
 from mosaic.partition.context import Context
 from mosaic.partition.values import Axis
@@ -34,8 +37,22 @@ def assigned(axis: Axis, context: Context) -> Axis:
     some = [a for a in along if not a.is_window and max(map(len, a.query.ranks)) == 1]
     half = sum(a.flops for a in along) / 2
     n, p = axis.layout.n, axis.p
+    if sum(a.flops for a in some if a.seen is not None) > half:
+        known = [a for a in some if a.seen is not None]
+        for layout in (axis.layout, Layout.zigzag(n, p)):
+            if is_balanced(known, layout):
+                return replace(axis, layout=layout)
     if sum(a.flops for a in some if a.documents and not a.dense) > half:
         return replace(axis, layout=Layout.zigzags(n, p))
     if sum(a.flops for a in some if a.causal) > half:
         return replace(axis, layout=Layout.zigzag(n, p))
     return axis
+
+
+def is_balanced(known: Sequence[AttentionProblem], layout: Layout) -> bool:
+    """Whether the busiest rank has at most a tenth more pairs of queries and keys than the mean."""
+    pairs = [
+        sum(a.seen.pairs(held) for a in known if a.seen and a.query.n == layout.n)
+        for held in layout.ranks
+    ]
+    return 0 < max(pairs) * layout.p <= 1.1 * sum(pairs)

@@ -100,6 +100,7 @@ def plan_of(node: fx.Node, context: Context) -> AttentionPlan:
         heads=cut[1],
         tile=found.tile,
         scores=found.scores,
+        seen=found.seen.layout(found.query) if found.seen and found.axes else None,
     )
 
 

@@ -54,7 +54,8 @@ def calls(
     has no kernel but plain matrix products) need a FakeTensorMode."""
     key, query = given.key, given.query
     query = Layout.whole(query.n, given.p) if strategy.everywhere else query
-    plan = AttentionPlan(strategy, rank, "sp", query, key, given.band)
+    seen = None if given.seen is None else given.seen.layout(query)
+    plan = AttentionPlan(strategy, rank, "sp", query, key, given.band, seen=seen)
     specs = calls_of(plan, given.heads, given.kv_heads)
     lengths = query.lengths[rank], key.lengths[rank]
 

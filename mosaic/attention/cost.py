@@ -19,19 +19,28 @@ Bytes that one of p ranks sends for one attention, with even shards. In them
 dK and dV go straight home from each rank, p - 1 times; passed on round a ring they would travel p
 times. Queries on a grid: q there, out and lse home; in backward q, out, dout and lse there, as
 kernels take ``out`` and not its product with dout, and dq home. ``Ring(grad_dtype=...)`` scales dK
-and dV. With a window no more keys travel than are seen beyond a rank's own (contiguous shards).
+and dV. Of a mask that is known when compiling (a window, fixed blocks) it is counted how many keys
+the busiest rank sends.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
+from mosaic.attention.blocks import FULL, Band
+from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.problem import AttentionProblem
+from mosaic.attention.route import route_of, rows_sent, wanted_by
 from mosaic.attention.schedule import portions
 from mosaic.attention.strategy import Level, Strategy
+from mosaic.layout import Layout
 
 #: Bytes (inside a node, between nodes).
 Pair = tuple[float, float]
+#: Up to so many ranks it is counted what each of them sends: every hop has as many.
+COUNTED = 128
 #: Bytes of a number, for the dtypes in which dK and dV may travel.
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -96,17 +105,50 @@ class Sent:
         columns = near(inter.cols, u * intra.size) * near(intra.cols, u)
         nodes = near(inter.rows, u * inter.cols * intra.size)
         rows = near(intra.rows, u * intra.cols)
-        seen = 1.0
-        if x.band.length is not None and inter.size == 1 and intra.rows > 1:
-            others = (intra.rows - 1) * parts.kv
-            seen = min(1, x.band.length * parts.kv * x.p / x.key.n / others)
-        in_window = seen * inter.rows * parts.kv
+        seen = shares_sent(strategy, x)
+        in_window = seen.steps * inter.rows * parts.kv
         return cls(
             heads=_pair(strategy.heads, heads, (parts.q + parts.out + parts.kv) / strategy.heads),
             queries=_pair(inter.cols * intra.cols, columns, parts.q + parts.out + parts.lse),
-            windows=_pair(inter.rows, nodes, parts.kv),
+            windows=_pair(inter.rows, nodes, seen.windows * parts.kv),
             steps=_pair(intra.rows, rows, in_window),
         )
+
+
+class Shares(NamedTuple):
+    """Of all keys that would be sent those that are: between nodes, and inside them."""
+
+    windows: float = 1
+    steps: float = 1
+
+
+def shares_sent(strategy: Strategy, x: AttentionProblem) -> Shares:
+    """On the busiest rank. Of more ranks than are worth counting, by the length of a window."""
+    inter, intra, length = strategy.inter, strategy.intra, x.band.length
+    if x.p <= COUNTED and (x.band != FULL or x.seen is not None):
+        seen = None if x.seen is None else x.seen.layout(x.query)
+        return _counted(strategy, x.query, x.key, x.band, seen)
+    if length is None or inter.size > 1 or intra.rows == 1:
+        return Shares()
+    return Shares(1, min(1, length * x.p / x.key.n / (intra.rows - 1)))
+
+
+@lru_cache(maxsize=256)
+def _counted(
+    strategy: Strategy, query: Layout, key: Layout, band: Band, seen: Layout | None
+) -> Shares:
+    plan = AttentionPlan(strategy, 0, "", query, key, band, seen=seen)
+    plan = plan.after_heads(strategy.heads) if 1 < strategy.heads < key.p else plan
+    if wanted_by(plan) is None:
+        return Shares()
+    stops = route_of(plan).stops
+    between = rows_sent(dict.fromkeys(stop.window for stop in stops), plan.p)
+    inside = rows_sent((stop.step for stop in stops), plan.p)
+    windows, steps = max(zip(between, inside, strict=True), key=sum)
+    each = key.n / plan.p
+    all_windows = (strategy.inter.rows - 1) * each
+    all_steps = strategy.inter.rows * (strategy.intra.rows - 1) * each
+    return Shares(windows / max(all_windows, 1), steps / max(all_steps, 1))
 
 
 def _pair(count: int, near: int, size: float) -> Pair:

@@ -11,7 +11,7 @@ from mosaic.attention.schedule import head_group, same_heads
 from mosaic.attention.strategy import Strategy
 from mosaic.attention.tiles import TileProgram, adds_bias
 from mosaic.attention.transfer import Side
-from mosaic.layout import Layout, Place, Shard
+from mosaic.layout import Layout, Place, Shard, united
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class AttentionPlan:
 
     ``query`` and ``key`` are layouts over the global positions, for the ranks ``members`` of the
     group (all ``world`` of them where it is empty); ``rank`` is this one's number among them. Query
-    i sees keys i - band.left ... i + band.right. ``batch`` and ``heads`` are encoded ``Shard``s
-    where that dim of q is cut, and "" where it is whole: dropout needs global indices. ``tile`` is
-    the ``TileProgram`` of a dense mask, and ``scores`` one that changes scores, if it has one.
+    i sees keys i - band.left ... i + band.right; ``seen`` are those that each rank's queries may
+    see, where more is known of the mask. ``batch`` and ``heads`` are encoded ``Shard``s where that
+    dim of q is cut, and "" where it is whole: dropout needs global indices. ``tile`` is the
+    ``TileProgram`` of a dense mask, and ``scores`` one that changes scores, if it has one.
     """
 
     strategy: Strategy
@@ -40,6 +41,7 @@ class AttentionPlan:
     scores: str = ""
     members: tuple[int, ...] = ()
     world: int = 0
+    seen: Layout | None = None
 
     def __post_init__(self) -> None:
         moved = [self.key] if self.strategy.everywhere else [self.key, self.query]
@@ -73,12 +75,15 @@ class AttentionPlan:
 
     def encode(self) -> str:
         """All of it, readable, the same on every run."""
-        return json.dumps({**asdict(self), "query": str(self.query), "key": str(self.key)})
+        seen = "" if self.seen is None else str(self.seen)
+        layouts = {"query": str(self.query), "key": str(self.key), "seen": seen}
+        return json.dumps({**asdict(self), **layouts})
 
     @classmethod
     def decode(cls, text: str) -> AttentionPlan:
         fields = json.loads(text)
-        fields.update({name: Layout.parse(fields[name]) for name in ("query", "key")})
+        layouts = {name: fields[name] for name in ("query", "key", "seen")}
+        fields.update({name: Layout.parse(x) if x else None for name, x in layouts.items()})
         fields["strategy"], fields["band"] = (
             Strategy.decode(fields["strategy"]),
             Band(*fields["band"]),
@@ -109,6 +114,7 @@ class AttentionPlan:
             rank=members.index(self.rank),
             query=together(self.query, groups),
             key=together(self.key, groups),
+            seen=None if self.seen is None else together(self.seen, groups),
             heads=cut.encode(),
             members=members,
             world=self.p,
@@ -117,8 +123,8 @@ class AttentionPlan:
 
 def together(layout: Layout, groups: list[tuple[int, ...]]) -> Layout:
     """The layout over groups of ranks: each holds what its ranks hold, in global order."""
-    return Layout.of(
-        layout.n, (sorted(i for rank in group for i in layout.ranks[rank]) for group in groups)
+    return Layout(
+        layout.n, tuple(united(i for rank in group for i in layout.ranks[rank]) for group in groups)
     )
 
 

@@ -9,8 +9,9 @@ from functools import cached_property
 from mosaic.api.errors import UnsupportedError
 from mosaic.api.methods import AllGather, Local, Method, Ring, Ulysses
 from mosaic.attention.blocks import FULL, Band, share_seen
+from mosaic.attention.keys_seen import KeysSeen
 from mosaic.attention.strategy import LOCAL, Strategy
-from mosaic.layout import Layout, Place
+from mosaic.layout import Interval, Layout, Place
 from mosaic.runtime.world import World
 
 
@@ -51,6 +52,7 @@ class AttentionProblem:
     batch_cut: Place | None = None
     heads_cut: Place | None = None
     strategy: Strategy = LOCAL
+    seen: KeysSeen | None = None
 
     @property
     def p(self) -> int:
@@ -81,8 +83,10 @@ class AttentionProblem:
     @cached_property
     def flops(self) -> float:
         """Of the forward, of the query-key pairs that are seen; backward has 2.5 times as many."""
-        seen = share_seen(self.band, self.query.n, self.key.n)
-        pairs = self.batch * self.heads * self.query.n * self.key.n * seen
+        seen = share_seen(self.band, self.query.n, self.key.n) * self.query.n * self.key.n
+        if self.seen is not None:
+            seen = min(seen, self.seen.pairs((Interval(0, self.query.n),)))
+        pairs = self.batch * self.heads * seen
         return 2 * pairs * (self.dim + self.v_dim)
 
     def after_heads(self, u: int) -> AttentionProblem:

@@ -9,70 +9,21 @@ the way it came. Sources: Liu et al., "Ring Attention", 2023; "Mesh-Attention", 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby, zip_longest
 
 import torch
 from torch import Tensor
 
 from mosaic.attention.attend import attend, attend_backward
-from mosaic.attention.blocks import reach
 from mosaic.attention.mask_gradients import mask_gradients
 from mosaic.attention.merge import Partial, accumulator, finite, merge, merge_stacked, nothing
 from mosaic.attention.plan import AttentionPlan
-from mosaic.attention.schedule import schedule
+from mosaic.attention.route import Route, Stop, route_of
 from mosaic.attention.shift import shift_of
 from mosaic.attention.transfer import Returned, Tensors, Transfer, summed
 from mosaic.attention.visit import Inputs, is_in_kernel, key_blocks, visit
-from mosaic.layout import Intervals, Layout, Run
+from mosaic.layout import Intervals, Run
 from mosaic.runtime.comm import all_reduce, joined, take_runs
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Keys on a visit: the two hops that brought them, and whether they are the window's last."""
-
-    window: Transfer
-    step: Transfer
-    is_last: bool
-
-    @property
-    def keys(self) -> Intervals:
-        return self.step.after.ranks[self.step.side.rank]
-
-
-@dataclass(frozen=True)
-class Route:
-    """All hops of one rank's attention, with their layouts."""
-
-    queries: Transfer
-    stops: tuple[Stop, ...]
-
-    @property
-    def rows(self) -> Intervals:
-        """Whose queries are attended here."""
-        return self.queries.after.ranks[self.queries.side.rank]
-
-
-@lru_cache(maxsize=128)
-def route_of(plan: AttentionPlan) -> Route:
-    hops, side = schedule(plan.strategy, plan.p), plan.side
-    queries = Transfer(side, hops.queries, plan.query)
-    halo = _halo(queries.after, plan) if plan.band.left is not None else None
-    stops = []
-    for window in hops.windows:
-        to_node = Transfer(side, window.hop, plan.key)
-        steps = [Transfer(side, hop, to_node.after, halo) for hop in window.steps]
-        steps = [step for step in steps if not step.is_silent]
-        stops += [Stop(to_node, step, step is steps[-1]) for step in steps]
-    return Route(queries, tuple(stops))
-
-
-def _halo(queries: Layout, plan: AttentionPlan) -> Layout:
-    """Of a window's keys only those that a rank's queries see."""
-    n = plan.key.n
-    return Layout(n, tuple(reach(rows, plan.band, n) for rows in queries.ranks))
 
 
 def visits(route: Route, own: Tensors) -> Iterator[tuple[Stop, Tensors]]:

@@ -56,10 +56,11 @@ class Transfer:
     def parts(self, receiver: int) -> list[tuple[int, Intervals]]:
         """What ``receiver`` gets from each of its sources, in order of arrival."""
         sources = self.hop[receiver]
-        if self.halo is not None:
+        if self.halo is not None and len(sources) > 1:
             near = {receiver, *self.before.holders(self.halo.ranks[receiver])}
             sources = tuple(source for source in sources if source in near)
-        return [(source, self.part(source, receiver)) for source in sources]
+        found = [(source, self.part(source, receiver)) for source in sources]
+        return [(source, held) for source, held in found if held or self.halo is None]
 
     @cached_property
     def received(self) -> Parts:

@@ -33,6 +33,7 @@ from mosaic.frontend.sharded_inputs import (
     parts_of,
     write_back,
 )
+from mosaic.frontend.texts import Texts, texts_of
 from mosaic.frontend.user_warnings import announce, once, resumed_at
 from mosaic.graph.lengths import Length, NotPaddedError
 from mosaic.graph.modes import Modes
@@ -132,8 +133,10 @@ def compile_graph(
     context.constants = len([*local.parameters(), *local.buffers()])
     lowering = Lowering(context, plan)
     try:
-        examples = part_examples(module, example_inputs, context.mutated)
-        examples = padding.examples(module, examples) if padding else examples
+        given = padding.examples(example_inputs) if isinstance(padding, Texts) else example_inputs
+        examples = part_examples(module, given, context.mutated)
+        if isinstance(padding, Padding):
+            examples = padding.examples(module, examples)
         compiled = INNER[chosen.inner](local, examples, lowering)
     except Restart:  # AOTAutograd wants a number as a constant: Dynamo traces anew, on every rank
         raise
@@ -144,9 +147,9 @@ def compile_graph(
     for listener in LISTENERS:
         listener(plan)
     check = data_check(context, ranks, facts, any(lowering.sequences.values()))
-    if padding:
+    if isinstance(padding, Padding):
         return padded(compiled, context, padding, check)
-    return checked(compiled, context, outputs_of(module, plan), check)
+    return checked(compiled, context, outputs_of(module, plan), check, padding)
 
 
 def run_whole(
@@ -186,9 +189,9 @@ def partitioned(
     ranks: MosaicContext | None,
     arriving: Arriving,
     parallel: str | None,
-) -> tuple[fx.GraphModule, Context, Plan, Padding | None]:
+) -> tuple[fx.GraphModule, Context, Plan, Padding | Texts | None]:
     """PIPELINE: from Dynamo's graph to this rank's local program; with buckets one for all lengths
-    of a bucket, if there is an exact form of that."""
+    of a bucket, if there is an exact form of that, else one for any number of packed texts."""
     spec, owner, goes_on = options.spec, options.owner, calls.goes_on(module)
     if owner and owner.shares and not goes_on:
         spec = replace(spec, gradients="shares")
@@ -232,8 +235,11 @@ def partitioned(
             return at_bucket(module, padding_of(module, spec, why_not), context_of, owner)
         except NotPaddedError as error:
             once(error.said())
-    captured = capture(module)
-    return *through_passes(captured, context_of(captured), owner), None
+    texts = texts_of(module)
+    captured = capture(module, texts.size if texts else int)
+    if texts:
+        texts.guard()
+    return *through_passes(captured, context_of(captured), owner), texts
 
 
 def at_bucket(
@@ -353,6 +359,7 @@ def checked(
     context: Context,
     outputs: Sequence[Output],
     check: DataCheck | None,
+    texts: Texts | None,
 ) -> Callable[..., Any]:
     """Compare inputs before a run; this rank's parts go in, and what stays cut comes out as
     ShardedTensors."""
@@ -360,7 +367,7 @@ def checked(
 
     def run(*args: Any) -> Any:
         calls.running(spec)
-        given = flattened(args)
+        given = flattened(texts.padded(args) if texts else args)
         if check is not None:
             check(given)
         for one in context.checks:

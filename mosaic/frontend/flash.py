@@ -199,14 +199,26 @@ def allow_package() -> None:
                 torch.compiler.allow_in_graph(function)
 
 
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """What one of these calls in Dynamo's graph is given, by name; of any other one nothing."""
+    run = call_of(node.target) if node.op == "call_function" else None
+    if run is None:
+        return {}
+    signature = inspect.signature(of_torch if run is of_torch else node.target)
+    return signature.bind(*node.args, **node.kwargs).arguments
+
+
+def begins_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that tell such a call where texts begin."""
+    given = arguments_of(node).items()
+    return [x for name, x in given if name.startswith("cu_seq") and isinstance(x, fx.Node)]
+
+
 def forget_lengths(module: fx.GraphModule) -> None:
     """Take the length of the longest text out of these calls: nothing depends on it, and every
     other one would be another program."""
     for part in module.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            run = call_of(node.target)
-            if run is not None:
-                signature = inspect.signature(of_torch if run is of_torch else node.target)
-                given = signature.bind(*node.args, **node.kwargs).arguments
+            if given := arguments_of(node):
                 longest = {name: 0 for name in given if name.startswith("max_")}
                 node.args, node.kwargs = (), {**given, **longest}

@@ -271,6 +271,7 @@ def problem(
         method=method,
         batch_cut=folded(cut, q.shape) if cut and not heads else None,
         heads_cut=heads,
+        seen=c.like.meta.get("seen"),
     )
 
 

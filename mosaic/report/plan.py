@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
+from mosaic.attention.blocks import FULL
 from mosaic.attention.cost import cost_of, size
 from mosaic.attention.dense import is_more
 from mosaic.attention.problem import AttentionProblem
@@ -143,7 +144,7 @@ def plan_of(context: Context, passes: list[PassReport]) -> Plan:
         collectives=context.collectives,
         passes=passes,
         gathered=[f"{why} [{line(node)}]" for why, node in context.gathered],
-        notes=[*context.notes, *mask_notes(context)],
+        notes=[*context.notes, *mask_notes(context), *key_notes(context)],
         outputs=[tuple(Shard.decode(x).place for x in shards) for shards in context.output_shards],
         recipes=context.recipes,
     )
@@ -156,6 +157,22 @@ def mask_notes(context: Context) -> list[str]:
         if node.meta["val"].device.type == "cuda" and is_more(found.mask, found.band):
             how = f"made dense: {found.dense}" if found.dense else "computed in the kernel"
             notes.append(f"mask: {found.mask}: {how} [{line(node)}]")
+    return list(dict.fromkeys(notes))
+
+
+def key_notes(context: Context) -> list[str]:
+    """What of its keys an attention sends where queries see few; alike layers are said once."""
+    notes = []
+    for found, node in context.attentions:
+        if found.strategy.inter.rows * found.strategy.intra.rows == 1:
+            continue
+        full = replace(found, band=FULL, seen=None)
+        sent, most = (size(cost_of(x.strategy, x).forward) for x in (found, full))
+        if sent != most:
+            notes.append(f"keys: {found.mask}: {sent} sent of {most} [{line(node)}]")
+        elif found.seen is None and is_more(found.mask, found.band):
+            why = "what ranks see of them is not known when compiling"
+            notes.append(f"keys: {found.mask}: all are sent, {most}: {why} [{line(node)}]")
     return list(dict.fromkeys(notes))
 
 

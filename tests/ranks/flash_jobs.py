@@ -108,6 +108,29 @@ def calling(call: str, reads: bool = False) -> Any:
     return model, (x, torch.tensor(TEXTS, dtype=torch.int32)), {}
 
 
+def numbers_of_texts(call: str, p: int) -> dict[str, Any]:
+    """Ten batches of as many tokens in 1 to 19 texts, of one in which the last are empty: outputs
+    and gradients, and how many programs are compiled for them."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, (x, _), _ = calling(call)
+    called = model
+    if p > 1:
+        mosaic.init(sp_size=p)
+        spec = mosaic.ShardingSpec(inputs={"x": "tokens dim"}, axes={"tokens": "ring"})
+        called = torch.compile(model, backend="mosaic", options={"spec": spec, "inner": "eager"})
+    found = {}
+    with installed(), mosaic.plans() as plans:
+        for number in range(1, 21, 2):
+            ends = torch.randperm(N - 1)[: number - 1].sort().values + 1
+            begins = [0, *ends.tolist(), N] + [N] * (number == 7)
+            out = called(x, torch.tensor(begins, dtype=torch.int32))
+            out.square().sum().backward()
+            found |= {f"{number} texts": out.detach(), f"{number}, gradient": x.grad}
+            x.grad = None
+    return {"found": {**found, **gradients(model)}, "programs": len(plans)}
+
+
 @contextmanager
 def known_to_transformers() -> Iterator[None]:
     """As if it had looked for the package, found it, and a GPU."""

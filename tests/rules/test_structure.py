@@ -23,7 +23,6 @@ from mosaic.attention import dense, kernels
 from mosaic.attention.blocks import FULL, Band, Piece
 from mosaic.attention.dense import is_more, why_dense
 from mosaic.attention.kernels import flex as flex_module
-from mosaic.attention.kernels import seen_blocks
 from mosaic.attention.kernels.flex import FLEX, lists_of
 from mosaic.attention.kernels.kernel import CHANGED, STRUCTURE, TABLES, Case
 from mosaic.attention.kernels.math import MATH
@@ -47,7 +46,6 @@ def flex(monkeypatch: pytest.MonkeyPatch) -> list[Structure]:
 
     able = FLEX._replace(fits=lambda case: case.is_structured, forward=forward, most_batches=1)
     monkeypatch.setattr(kernels, "KERNELS", (able, MATH))
-    monkeypatch.setattr(seen_blocks, "BLOCK", 2)
     return given
 
 
@@ -147,7 +145,7 @@ def test_blocks_of_programs(flex: list[Structure], name: str) -> None:
     check(make, *inputs)
     for mask in flex:
         rows, keys = (max([1, *(x.shape[d] for x in mask.leaves if x.ndim)]) for d in (2, 3))
-        found, want = blocks_of(mask, rows, keys), true_blocks(pairs(mask, rows, keys), 2)
+        found, want = blocks_of(mask, rows, keys, 2), true_blocks(pairs(mask, rows, keys), 2)
         assert (found.some | ~want.some).all() and (want.full | ~found.full).all()
 
 
@@ -159,14 +157,13 @@ BANDS = (Band(None, 0), Band(6, 0), Band(3, 2), Band(None, -1), Band(2, None), B
 @pytest.mark.parametrize("ids", [None, IN_ORDER], ids=["", "documents"])
 @pytest.mark.parametrize("rows", [((0, 20),), ((0, 5), (15, 20)), ((3, 10),)], ids=str)
 def test_blocks_are_exact_of_a_band_or_documents_in_order(
-    monkeypatch: pytest.MonkeyPatch, band: Band, ids: Tensor | None, rows: Any
+    band: Band, ids: Tensor | None, rows: Any
 ) -> None:
-    monkeypatch.setattr(seen_blocks, "BLOCK", 4)
     at = [positions(x, torch.device("cpu")) for x in (rows, ((0, 20),))]
     parts = [] if band == FULL else [of_band(band, *at)]
     parts += [] if ids is None else [of_documents(ids[:, at[0]], ids)]
     for part in parts:
-        found = blocks_of(part, len(at[0]), 20)
+        found = blocks_of(part, len(at[0]), 20, 4)
         want = true_blocks(pairs(part, len(at[0]), 20), 4)
         assert torch.equal(found.full, want.full)
         if len(rows) == 1:  # a block with a gap in it lies between far ends

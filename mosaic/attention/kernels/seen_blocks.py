@@ -45,19 +45,19 @@ class Blocks(NamedTuple):
     full: Tensor
 
 
-def blocks_of(mask: Structure, rows: int, keys: int) -> Blocks:
+def blocks_of(mask: Structure, rows: int, keys: int, block: int = BLOCK) -> Blocks:
     """A block that is cut off at the end is never full: the kernel has to look where it ends."""
-    spans = [span_of(leaf) for leaf in mask.leaves]
+    spans = [span_of(leaf, block) for leaf in mask.leaves]
     for step in TileProgram.parse(mask.program).steps:
         spans.append(after(step, spans))
     device, found = mask.leaves[0].device, spans[-1] or MAYBE
-    ends = [torch.arange(BLOCK, n + BLOCK, BLOCK, device=device) for n in (rows, keys)]
+    ends = [torch.arange(block, n + block, block, device=device) for n in (rows, keys)]
     whole = ((ends[0] <= rows)[:, None] & (ends[1] <= keys))[None, None]
     some = torch.ones_like(whole) & found.high
     return Blocks(some, (whole & found.low).expand(some.shape))
 
 
-def span_of(leaf: Tensor) -> Span | None:
+def span_of(leaf: Tensor, block: int) -> Span | None:
     """Of a vector or a number; None for floats, among which a NaN would hide the others, and for
     tables."""
     if leaf.is_floating_point() or leaf.ndim == 2:
@@ -65,16 +65,17 @@ def span_of(leaf: Tensor) -> Span | None:
     low = high = leaf.to(torch.uint8) if leaf.dtype == torch.bool else leaf
     for dim in (2, 3) if leaf.ndim else ():
         if leaf.shape[dim] > 1:
-            low, high = by_block(low, dim).amin(dim + 1), by_block(high, dim).amax(dim + 1)
+            low = by_block(low, dim, block).amin(dim + 1)
+            high = by_block(high, dim, block).amax(dim + 1)
     return Span(low != 0, high != 0) if leaf.dtype == torch.bool else Span(low, high)
 
 
-def by_block(x: Tensor, dim: int) -> Tensor:
-    """A dim as (blocks, BLOCK), filled up with its last number."""
-    missing = -x.shape[dim] % BLOCK
+def by_block(x: Tensor, dim: int, block: int) -> Tensor:
+    """A dim as (blocks, block), filled up with its last number."""
+    missing = -x.shape[dim] % block
     if missing:
         x = torch.cat([x, x.narrow(dim, -1, 1).repeat_interleave(missing, dim)], dim)
-    return x.unflatten(dim, (-1, BLOCK))
+    return x.unflatten(dim, (-1, block))
 
 
 def after(step: Step, spans: Sequence[Span | None]) -> Span | None:
@@ -136,6 +137,8 @@ COMPARED: dict[str, Callable[[Span, Span], Span]] = {
 LOGIC: dict[str, Callable[..., Span]] = {
     "logical_and": both,
     "logical_or": either,
+    "__and__": both,
+    "__or__": either,
     "logical_not": negated,
     "bitwise_and": both,
     "bitwise_or": either,
