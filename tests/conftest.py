@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Ranks collect between jobs; Dynamo would after each compile.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 import hypothesis
 import pytest
