@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Ranks collect between jobs; Dynamo would after each compile.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 import hypothesis
 import pytest
@@ -22,6 +24,20 @@ torch.set_num_threads(1)
 # The first call of a torch op may take longer than the deadline of an example.
 hypothesis.settings.register_profile("mosaic", deadline=None)
 hypothesis.settings.load_profile("mosaic")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in two processes, a file to each: a test of one process leaves a core
+    idle, and so do ranks that wait for each other. Named files run in this process, where ``-s``
+    and a debugger work; so does the suite with ``-n0``, ``--pdb`` or ``-p no:xdist``."""
+    options, is_worker = config.option, hasattr(config, "workerinput")
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if is_worker or not is_whole or not config.pluginmanager.hasplugin("xdist"):
+        return
+    if options.numprocesses is None and not options.usepdb and not options.collectonly:
+        options.numprocesses, options.dist = 2, "loadfile"
+        options.loadscopereorder = False  # the short ones come last, so that both end together
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import multiprocessing
 import os
@@ -28,6 +29,8 @@ from torch.utils._pytree import tree_map_only
 
 # After one rank failed the others may wait for it in a collective for ever.
 _GRACE = 2.0
+#: What each rank's first compile would import.
+_IMPORTED = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.lowering")
 
 
 class RankError(RuntimeError):
@@ -69,6 +72,8 @@ class RankPool:
         self._ranks = []
 
     def _start(self) -> None:
+        for name in _IMPORTED:  # once, before the fork
+            importlib.import_module(name)
         fork = multiprocessing.get_context("fork")
         rendezvous = os.path.join(tempfile.mkdtemp(prefix="ranks"), "store")
         for rank in range(self.p):

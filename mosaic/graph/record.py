@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from mosaic.torch_private import (
     TorchDispatchMode,
@@ -34,7 +35,16 @@ def recorded(fn: Callable[..., Any], inputs: Sequence[Tensor], decompositions: T
         out = fn(*inputs)
     recorder.graph.output(recorder.nodes_in(out))
     recorder.graph.eliminate_dead_code()
+    for node in recorder.graph.nodes:
+        if node.op != "output":
+            node.meta["val"] = map_aggregate(recorder.made[node], snapshot)
     return recorder.graph
+
+
+def snapshot(x: Any) -> Any:
+    """Another tensor that is like ``x``: Python could not free one that C++ holds as the base of a
+    view, and with it the mode, in which ``emit.traced`` keeps the graph."""
+    return snapshot_fake(x) if isinstance(x, Tensor) else x
 
 
 class Recorder(TorchDispatchMode):
@@ -44,8 +54,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.decompositions = decompositions
         self.graph = fx.Graph()
-        self.nodes: dict[int, fx.Node] = {}  # by the ids of tensors,
-        self.alive: list[Tensor] = []  # which are no others' until the end
+        self.made: dict[fx.Node, Any] = {}  # so that tensors live to the end,
+        self.nodes: dict[int, fx.Node] = {}  # and no other one gets the id of one of them
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -74,17 +84,12 @@ class Recorder(TorchDispatchMode):
         return out
 
     def nodes_in(self, values: Any) -> Any:
-        return pytree.tree_map_only(Tensor, lambda x: self.nodes[id(x)], values)
+        return map_aggregate(values, lambda x: self.nodes[id(x)] if isinstance(x, Tensor) else x)
 
     def note(self, out: Any, node: fx.Node) -> None:
-        """``node`` has made ``out``; of a write into a tensor that is the tensor, from now on.
-
-        ``val`` is another tensor: Python could not free one that C++ holds as the base of a view,
-        and with it the mode, in which ``emit.traced`` keeps the graph.
-        """
-        node.meta["val"] = pytree.tree_map_only(Tensor, snapshot_fake, out)
+        """``node`` has made ``out``; of a write into a tensor that is the tensor, from now on."""
+        self.made[node] = out
         if isinstance(out, Tensor):
             self.nodes[id(out)] = node
-            self.alive.append(out)
         for i, part in enumerate(out if isinstance(out, (tuple, list)) else ()):
             self.note(part, self.graph.call_function(operator.getitem, (node, i)))

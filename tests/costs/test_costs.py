@@ -24,9 +24,9 @@ def test_programs_are_as_long_for_256_ranks_as_for_8(method):
 
 
 def test_two_layers_on_1024_ranks():
-    start = time.monotonic()
+    start = time.process_time()  # other tests run beside it
     plan = explained(2, 1024)
-    assert time.monotonic() - start < 60  # it takes 5 to 8
+    assert time.process_time() - start < 60  # it takes 5 to 8
     texts = [a for node in plan.graphs["local"].nodes for a in node.args if isinstance(a, str)]
     assert texts and max(map(len, texts)) < 500  # they say who holds what
     assert max(map(len, "\n".join(plan.diffs.values()).splitlines())) < 5000

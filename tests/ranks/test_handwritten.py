@@ -17,13 +17,12 @@ SAMPLE = [
 ]
 
 
-@pytest.mark.parametrize("p", [3])
-def test_equals_one_process(ranks, p: int) -> None:
-    check(ranks(p).run(jobs.differences, p, SAMPLE))
+def test_equals_one_process(ranks) -> None:
+    check(ranks(2).run(jobs.differences, 2, SAMPLE))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_all_equal_one_process(ranks, p: int) -> None:
     check(ranks(p).run(jobs.differences, p, list(ATTENTIONS), timeout=600))
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import training_jobs as jobs
 from compare import compare_gradients
+from sampling import FULL
 
 DROPOUT = {"dropout": 0.1, "layers": 1}
 
 
-def test_the_loss_curve_is_that_of_one_process(ranks) -> None:
+@pytest.mark.parametrize("p", [2, FULL(4)])
+def test_the_loss_curve_is_that_of_one_process(ranks, p: int) -> None:
     expected = jobs.train(None, steps=30)
     assert expected["losses"][-1] < expected["losses"][0]
-    for answer in ranks(4).run(jobs.train, 4, steps=30):
+    for answer in ranks(p).run(jobs.train, p, steps=30):
         off = [abs(a - b) for a, b in zip(answer["losses"], expected["losses"], strict=True)]
         assert max(off) < 1e-8, off
         for ours, theirs in zip(answer["gradients"], expected["gradients"], strict=True):
@@ -26,7 +28,7 @@ def test_a_rank_keeps_its_share_of_the_activations(ranks) -> None:
         assert 0.2 * alone < kept <= 0.27 * alone, (kept, alone)
 
 
-@pytest.mark.parametrize("p", [2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize("p", [2, FULL(4)])
 def test_dropout_is_that_of_one_rank(ranks, p: int) -> None:
     (alone,) = ranks(1).run(jobs.train, 1, steps=3, **DROPOUT)
     plain = jobs.train(None, steps=3, layers=1)

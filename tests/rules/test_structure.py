@@ -1,6 +1,6 @@
 """Masks as structure: in torch's flex kernels (on a CPU their plain math), and the blocks they see.
 
-Each program of ``test_masks.py`` is read, and attended under by three simulated ranks in zigzag:
+Each program of ``test_masks.py`` is read, and attended under by two simulated ranks in zigzag:
 visits of keys, merges, and a backward with the global output and log-sum-exp.
 """
 
@@ -70,7 +70,7 @@ def by_call(call: Call, dout: Tensor) -> list[Tensor]:
     leaves = call.bound.get("leaves") or ()
     inputs = Inputs(four_dims(call["attn_mask"]), *ids, None, leaves)
     programs = tile_of(call.bound), scores_of(call.bound)
-    return by_ranks([*tensors, dout], inputs, band_of(call.bound), 0.5, *programs)[:4]
+    return by_ranks([*tensors, dout], inputs, band_of(call.bound), 0.5, *programs, ranks=2)[:4]
 
 
 def check(make: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -90,14 +90,6 @@ BOOLEAN_MASKS = {
     for name, case in {**MASKS, **WRAPPING}.items()
     if "float" not in case[2] and "bias" not in case[2]
 }
-
-
-@pytest.mark.parametrize("name", BOOLEAN_MASKS)
-def test_programs(flex: list[Structure], name: str) -> None:
-    make, inputs, words = BOOLEAN_MASKS[name]
-    check(make, *inputs)
-    structures = ("documents", "padding", "boolean by tiles")
-    assert bool(flex) == ("dense" not in words and any(word in words for word in structures))
 
 
 #: But for one of nan; and of a row of nothing but finfo.min ATen's gradients are wrong.
@@ -139,10 +131,12 @@ def true_blocks(seen: Tensor, size: int) -> Blocks:
 
 
 @pytest.mark.parametrize("name", BOOLEAN_MASKS)
-def test_blocks_of_programs(flex: list[Structure], name: str) -> None:
-    """Nothing that is seen is left out, nothing that is hidden is in a full block."""
-    make, inputs, _ = BOOLEAN_MASKS[name]
+def test_programs(flex: list[Structure], name: str) -> None:
+    """Of blocks nothing that is seen is left out, nothing that is hidden is in a full one."""
+    make, inputs, words = BOOLEAN_MASKS[name]
     check(make, *inputs)
+    structures = ("documents", "padding", "boolean by tiles")
+    assert bool(flex) == ("dense" not in words and any(word in words for word in structures))
     for mask in flex:
         rows, keys = (max([1, *(x.shape[d] for x in mask.leaves if x.ndim)]) for d in (2, 3))
         found, want = blocks_of(mask, rows, keys, 2), true_blocks(pairs(mask, rows, keys), 2)
