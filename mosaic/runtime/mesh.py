@@ -295,6 +295,7 @@ def _end_gloo_threads() -> None:
     NCCL stay as they are: to close them on one failed rank alone could wait for the others.
     """
     if _context is not None and _context.device.type == "cpu":
+        watch.look_once_more()
         _context.shutdown()
         gc.collect()  # a mesh refers to itself
 
