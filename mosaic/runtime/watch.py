@@ -134,10 +134,10 @@ def stop() -> None:
 
 
 def look_once_more() -> None:
-    """Where a process ends in an error: gloo's, that a connection was closed, comes before it can be
-    seen that another process has ended."""
+    """After an error in a run. That a connection is closed (gloo's error) is known before
+    it can be seen that the other process has ended."""
     until = time.monotonic() + LAST_LOOK
-    while hasattr(sys, "last_value") and _watches and time.monotonic() < until:
+    while _watches and time.monotonic() < until:
         for about in [*_watches.values()]:
             about.look()
             if about.gone:
