@@ -134,8 +134,8 @@ def stop() -> None:
 
 
 def look_once_more() -> None:
-    """After an error in a run. That a connection is closed (gloo's error) is known before
-    it can be seen that the other process has ended."""
+    """After an error in a run: that a connection is closed (gloo's error) is known before it can be
+    seen that the other process has ended."""
     until = time.monotonic() + LAST_LOOK
     while _watches and time.monotonic() < until:
         for about in [*_watches.values()]:
