@@ -79,10 +79,10 @@ class Table:
         self.rows.append(row)
         if not {*row.numbers} <= {*self.head}:
             self.head = tuple(row.numbers)
-            print(f"\n{'':<76}" + "".join(f"{name:>13}" for name in self.head))
+            print(f"\n{'':<76}" + "".join(f"{name:>14}" for name in self.head))
         cells = [f"{row.numbers[n]:,.4g}" if n in row.numbers else "" for n in self.head]
         wrong = "  WRONG" if row.right is False else ""
-        line = "".join(f"{x:>13}" for x in cells) + f"  {row.words}{wrong}"
+        line = "".join(f"{x:>14}" for x in cells) + f"  {row.words}{wrong}"
         print(f"{row.case:<36} {row.way:<39}{line}".rstrip(), flush=True)
 
     def conclusions(self) -> Iterator[str]:
