@@ -25,7 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import rank_attention
@@ -118,14 +118,17 @@ def parsed() -> argparse.Namespace:
 
 
 def picked(found: Sequence[Group], words: Sequence[str] | None) -> list[Group]:
-    """Groups with a word in their names, else those of their cases that have one."""
+    """Groups with a word in their names, and of the others the cases that have one."""
     if not words:
         return [*found]
+
+    def named(name: str) -> bool:
+        return any(word.lower() in name.lower() for word in words)
+
     kept = []
     for group in found:
-        named = any(word in group.name for word in words)
-        some = [c for c in group.cases if named or any(word in c.name for word in words)]
-        kept += [Group(group.name, some, group.ranks, group.seconds)] if some else []
+        some = [case for case in group.cases if named(group.name) or named(case.name)]
+        kept += [replace(group, cases=some)] if some else []
     return kept
 
 
