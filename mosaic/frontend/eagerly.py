@@ -25,7 +25,7 @@ from mosaic.graph.unexpected import DATA_DEPENDENT
 from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.runtime import sharded_tensor
 from mosaic.runtime.agreement import check_together
-from mosaic.runtime.deferred_tensor import DeferredTensor, flattened
+from mosaic.runtime.deferred_tensor import DeferredTensor, flattened, of_any_strides
 from mosaic.runtime.memory import UNDO, Memory, views_of
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole
@@ -75,7 +75,7 @@ def run_op(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return waits
     if has_deferred(args, kwargs):
         args, kwargs = pytree.tree_map_only(DeferredTensor, DeferredTensor.made, (args, kwargs))
-        return func(*args, **kwargs)
+        return of_any_strides(func)(*args, **kwargs)
     if is_composite(func):  # in inference mode torch does not take it apart
         return func.decompose(*args, **kwargs)
     is_number = not all("Tensor" in str(r.type) for r in func._schema.returns)

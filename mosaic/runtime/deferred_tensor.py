@@ -334,8 +334,14 @@ def joined(op: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Steps, list[Tens
         return Ref(steps.setdefault(new, len(leaves) + len(steps)))
 
     args, kwargs = pytree.tree_map(place, (args, kwargs))
-    add(Step(op, ()), args, kwargs)
+    add(Step(of_any_strides(op), ()), args, kwargs)
     return tuple(steps), leaves
+
+
+def of_any_strides(op: Any) -> Any:
+    """A deferred tensor is contiguous, and torch takes a reshape of it for a view: what is made in
+    its place (a slice of labels) may have other strides."""
+    return torch.ops.aten.reshape.default if op == torch.ops.aten.view.default else op
 
 
 def step_of(op: Any, args: Any, kwargs: Mapping[str, Any]) -> Step:

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -295,6 +296,8 @@ def _end_gloo_threads() -> None:
     NCCL stay as they are: to close them on one failed rank alone could wait for the others.
     """
     if _context is not None and _context.device.type == "cpu":
+        if hasattr(sys, "last_value"):  # the process ends in an error
+            watch.look_once_more()
         _context.shutdown()
         gc.collect()  # a mesh refers to itself
 

@@ -7,7 +7,6 @@ whom this one waits for. On a GPU it ends a process that waits for a rank that i
 
 from __future__ import annotations
 
-import atexit
 import faulthandler
 import logging
 import os
@@ -134,11 +133,11 @@ def stop() -> None:
         _watches.popitem()[1].over.set()
 
 
-@atexit.register
-def _look_at_last() -> None:
-    """gloo's error, that a connection was closed, comes before a process is seen to have ended."""
+def look_once_more() -> None:
+    """After an error in a run: that a connection is closed (gloo's error) is known before it can be
+    seen that the other process has ended."""
     until = time.monotonic() + LAST_LOOK
-    while hasattr(sys, "last_value") and _watches and time.monotonic() < until:
+    while _watches and time.monotonic() < until:
         for about in [*_watches.values()]:
             about.look()
             if about.gone:

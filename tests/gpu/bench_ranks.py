@@ -25,7 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import rank_attention
@@ -79,10 +79,10 @@ class Table:
         self.rows.append(row)
         if not {*row.numbers} <= {*self.head}:
             self.head = tuple(row.numbers)
-            print(f"\n{'':<76}" + "".join(f"{name:>13}" for name in self.head))
+            print(f"\n{'':<76}" + "".join(f"{name:>14}" for name in self.head))
         cells = [f"{row.numbers[n]:,.4g}" if n in row.numbers else "" for n in self.head]
         wrong = "  WRONG" if row.right is False else ""
-        line = "".join(f"{x:>13}" for x in cells) + f"  {row.words}{wrong}"
+        line = "".join(f"{x:>14}" for x in cells) + f"  {row.words}{wrong}"
         print(f"{row.case:<36} {row.way:<39}{line}".rstrip(), flush=True)
 
     def conclusions(self) -> Iterator[str]:
@@ -118,14 +118,17 @@ def parsed() -> argparse.Namespace:
 
 
 def picked(found: Sequence[Group], words: Sequence[str] | None) -> list[Group]:
-    """Groups with a word in their names, else those of their cases that have one."""
+    """Groups with a word in their names, and of the others the cases that have one."""
     if not words:
         return [*found]
+
+    def named(name: str) -> bool:
+        return any(word.lower() in name.lower() for word in words)
+
     kept = []
     for group in found:
-        named = any(word in group.name for word in words)
-        some = [c for c in group.cases if named or any(word in c.name for word in words)]
-        kept += [Group(group.name, some, group.ranks, group.seconds)] if some else []
+        some = [case for case in group.cases if named(group.name) or named(case.name)]
+        kept += [replace(group, cases=some)] if some else []
     return kept
 
 

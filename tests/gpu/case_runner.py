@@ -8,6 +8,7 @@ the case behind it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import queue
@@ -114,6 +115,7 @@ def outcome(case: Case, setting: Setting) -> str:
         return f"{type(error).__name__}: {first[:150]}"
     finally:
         torch._dynamo.reset()
+        gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
     return ""
@@ -226,14 +228,14 @@ class Runner:
                 what = "the group's time is over" if time.monotonic() >= until else "no end"
                 break
             if line is None:
-                if not running and done >= len(group.cases):
-                    return done
                 what = "the ranks ended"
                 break
             if not line.startswith("@"):
                 print(line, flush=True)
                 continue
             kind, about = json.loads(line[1:])
+            if (kind, about) == ("end", len(group.cases) - 1):
+                return about + 1  # the ranks need not part
             if kind == "row":
                 self.show(Row(**about))
             else:

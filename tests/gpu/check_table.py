@@ -237,6 +237,14 @@ class Taken:
         return f"{self.seconds:8.2f} s {self.peak:7.2f} GiB   {how}"
 
 
+def slowest(seconds: float, given: argparse.Namespace) -> float:
+    """Of all ranks, which then decide alike."""
+    found = torch.tensor(seconds, device=given.device)
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
 def measured(
     run: Run, given: argparse.Namespace, world: AbstractContextManager[None] | None = None
 ) -> Taken:
@@ -255,7 +263,7 @@ def measured(
             called = compiled(model, given)
             start = now(given)
             step(called, data, run, given)
-            first, kind = now(given) - ready[-1], "first run"
+            first, kind = slowest(now(given) - ready[-1], given), "first run"
             if first < LONG or not given.cuda:
                 model.zero_grad()
                 forget(given)

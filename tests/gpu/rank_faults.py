@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples")]
 
 import torch  # noqa: E402
-from case_runner import CUDA, Case, Row, Setting, environment, free_port  # noqa: E402
+from case_runner import CUDA, SLOWER, Case, Row, Setting, environment, free_port  # noqa: E402
 from models.gpt import GPT  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -35,7 +35,7 @@ import mosaic  # noqa: E402
 
 STEPS, FAULTY = 5, 3
 #: Seconds until a rank must have said it, and until the ranks have begun.
-SAID, BEGUN = 60.0, 100.0
+SAID, BEGUN = 60.0, SLOWER * 100.0
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def everything(setting: Setting) -> Iterator[Row]:
 
 def case(late: float) -> Case:
     limit = BEGUN + 2 * SAID + late
-    return Case("faults", everything, limit if CUDA else limit * len(FAULTS))
+    return Case("faults", everything, limit if CUDA else limit * len(FAULTS) / SLOWER)
 
 
 if __name__ == "__main__":
