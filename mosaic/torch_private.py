@@ -663,11 +663,11 @@ def keeping_what_is_marked() -> Iterator[None]:
         items = [[*x.users] if isinstance(x.meta.get("val"), tuple) else [x] for x in chosen]
         return [item for some in items for item in some]
 
-    partitioners.choose_saved_values_set = saved
+    setattr(partitioners, "choose_saved_values_set", saved)  # noqa: B010
     try:
         yield
     finally:
-        partitioners.choose_saved_values_set = choose
+        setattr(partitioners, "choose_saved_values_set", choose)  # noqa: B010
 
 
 class JointPass(CustomGraphPass):
