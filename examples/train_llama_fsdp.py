@@ -114,18 +114,10 @@ def print_plan(given: argparse.Namespace) -> None:
     names = mosaic.ShardingSpec(inputs=dict.fromkeys(inputs, "batch tokens"), axes=SPEC.axes)
     plan = mosaic.explain(model, **inputs, spec=names, sp_size=given.ranks)
     print(f"{len(plan.attentions)} attentions, each: {plan.attentions[0]}\n")
+    held = plan.memory(shards=given.ranks, dtype=torch.float32)
     count = sum(x.numel() for x in model.parameters())
-    logits = given.length * model.config.vocab_size / given.ranks
-    rows = {
-        "parameters in float32, sharded": 4 * count / given.ranks,
-        "gradients in float32, sharded": 4 * count / given.ranks,
-        "AdamW's two moments, sharded": 8 * count / given.ranks,
-        "kept for backward, checkpointed": plan.kept,
-        "logits in bfloat16 and in float32, and their gradients": 12 * logits,
-    }
-    print(f"{count:,} parameters, {given.length:,} tokens; each of {given.ranks} GPUs holds")
-    for what, held in (rows | {"together": sum(rows.values())}).items():
-        print(f"  {what:<58}{gibibytes(held):>12}")
+    print(f"{count:,} parameters in float32, {given.length:,} tokens; each of {given.ranks} GPUs:")
+    print(held)
 
 
 if __name__ == "__main__":

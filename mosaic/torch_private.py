@@ -33,6 +33,7 @@ from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX as RESU
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.symbolic_convert import tls as dynamo_thread
 from torch._functorch import config as functorch_config
+from torch._functorch import partitioners
 from torch._functorch.aot_autograd import aot_export_module, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim
@@ -648,6 +649,28 @@ def bind_to_backward(node: fx.Node) -> None:
         node.meta["partitioner_tag"] = "must_be_in_backward"
 
 
+LEAST = 1e-6  # with none at all the partitioner runs everything again, whatever is marked
+
+
+@contextmanager
+def keeping_what_is_marked() -> Iterator[None]:
+    """The partitioner keeps what is marked MUST_SAVE under any budget for activations. Where
+    nothing else is left to choose from, torch saves a tuple for its items, which no graph returns.
+    """
+    choose = partitioners.choose_saved_values_set
+
+    def saved(joint: fx.Graph, info: Any, memory_budget: float = 1) -> list[fx.Node]:
+        chosen = choose(joint, info, memory_budget=max(memory_budget, LEAST))
+        items = [[*x.users] if isinstance(x.meta.get("val"), tuple) else [x] for x in chosen]
+        return [item for some in items for item in some]
+
+    setattr(partitioners, "choose_saved_values_set", saved)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(partitioners, "choose_saved_values_set", choose)  # noqa: B010
+
+
 class JointPass(CustomGraphPass):
     """Our work on the joint graph as Inductor wants it."""
 
@@ -686,7 +709,7 @@ def compile_by_inductor(
         return compile_fx_inner(program, examples, **kwargs)
 
     patches = {"reorder_for_peak_memory": False, "joint_custom_pre_pass": JointPass(lower)}
-    with functorch_config.patch(AOT_CONFIG):
+    with functorch_config.patch(AOT_CONFIG), keeping_what_is_marked():
         compiled: Any = compile_fx(module, inputs, inner_compile=inner, config_patches=patches)
     return compiled
 
@@ -711,7 +734,7 @@ def compile_by_eager(
         lower(joint.graph, "joint")
         return min_cut_rematerialization_partition(joint, *args, **kwargs)
 
-    with functorch_config.patch(AOT_CONFIG):
+    with functorch_config.patch(AOT_CONFIG), keeping_what_is_marked():
         return aot_autograd(
             fw_compiler=compiler("forward"),
             bw_compiler=compiler("backward"),

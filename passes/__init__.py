@@ -9,6 +9,7 @@ from mosaic.passes.assign_layouts import assign_layouts
 from mosaic.passes.choose_method import choose_method
 from mosaic.passes.defer_outputs import defer_outputs
 from mosaic.passes.infer_axes import infer_axes
+from mosaic.passes.keep_results import keep_results
 from mosaic.passes.localize_dtensors import localize_dtensors
 from mosaic.passes.lower_attention import lower_attention
 from mosaic.passes.lower_collectives import lower_collectives
@@ -44,7 +45,7 @@ PIPELINE = (
 OPTIONAL = (raise_attention, analyze_masks, raise_loss, defer_outputs, overlap)
 
 #: On the joint graph, before AOTAutograd's partitioner cuts it into forward and backward.
-JOINT = (ask_policies, pin_collectives)
+JOINT = (ask_policies, keep_results, pin_collectives)
 
 #: On the forward and on the backward graph, after AOTAutograd's partitioner.
 LOWERING = (

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
-from mosaic.torch_private import bind_to_backward, is_in_backward
+from mosaic.torch_private import bind_to_backward
 
 _ops = torch.ops.mosaic
 
@@ -40,6 +39,4 @@ def pin_collectives(graph: fx.Graph, context: Any) -> int:
     for number, node in enumerate(found, 1):
         node.update_kwarg("number", number)
         bind_to_backward(node)
-        if not is_in_backward(node):
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return len(found)

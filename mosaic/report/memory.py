@@ -174,21 +174,12 @@ class Lifetimes:
         """Those that hold what a node's value is read from: itself, what it is a view of, or what
         it is computed from when it is read."""
         read = [self.roots[n] for n in node.all_input_nodes]
-        base = self.base_of(node)
+        base = base_of(node)
         if base is not None:
             return self.roots[base]
         if node.op == "call_function" and self.is_fused(node):
             return frozenset().union(*read)
         return frozenset([node])
-
-    def base_of(self, node: fx.Node) -> fx.Node | None:
-        """What a node is a view of. Of a tuple each item has memory of its own."""
-        if node.op != "call_function" or node.target is operator.getitem:
-            return None
-        if node.target is _wait:
-            return node.all_input_nodes[0]
-        own = storage(node)
-        return next((n for n in node.all_input_nodes if own and storage(n) == own), None)
 
     def is_fused(self, node: fx.Node) -> bool:
         if not elementwise(node) or node in self.returned:
@@ -196,17 +187,13 @@ class Lifetimes:
         todo = list(node.users)
         while todo:
             user = todo.pop()
-            if self.is_view(user):
+            if base_of(user) is not None:
                 if user in self.returned:
                     return False
                 todo += user.users
             elif not elementwise(user) and not reduces(user):
                 return False
         return True
-
-    def is_view(self, node: fx.Node) -> bool:
-        own = storage(node)
-        return any(own and storage(n) == own for n in node.all_input_nodes)
 
     def made(self, node: Any) -> frozenset[fx.Node]:
         """What this graph made of a node's memory: nothing, where that was given."""
@@ -247,6 +234,17 @@ def storage(node: fx.Node) -> int:
     """What a tensor's memory is known by; 0 for what is no tensor."""
     val = node.meta.get("val")
     return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else 0
+
+
+def base_of(node: fx.Node) -> fx.Node | None:
+    """What a node is a view of."""
+    if node.op != "call_function":
+        return None
+    if node.target is _wait:
+        return node.all_input_nodes[0]
+    source: Any = node.args[0] if node.target is operator.getitem else node
+    own = storage(node)
+    return next((n for n in source.all_input_nodes if own and storage(n) == own), None)
 
 
 def elementwise(node: fx.Node) -> bool:

@@ -81,9 +81,9 @@ class Plan:
         parameters; ``moments``: tensors that the optimizer keeps for each (AdamW's two);
         ``dtype``: of parameters, gradients and moments, if not that which the graph has."""
         kept = [
-            kept_by(*(plan.graphs[kind] for kind in ("local", "forward", "backward")), shards)
-            for plan in (self, *self.others)
-            if "backward" in plan.graphs
+            kept_by(graphs["local"], graphs["forward"], graphs["backward"], shards)
+            for graphs in (plan.graphs for plan in (self, *self.others))
+            if "backward" in graphs
         ]
         parameters = [p for plan in (self, *self.others) for p in plan.parameters]
         return memory_of(parameters, kept, shards=shards, moments=moments, dtype=dtype)
