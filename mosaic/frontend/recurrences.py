@@ -1,0 +1,62 @@
+"""Calls of recurrences as transformers' models write them: taken whole, as one op.
+
+    torch_chunk_gated_delta_rule(query, key, value, g=g, beta=beta, ...)
+    ->   out, last_state = mosaic.recurrence([query, key, value, g, beta], "...")
+
+Dynamo would write out their loops over chunks or tokens, in which nobody finds the recurrence.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from mosaic.recurrences.call import RECURRENCE, Recurrence
+from mosaic.recurrences.kinds import KINDS
+
+#: Where such functions are: in a model's own module, the library's or one that came with weights.
+MODULES = re.compile(r"(transformers\.models|transformers_modules)\..*modeling_\w+$")
+#: Arguments that say where texts begin: the functions refuse them.
+OF_TEXTS = ("cu_seqlens", "seq_idx")
+
+
+def call_of(target: Any) -> Callable[..., Any] | None:
+    """What capture runs in place of a call in Dynamo's graph, if it is one of these."""
+    return partial(recurrence, target) if is_known(target) else None
+
+
+def is_known(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    return name in KINDS and MODULES.match(function.__module__ or "") is not None
+
+
+def recurrence(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of one of them, as the op."""
+    kind = KINDS[function.__name__]
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    others = given.pop("kwargs", {})
+    if any(others.get(name) is not None for name in OF_TEXTS):
+        return function(*args, **kwargs)
+    is_asked = given.pop(kind.asks, False)
+    tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
+    options = {name: x for name, x in given.items() if name not in tensors and x is not None}
+    known = Recurrence(function.__module__, function.__name__, tuple(tensors), options)
+    out, last = RECURRENCE(list(tensors.values()), known.encode())
+    if kind.is_pair:
+        return out, last if is_asked else None
+    return (out, last) if is_asked else out
+
+
+def allow_functions() -> None:
+    """Have Dynamo keep calls of them, in the models that are imported."""
+    for module in [sys.modules[name] for name in list(sys.modules) if MODULES.match(name)]:
+        for name in KINDS:
+            function = getattr(module, name, None)
+            if function is not None:
+                torch.compiler.allow_in_graph(function)
