@@ -38,6 +38,7 @@ def recurrence(s: ShardingInterpreter, c: Call) -> tuple[Value, ...]:
     tensors = [
         s.at(x, place.at(rows[n])) if n in rows else whole(s, c, x) for n, x in given.items()
     ]
+    s.recurrences.append(c.like)
     out = place.at(known.kind.out)
     if s.axis.p == 1:
         return run(s, c, tensors, (out, None))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosaic.recurrences.kinds import KINDS, Given, Kind
+from mosaic.recurrences.kinds import KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Recurrence:
         return cls(**{**read, "tensors": tuple(read["tensors"])})
 
     def given(self, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
-        """All arguments by name, with a function's own defaults. What comes in two bytes is
-        computed in four, as the functions do, and as what they give is added to."""
+        """All arguments by name, with the function's own defaults."""
         named = zip(self.tensors, tensors, strict=True)
         return {**defaults(self.function), **self.options, **dict(named)}
 
@@ -54,9 +53,6 @@ class Recurrence:
         out, last = self.function(**given, **{self.kind.asks: True})
         return out, last
 
-    def first_state(self, given: Given) -> Tensor | None:
-        return given.get(self.kind.state)
-
 
 @lru_cache(maxsize=64)
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:
@@ -64,6 +60,13 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
     found = {p.name: p.default for p in parameters if p.default is not p.empty}
     return {name: x for name, x in found.items() if name != KINDS[function.__name__].asks}
+
+
+def rows_of(call: str) -> tuple[int, int]:
+    """Which tensor of a call has its rows, and in which dim."""
+    known = Recurrence.decode(call)
+    at = next(i for i, name in enumerate(known.tensors) if name in known.kind.rows)
+    return at, known.kind.rows[known.tensors[at]]
 
 
 def widened(x: Any) -> Any:
