@@ -29,7 +29,8 @@ from mosaic.partition.context import Context
 from mosaic.partition.probing import probe
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, candidates
-from mosaic.recurrences.call import RECURRENCE, rows_of
+from mosaic.recurrences.call import rows_of
+from mosaic.recurrences.op import RECURRENCE
 from mosaic.runtime.world import own_axes
 
 aten = torch.ops.aten

@@ -8,17 +8,19 @@ Dynamo would write out their loops over chunks or tokens, in which nobody finds 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from mosaic.recurrences.call import RECURRENCE, Recurrence
+from mosaic.recurrences.call import Recurrence, is_of_package
 from mosaic.recurrences.kinds import KINDS
+from mosaic.recurrences.op import RECURRENCE
 
 #: Where such functions are: in a model's own module, the library's or one that came with weights.
 MODULES = re.compile(r"(transformers\.models|transformers_modules)\..*modeling_\w+$")
@@ -44,10 +46,8 @@ def recurrence(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if any(others.get(name) is not None for name in OF_TEXTS):
         return function(*args, **kwargs)
     is_asked = given.pop(kind.asks, False)
-    tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
-    options = {name: x for name, x in given.items() if name not in tensors and x is not None}
-    known = Recurrence(function.__module__, function.__name__, tuple(tensors), options)
-    out, last = RECURRENCE(list(tensors.values()), known.encode())
+    known, tensors = Recurrence.of(function, given, len(args))
+    out, last = RECURRENCE(tensors, known.encode())
     if kind.is_pair:
         return out, last if is_asked else None
     return (out, last) if is_asked else out
@@ -59,4 +59,23 @@ def allow_functions() -> None:
         for name in KINDS:
             function = getattr(module, name, None)
             if function is not None:
-                torch.compiler.allow_in_graph(function)
+                allow(function)
+
+
+@lru_cache(maxsize=1024)
+def allow(function: Callable[..., Any]) -> None:
+    """Dynamo runs what it keeps on tensors without memory, which a package's kernels cannot: there
+    it finds the op in the function's place."""
+    if not is_of_package(function):
+        torch.compiler.allow_in_graph(function)
+        return
+
+    @torch.compiler.allow_in_graph
+    @functools.wraps(function)
+    def as_op(*args: Any, **kwargs: Any) -> Any:
+        return recurrence(function, *args, **kwargs)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return as_op(*args, **kwargs)
+
+    torch.compiler.substitute_in_graph(function, skip_signature_check=True)(stand_in)

@@ -17,7 +17,8 @@ from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.scans import runs_of
 from mosaic.partition.values import Call, Value, map_values
 from mosaic.recurrences import segments
-from mosaic.recurrences.call import Recurrence, widened
+from mosaic.recurrences.call import Recurrence
+from mosaic.recurrences.segments import widened
 
 
 def recurrence(s: ShardingInterpreter, c: Call) -> tuple[Value, ...]:

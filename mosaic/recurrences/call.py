@@ -10,24 +10,31 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mosaic.recurrences.kinds import KINDS, Kind
+from mosaic.recurrences.kinds import KINDS, Given, Kind
 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """``module.name(**tensors, **options)``."""
+    """``module.name(...)``; its first ``positional`` arguments are passed without their names, by
+    which packages differ."""
 
     module: str
     name: str
     tensors: tuple[str, ...]
     options: dict[str, Any] = field(hash=False)
+    positional: int
 
-    @property
-    def kind(self) -> Kind:
-        return KINDS[self.name]
+    @classmethod
+    def of(
+        cls, function: Callable[..., Any], given: Given, positional: int
+    ) -> tuple[Recurrence, list[Tensor]]:
+        """The call with these arguments, and its tensors."""
+        tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        options = {name: x for name, x in given.items() if name not in tensors}
+        where = (function.__module__, function.__name__)
+        return cls(*where, tuple(tensors), options, positional), list(tensors.values())
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -38,20 +45,30 @@ class Recurrence:
         read = json.loads(text)
         return cls(**{**read, "tensors": tuple(read["tensors"])})
 
-    def given(self, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
-        """All arguments by name, with the function's own defaults."""
-        named = zip(self.tensors, tensors, strict=True)
-        return {**defaults(self.function), **self.options, **dict(named)}
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
 
     @property
     def function(self) -> Callable[..., Any]:
         found: Callable[..., Any] = getattr(sys.modules[self.module], self.name)
         return found
 
+    def given(self, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
+        """All arguments by name, with the function's own defaults."""
+        named = zip(self.tensors, tensors, strict=True)
+        return {**defaults(self.function), **self.options, **dict(named)}
+
     def run(self, **given: Any) -> tuple[Tensor, Tensor]:
         """The result and the last state."""
-        out, last = self.function(**given, **{self.kind.asks: True})
+        first = [given.pop(name) for name in names_of(self.function)[: self.positional]]
+        out, last = self.function(*first, **given, **{self.kind.asks: True})
         return out, last
+
+
+@lru_cache(maxsize=64)
+def names_of(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 @lru_cache(maxsize=64)
@@ -62,43 +79,14 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: x for name, x in found.items() if name != KINDS[function.__name__].asks}
 
 
+def is_of_package(function: Callable[..., Any]) -> bool:
+    """Whether transformers runs a package's kernels in place of the function that is written."""
+    inner = inspect.getclosurevars(function).nonlocals if hasattr(function, "__wrapped__") else {}
+    return bool(inner.get("is_new_implementation"))
+
+
 def rows_of(call: str) -> tuple[int, int]:
     """Which tensor of a call has its rows, and in which dim."""
     known = Recurrence.decode(call)
     at = next(i for i, name in enumerate(known.tensors) if name in known.kind.rows)
     return at, known.kind.rows[known.tensors[at]]
-
-
-def widened(x: Any) -> Any:
-    """A tensor of two bytes an element in four: what it gives is added to before it is rounded."""
-    is_half = isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize == 2
-    return x.float() if is_half else x
-
-
-@torch.library.custom_op(
-    "mosaic::recurrence",
-    mutates_args=(),
-    schema="(Tensor[] tensors, str call) -> (Tensor, Tensor)",
-)
-def recurrence(tensors, call):
-    """A call in the global graph: its result and the last state. ``partition`` writes it out."""
-    raise AssertionError("mosaic::recurrence stands for a call and is never run")
-
-
-@recurrence.register_fake
-def _(tensors, call):
-    """Of one row, and as long as the rows are."""
-    known = Recurrence.decode(call)
-    kind, given = known.kind, known.given(tensors)
-    rows = next(given[name].shape[dim] for name, dim in kind.rows.items() if name in given)
-    cut = {
-        name: given[name].narrow(dim, 0, 1)
-        for name, dim in kind.rows.items()
-        if given.get(name) is not None
-    }
-    out, last = known.run(**{**given, **cut})
-    shape = [rows if d == kind.out else n for d, n in enumerate(out.shape)]
-    return out.new_empty(shape), last.new_empty(last.shape)
-
-
-RECURRENCE = torch.ops.mosaic.recurrence.default

@@ -52,7 +52,8 @@ def respond_by_columns(run: Run, given: Given) -> Response:
     value, width = given["value"], given["key"].shape[-1]
     batch, _, heads, v_dim = value.shape
     value = torch.cat([value, value.new_zeros(*value.shape[:-1], width)], -1)
-    first = torch.eye(width, dtype=value.dtype, device=value.device)
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    first = torch.eye(width, dtype=dtype, device=value.device)
     first = F.pad(first, (v_dim, 0)).expand(batch, heads, -1, -1)
     out, last = run(**{**given, "value": value, "initial_state": first})
     own, reading = out.split([v_dim, width], -1)
@@ -121,7 +122,7 @@ def respond_of_mamba2(run: Run, given: Given) -> Response:
 
 
 MAMBA2 = Kind(
-    rows=dict.fromkeys(("hidden_states", "dt", "B", "C", "z"), 1),
+    rows=dict.fromkeys(("hidden_states", "dt", "B", "C"), 1),
     out=1,
     reading=1,
     asks="return_final_states",

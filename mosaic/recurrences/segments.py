@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaic.recurrences.call import Recurrence, widened
+from mosaic.recurrences.call import Recurrence, is_of_package
+from mosaic.recurrences.kinds import Run
+from mosaic.recurrences.op import RECURRENCE
 
 Runs = Sequence[tuple[int, int]]
 
@@ -28,15 +30,36 @@ Runs = Sequence[tuple[int, int]]
 def run_whole(call: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """The user's call, with the last state."""
     known = Recurrence.decode(call)
-    return known.run(**known.given(tensors))
+    return running(known)(**known.given(tensors))
+
+
+def running(known: Recurrence) -> Run:
+    """The user's function; that of a package goes into a graph as the op."""
+    if not is_of_package(known.function):
+        return known.run
+
+    def run(**given: Any) -> tuple[Tensor, Tensor]:
+        again, tensors = Recurrence.of(known.function, given, known.positional)
+        out, last = RECURRENCE(tensors, again.encode())
+        return out, last
+
+    return run
+
+
+def widened(x: Any) -> Any:
+    """A tensor of two bytes an element in four, in which such functions compute: what comes of it
+    is added to before it is rounded. (Kernels take what they are given.)"""
+    is_half = isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize == 2
+    return x.float() if is_half else x
 
 
 def answered(call: str, runs: Runs, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What a rank's stretches give from a state of zero, their readings, and for each stretch what
     the others need of it, flattened: its last state, and what becomes of any before it."""
     known = Recurrence.decode(call)
-    kind, given = known.kind, known.given([widened(x) for x in tensors])
-    found = [kind.respond(known.run, stretch) for stretch in stretches(kind.rows, given, runs)]
+    wide = tensors if is_of_package(known.function) else [widened(x) for x in tensors]
+    kind, given, run = known.kind, known.given(wide), running(known)
+    found = [kind.respond(run, stretch) for stretch in stretches(kind.rows, given, runs)]
     own = torch.cat([x.own for x in found], kind.out)
     reading = torch.cat([x.reading for x in found], kind.reading)
     sent = torch.stack([torch.cat([x.state.flatten(), x.along.flatten()]) for x in found])
