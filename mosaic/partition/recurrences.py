@@ -26,14 +26,14 @@ def recurrence(s: ShardingInterpreter, c: Call) -> tuple[Value, ...]:
     known = Recurrence.decode(c["call"])
     given = dict(zip(known.tensors, c["tensors"], strict=True))
     rows = {name: dim for name, dim in known.kind.rows.items() if name in given}
-    cut = {name: given[name].cut.refined() for name in rows if given[name].place}
-    name, place = next(iter(cut.items()), ("", None))
-    if place is None or place.dim not in (0, rows[name]) or (place.outer, place.inner) != (1, 1):
+    batched = {name: 0 for name in (known.kind.state,) if name in given} | rows
+    cut = {name: given[name].cut.refined() for name in batched if given[name].place}
+    name, place = next(reversed(cut.items()), ("", None))  # of rows, if any are cut
+    if place is None or place.dim not in (0, batched[name]) or (place.outer, place.inner) != (1, 1):
         if any(x.place for x in given.values()):
             c = s.with_whole_operands(c, "is cut in another dim than its rows")
         return run(s, c, c["tensors"], (None, None))
     if place.dim == 0:
-        batched = {*rows, known.kind.state}
         tensors = [s.at(x, place) if n in batched else whole(s, c, x) for n, x in given.items()]
         return run(s, c, tensors, (place, place))
     tensors = [
