@@ -294,7 +294,7 @@ class Search:
 
 
 def mixed(node: fx.Node) -> tuple[fx.Node, int]:
-    """What an attention or a recurrence goes over, and in which dim: its queries, its first rows."""
+    """What an attention or a recurrence goes over, and in which dim."""
     if node.target is RECURRENCE:
         tensors, call = node.args
         at, dim = rows_of(call)

@@ -24,8 +24,6 @@ from mosaic.recurrences.op import RECURRENCE
 
 #: Where such functions are: in a model's own module, the library's or one that came with weights.
 MODULES = re.compile(r"(transformers\.models|transformers_modules)\..*modeling_\w+$")
-#: Arguments that say where texts begin: the functions refuse them.
-OF_TEXTS = ("cu_seqlens", "seq_idx")
 
 
 def call_of(target: Any) -> Callable[..., Any] | None:
@@ -43,8 +41,8 @@ def recurrence(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     kind = KINDS[function.__name__]
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     others = given.pop("kwargs", {})
-    if any(others.get(name) is not None for name in OF_TEXTS):
-        return function(*args, **kwargs)
+    if others.get("cu_seqlens") is not None or others.get("seq_idx") is not None:
+        return function(*args, **kwargs)  # which refuses texts
     is_asked = given.pop(kind.asks, False)
     known, tensors = Recurrence.of(function, given, len(args))
     out, last = RECURRENCE(tensors, known.encode())
@@ -58,17 +56,19 @@ def allow_functions() -> None:
     for module in [sys.modules[name] for name in list(sys.modules) if MODULES.match(name)]:
         for name in KINDS:
             function = getattr(module, name, None)
-            if function is not None:
+            if inspect.isfunction(function):
                 allow(function)
 
 
 @lru_cache(maxsize=1024)
 def allow(function: Callable[..., Any]) -> None:
     """Dynamo runs what it keeps on tensors without memory, which a package's kernels cannot: there
-    it finds the op in the function's place."""
+    it finds the op in the function's place; of packed texts the package, as without us."""
     if not is_of_package(function):
         torch.compiler.allow_in_graph(function)
         return
+    inner = inspect.getclosurevars(function).nonlocals
+    package, names = inner["implementation"], inner["applicable_params"]
 
     @torch.compiler.allow_in_graph
     @functools.wraps(function)
@@ -76,6 +76,8 @@ def allow(function: Callable[..., Any]) -> None:
         return recurrence(function, *args, **kwargs)
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None:
+            return package(*args, **{name: x for name, x in kwargs.items() if name in names})
         return as_op(*args, **kwargs)
 
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(stand_in)

@@ -99,7 +99,9 @@ def drawn(s: ShardingInterpreter, node: fx.Node) -> Value:
 
 def run_whole(s: ShardingInterpreter, node: fx.Node, why: str) -> Any:
     """A function of which nothing is known on all of the second axis."""
-    whole = [s.gather_aloud(s.env[x], why, node) if isinstance(x, fx.Node) else x for x in node.args]
+    whole = [
+        s.gather_aloud(s.env[x], why, node) if isinstance(x, fx.Node) else x for x in node.args
+    ]
     found = again(s, node, tuple(whole), None)
     if isinstance(found.val, torch.Tensor):
         return found

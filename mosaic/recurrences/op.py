@@ -1,9 +1,9 @@
 """The op that stands for a call of a recurrence in a graph.
 
 In the global graph nothing but the call is known, and ``partition`` writes it out again: functions
-of plain torch become ops that the inner compiler sees, as they would be without us. It runs as it is
-where a function cannot be looked into (kernels of a package): forward keeps its inputs alone, and
-backward runs the function once more, with its own autograd.
+of plain torch become ops that the inner compiler sees, as they would be without us. The op itself
+runs where a function cannot be looked into (kernels of a package): forward keeps its inputs alone,
+and backward runs the function once more, with its own autograd.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ def test_halves_are_as_close_as_in_one_process(ranks) -> None:
     exact, plain = run_layer(Case("chunk", n=19), 0), run_layer(case, 0)
     (got, *_) = ranks(2).run(run_layer, case, 2)
     for name, want in exact["gradients"].items():
-        error, allowed = (
-            (x["gradients"][name].double() - want).norm() for x in (got, plain)
-        )
+        error, allowed = ((x["gradients"][name].double() - want).norm() for x in (got, plain))
         assert error <= 1.5 * allowed + 1e-3 * want.norm(), name
 
 
