@@ -102,11 +102,11 @@ def run_whole(s: ShardingInterpreter, node: fx.Node, why: str) -> Any:
     whole = [
         s.gather_aloud(s.env[x], why, node) if isinstance(x, fx.Node) else x for x in node.args
     ]
-    found = again(s, node, tuple(whole), None)
-    if isinstance(found.val, torch.Tensor):
+    found, results = again(s, node, tuple(whole), None), node.meta["val"]
+    if isinstance(results, torch.Tensor):
         return found
-    items = [s.emitter.item(found.node, i) if s.emitter else None for i in range(len(found.val))]
-    return tuple(Value(v, None, n) for v, n in zip(found.val, items, strict=True))
+    items = [s.emitter.item(found.node, i) if s.emitter else None for i in range(len(results))]
+    return tuple(Value(v, None, n) for v, n in zip(results, items, strict=True))
 
 
 users_function = partial(
