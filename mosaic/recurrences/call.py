@@ -61,8 +61,12 @@ class Recurrence:
 
     def run(self, **given: Any) -> tuple[Tensor, Tensor]:
         """The result and the last state."""
-        first = [given.pop(name) for name in names_of(self.function)[: self.positional]]
-        out, last = self.function(*first, **given, **{self.kind.asks: True})
+        return self.called(self.function, given)
+
+    def called(self, function: Callable[..., Any], given: Given) -> tuple[Tensor, Tensor]:
+        first = names_of(function)[: self.positional]
+        rest = {name: x for name, x in given.items() if name not in first}
+        out, last = function(*(given[name] for name in first), **rest, **{self.kind.asks: True})
         return out, last
 
 

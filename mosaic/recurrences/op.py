@@ -8,10 +8,12 @@ and backward runs the function once more, with its own autograd.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 
-from mosaic.recurrences.call import Recurrence
+from mosaic.recurrences.call import Recurrence, is_of_package
 from mosaic.torch_private import recording
 
 
@@ -23,20 +25,23 @@ from mosaic.torch_private import recording
 def recurrence(tensors, call):
     """What the call gives, and its last state."""
     known = Recurrence.decode(call)
-    return known.run(**known.given(tensors))
+    out, last = known.run(**known.given(tensors))
+    return out.contiguous(), last.contiguous()
 
 
 @recurrence.register_fake
 def _(tensors, call):
-    """A row's result, as long as the rows are: a loop over all of them takes its time."""
+    """A row's result, as long as the rows are: a loop over all of them takes its time. Kernels of a
+    package need memory, and give what they are given; sizes are those of what is written."""
     known = Recurrence.decode(call)
     given, kind = known.given(tensors), known.kind
     rows = {name: dim for name, dim in kind.rows.items() if given.get(name) is not None}
     count = next(given[name].shape[dim] for name, dim in rows.items())
     one = {name: given[name].new_empty(one_row(given[name], dim)) for name, dim in rows.items()}
-    out, last = known.run(**{**given, **one})
+    out, last = known.called(inspect.unwrap(known.function), {**given, **one})
     shape = [count if d == kind.out else n for d, n in enumerate(out.shape)]
-    return out.new_empty(shape), last.new_empty(last.shape)
+    dtype = tensors[0].dtype if is_of_package(known.function) else out.dtype
+    return out.new_empty(shape, dtype=dtype), last.new_empty(last.shape)
 
 
 def one_row(x: Tensor, dim: int) -> list[int]:

@@ -30,7 +30,8 @@ Runs = Sequence[tuple[int, int]]
 def run_whole(call: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """The user's call, with the last state."""
     known = Recurrence.decode(call)
-    return running(known)(**known.given(tensors))
+    out, last = running(known)(**known.given(tensors))
+    return out.contiguous(), last.contiguous()
 
 
 def running(known: Recurrence) -> Run:
@@ -93,7 +94,7 @@ def states(
             before.append(state.flatten())
             own, along = row.split([prod(shape), row.numel() - prod(shape)])
             state = own.view(shape) + kind.carried(along.view(kind.along_shape(shape)), state)
-    return torch.stack(before), state.to(like)
+    return torch.stack(before), state.to(like).contiguous()
 
 
 def read(
@@ -109,4 +110,4 @@ def read(
         for part, state in zip(reading.split(sizes or 1, kind.reading), before, strict=True):
             found.append(kind.read(part.to(state.dtype), state.view(shape)))
     out = (own + torch.cat(found, kind.out)).to(like)
-    return out if runs else out.narrow(kind.out, 0, 0)
+    return out.contiguous() if runs else out.narrow(kind.out, 0, 0).contiguous()

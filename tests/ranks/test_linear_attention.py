@@ -47,7 +47,8 @@ def test_halves_are_as_close_as_in_one_process(ranks) -> None:
     case = Case("chunk", n=19, dtype=torch.bfloat16)
     exact, plain = run_layer(Case("chunk", n=19), 0), run_layer(case, 0)
     (got, *_) = ranks(2).run(run_layer, case, 2)
-    for name, want in exact["gradients"].items():
+    learned = {name: x for name, x in exact["gradients"].items() if x is not None}
+    for name, want in learned.items():
         error, allowed = ((x["gradients"][name].double() - want).norm() for x in (got, plain))
         assert error <= 1.5 * allowed + 1e-3 * want.norm(), name
 
