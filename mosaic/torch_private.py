@@ -164,6 +164,7 @@ __all__ = [
     "preserve_node_meta",
     "pytree",
     "recompute_marks",
+    "recording",
     "rename_afresh",
     "reset_dynamo",
     "set_grad_enabled",
@@ -875,6 +876,18 @@ def _with_gradient(
 def is_beyond_shared_memory(error: Exception) -> bool:
     """Of ``compiled_by_inductor``: whether no kernel's blocks fit."""
     return "No valid triton configs" in str(error)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Inside of an op of ours: autograd records again, as outside of every op."""
+    keys: Any = torch._C.DispatchKey  # type: ignore[attr-defined]
+    kept: Any = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
+        kept = kept.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, kept), torch.enable_grad():
+        yield
 
 
 def compiled_by_inductor(

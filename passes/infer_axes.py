@@ -29,13 +29,17 @@ from mosaic.partition.context import Context
 from mosaic.partition.probing import probe
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, candidates
+from mosaic.recurrences.call import rows_of
+from mosaic.recurrences.op import RECURRENCE
 from mosaic.runtime.world import own_axes
 
 aten = torch.ops.aten
+#: What reads one row for another: by attention, or by a state that goes along.
+MIXERS = (*ATTENTIONS, RECURRENCE)
 
 
 def infer_axes(graph: fx.Graph, context: Context) -> int:
-    attentions = [node for node in graph.nodes if node.target in ATTENTIONS]
+    attentions = [node for node in graph.nodes if node.target in MIXERS]
     if context.arriving:
         context.axes = arriving_axes(graph, context)
         return len(context.arriving)
@@ -238,9 +242,8 @@ class Search:
 
     def begins(self, attention: fx.Node) -> tuple[Begin, ...]:
         """Where the axis of ``attention`` begins: the longest ones that hold data."""
-        query = attention.args[0]
-        shape = query.meta["val"].shape
-        start = Begin(query, Place(Layout.even(shape[-2], 2), len(shape) - 2))
+        query, dim = mixed(attention)
+        start = Begin(query, Place(Layout.even(query.meta["val"].shape[dim], 2), dim))
         carried: dict[Begin, list[Begin]] = {}
         todo = [start]
         while todo:
@@ -272,6 +275,8 @@ class Search:
             node, index = node.args
         operands = [n for n in node.all_input_nodes if n in self.data]
         name = key(node.target) if hasattr(node.target, "_schema") else ""  # a collective of ours
+        if name == "slice.Tensor" and is_causal(node, place):
+            return [Begin(node.args[0].args[0], place)]
         if name in ("slice.Tensor", "cat") and along_axis(node, place):
             operands = [
                 n for n in operands if whole_length(n, place.dim) >= place.layout.n or name == "cat"
@@ -286,6 +291,25 @@ class Search:
             for candidate in candidates(operand.meta["val"].shape, place)
             if same_place(probed(node, operand, candidate, index), place)
         ]
+
+
+def mixed(node: fx.Node) -> tuple[fx.Node, int]:
+    """What an attention or a recurrence goes over, and in which dim."""
+    if node.target is RECURRENCE:
+        tensors, call = node.args
+        at, dim = rows_of(call)
+        return tensors[at], dim
+    query = node.args[0]
+    return query, query.meta["val"].ndim - 2
+
+
+def is_causal(node: fx.Node, place: Place) -> bool:
+    """Whether a slice leaves of a convolution what is padded in front: as many rows as it has got.
+    The axis is that of its input, and not longer."""
+    x = node.args[0]
+    if not hasattr(x.target, "_schema") or not key(x.target).startswith("conv"):
+        return False
+    return along_axis(node, place) and whole_length(x.args[0], place.dim) == place.layout.n
 
 
 def behind(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:

@@ -19,7 +19,7 @@ from mosaic.partition.context import Context
 from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, places_of
-from mosaic.passes.infer_axes import Search, behind
+from mosaic.passes.infer_axes import MIXERS, Search, behind
 
 
 def propagate(graph: fx.Graph, context: Context) -> int:
@@ -53,8 +53,8 @@ def note_places(planners: list[ShardingInterpreter], context: Context) -> None:
 
 
 def attends(planner: ShardingInterpreter) -> bool:
-    """Whether an attention runs over the axis."""
-    return any(found.axes for found, _ in planner.attentions)
+    """Whether an attention runs over the axis, or a recurrence along it."""
+    return bool(planner.recurrences) or any(found.axes for found, _ in planner.attentions)
 
 
 def begin_again(graph: fx.Graph, planners: list[ShardingInterpreter], context: Context) -> bool:
@@ -68,7 +68,7 @@ def begin_again(graph: fx.Graph, planners: list[ShardingInterpreter], context: C
     found = {
         (begin.node.name, begin.place.dim): begin.node
         for node in graph.nodes
-        if node.target in ATTENTIONS
+        if node.target in MIXERS
         for begin in search.begins(node)
         if begin.place.layout.n == axis.layout.n and begin.node in late
     }

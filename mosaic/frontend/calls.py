@@ -29,6 +29,7 @@ from mosaic.api.spec import ShardingSpec, path_parts
 from mosaic.frontend.flash import allow_package
 from mosaic.frontend.lengths import mark
 from mosaic.frontend.model_inputs import replaced
+from mosaic.frontend.recurrences import allow_functions
 from mosaic.frontend.user_warnings import once, resumed_at
 from mosaic.graph.source import shown
 from mosaic.partition.values import Axis
@@ -128,6 +129,7 @@ def watched(made: Made, compiled: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(compiled, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
         allow_package()
+        allow_functions()
         mark(made.spec, signed(compiled), args, kwargs)
         with Call(made) as this, without_flex_warnings():
             result = compiled(*args, **kwargs)

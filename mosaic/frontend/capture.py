@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
-from mosaic.frontend import dtensors, flash, flex
+from mosaic.frontend import dtensors, flash, flex, recurrences
 from mosaic.frontend.block_masks import BlockCheck, Blocks, checks_of
 from mosaic.frontend.fused import UNFUSED
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
@@ -169,7 +169,8 @@ class _Interpreter(fx.Interpreter):
             return self.switch(replace(self.outer.pop(), grad=self.modes.grad))
         if target is set_grad_enabled:
             return self.switch(replace(self.modes, grad=args[0]))
-        target = flash.call_of(target) or UNFUSED.get(target, target)
+        ours = flash.call_of(target) or recurrences.call_of(target)
+        target = ours or UNFUSED.get(target, target)
         if kwargs.get("out") is not None:
             return written_to(kwargs["out"], target(*args, **{**kwargs, "out": None}))
         return super().call_function(target, args, kwargs)

@@ -19,6 +19,7 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import backend, calls
 from mosaic.frontend.flash import allow_package
+from mosaic.frontend.recurrences import allow_functions
 from mosaic.frontend.sharded_inputs import Output, outputs_of
 from mosaic.graph import pipeline
 from mosaic.partition.context import Context
@@ -69,6 +70,7 @@ def explain(
     ):
         plan = planning(compiled, found)
         allow_package()
+        allow_functions()
         torch.compile(fn, backend=plan, options=options, dynamic=False)(*args, **kwargs)
     return merged(found)
 

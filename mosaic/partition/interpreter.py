@@ -77,6 +77,7 @@ class ShardingInterpreter:
     env: dict[fx.Node, Any] = field(default_factory=dict)
     collectives: list[Collective] = field(default_factory=list)
     attentions: list[Any] = field(default_factory=list)
+    recurrences: list[fx.Node] = field(default_factory=list)  # that the axis cuts in stretches
     gathered: list[tuple[str, fx.Node]] = field(default_factory=list)
     is_over_shards: bool = False  # the nodes are the local program of another axis
     decided: list[str] = field(default_factory=list)  # about the first axis's collectives

@@ -8,6 +8,7 @@ a dim like any other, of this rank's length, and all ranks along the later one h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from mosaic.partition.randomness import keep_mask
 from mosaic.partition.reductions import local_extreme, won
 from mosaic.partition.values import Value, map_values
 from mosaic.partition.views import view
+from mosaic.recurrences import segments
 from mosaic.runtime import collectives, rng
 from mosaic.runtime.comm import broadcast
 
@@ -95,16 +97,22 @@ def drawn(s: ShardingInterpreter, node: fx.Node) -> Value:
     return seed
 
 
-def users_function(s: ShardingInterpreter, node: fx.Node) -> tuple[Value, ...]:
-    """A user's autograd.Function runs whole."""
-    number, *tensors = node.args
-    why = "is read by a user's autograd.Function, of which nothing is known"
-    whole = [s.gather_aloud(s.env[x], why, node) for x in tensors]
-    several = again(s, node, (number, *whole), None)
-    items = [
-        s.emitter.item(several.node, i) if s.emitter else None for i in range(len(several.val))
+def run_whole(s: ShardingInterpreter, node: fx.Node, why: str) -> Any:
+    """A function of which nothing is known on all of the second axis."""
+    whole = [
+        s.gather_aloud(s.env[x], why, node) if isinstance(x, fx.Node) else x for x in node.args
     ]
-    return tuple(Value(v, None, n) for v, n in zip(several.val, items, strict=True))
+    found, results = again(s, node, tuple(whole), None), node.meta["val"]
+    if isinstance(results, torch.Tensor):
+        return found
+    items = [s.emitter.item(found.node, i) if s.emitter else None for i in range(len(results))]
+    return tuple(Value(v, None, n) for v, n in zip(results, items, strict=True))
+
+
+users_function = partial(
+    run_whole, why="is read by a user's autograd.Function, of which nothing is known"
+)
+recurred = partial(run_whole, why="is read by a recurrence along another axis")
 
 
 def reshaped(s: ShardingInterpreter, node: fx.Node) -> Value:
@@ -140,4 +148,8 @@ HELPERS: dict[Any, HelperRule] = {
     keep_mask: kept,
     rng.draw_seed: drawn,
     call_autograd_function: users_function,
+    segments.run_whole: recurred,
+    segments.answered: recurred,
+    segments.states: recurred,
+    segments.read: recurred,
 }

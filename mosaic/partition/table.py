@@ -31,6 +31,7 @@ from mosaic.partition import (
     normalization,
     other_axes,
     randomness,
+    recurrences,
     reductions,
     routing,
     scans,
@@ -292,6 +293,8 @@ TABLE: dict[str, LocalForm] = {
     "topk": along("dim"),
     "median.dim": along("dim"),
     "glu": along("dim"),
+    # a state that goes along the axis
+    "mosaic::recurrence": recurrences.recurrence,
     # losses
     "cross_entropy_loss": losses.cross_entropy,
     "nll_loss_nd": losses.cross_entropy,
@@ -329,7 +332,9 @@ TABLE: dict[str, LocalForm] = {
 }
 
 CREATED = frozenset({"zeros", "ones", "full", "empty.memory_format"})
-NEVER_AS_IS = frozenset({"dropout", "mosaic::autograd_function", "mosaic::sdpa"})
+NEVER_AS_IS = frozenset(
+    {"dropout", "mosaic::autograd_function", "mosaic::recurrence", "mosaic::sdpa"}
+)
 
 
 def rule_for(target: Any) -> LocalForm:

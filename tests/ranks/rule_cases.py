@@ -7,6 +7,7 @@ import rule_cases_attention
 import rule_cases_losses
 import rule_cases_pointwise
 import rule_cases_programs
+import rule_cases_recurrences
 import rule_cases_values
 import rule_cases_views
 import rule_cases_windows
@@ -21,6 +22,7 @@ for module in (
     rule_cases_losses,
     rule_cases_attention,
     rule_cases_programs,
+    rule_cases_recurrences,
     rule_cases_along,
     rule_cases_windows,
     rule_cases_writes,

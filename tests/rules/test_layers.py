@@ -63,7 +63,7 @@ FLOORS = (
     ("torch_private", "layout"),
     ("runtime",),
     ("graph", "attention"),
-    ("losses", "masks", "eager"),
+    ("losses", "masks", "eager", "recurrences"),
     ("partition",),
     ("padding",),
     ("report", "passes"),

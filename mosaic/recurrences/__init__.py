@@ -1,0 +1,1 @@
+"""Layers without attention: a state that goes along the axis (``mosaic::recurrence``)."""
