@@ -75,10 +75,11 @@ WAYS = (
 
 
 class Offloading(torch.autograd.graph.save_on_cpu):
-    """``save_on_cpu`` that counts what goes there, but for parameters."""
+    """``save_on_cpu`` that counts what goes there, but for parameters. ``pinned``: copies are
+    contiguous, which Inductor takes where checkpoints keep inputs alone."""
 
-    def __init__(self, model: torch.nn.Module):
-        super().__init__(pin_memory=CUDA)
+    def __init__(self, model: torch.nn.Module, pinned: bool):
+        super().__init__(pin_memory=pinned and CUDA)
         self.sent, own = 0, {w.untyped_storage().data_ptr() for w in model.parameters()}
         pack = self.pack_hook
 
@@ -173,7 +174,7 @@ class Step:
         clock, begin = Clock(), allocated()
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        hooks = Offloading(self.model) if self.way.offload else None
+        hooks = Offloading(self.model, self.way.checkpoint) if self.way.offload else None
         with hooks or nullcontext():
             loss = self.forward()
         kept = hooks.sent if hooks else allocated() - begin
