@@ -3,7 +3,6 @@ inner compiler."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +18,7 @@ from mosaic.api.spec import ShardingSpec
 from mosaic.frontend import calls, decoding, dtensors, shard_programs
 from mosaic.frontend.capture import Captured, capture
 from mosaic.frontend.data_check import DataCheck
+from mosaic.frontend.digest import conditions, plan_digest, text_of
 from mosaic.frontend.lengths import Padding, captured_at_bucket, padding_of
 from mosaic.frontend.refused import refuse_unknown
 from mosaic.frontend.sharded_inputs import (
@@ -128,7 +128,7 @@ def compile_graph(
     except Exception as error:
         report_failure(group, error)
         raise
-    facts = plan_digest(context, chosen, plan, conditions(module))
+    facts = plan_digest(context, plan, conditions(module))
     agreement.agree(group, facts)
     context.constants = len([*local.parameters(), *local.buffers()])
     lowering = Lowering(context, plan)
@@ -305,43 +305,6 @@ class Lowering:
         self.plan.graphs[kind] = graph
         worlds = (self.context.world, *self.context.worlds)
         self.sequences[kind] = sequence(graph, {w.group: w.mesh_axis for w in worlds})
-
-
-def text_of(graph: fx.Graph) -> str:
-    """A graph with its shapes, for the digest; every rank has a device of its own. A number that
-    nothing reads is left out: Dynamo adds the size of a rank's part where that has changed, and on
-    a rank where it has not it does not."""
-
-    def line(node: fx.Node) -> str:
-        text = node.name if node.op == "placeholder" else node.format_node()
-        return f"{text} {getattr(node.meta.get('val'), 'shape', '')}"
-
-    def is_unread_number(node: fx.Node) -> bool:
-        is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
-        return node.op == "placeholder" and not node.users and not is_tensor
-
-    lines = (line(node) for node in graph.nodes if not is_unread_number(node))
-    return re.sub(r"\b(cuda|xpu):\d+", r"\1", "\n".join(lines))
-
-
-def conditions(module: fx.GraphModule) -> str:
-    """What decides, beside the graph, whether there is a backward, and in which dtypes."""
-    inputs = (n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder"))
-    tensors = (x for x in inputs if not isinstance(x, torch.SymInt))
-    learned = (str(int(getattr(x, "requires_grad", False))) for x in tensors)
-    return f"{Modes.current().encode()} requires_grad:{''.join(learned)}"
-
-
-def plan_digest(context: Context, options: Options, plan: Plan, modes: str) -> str:
-    decided = [str(a) for a in plan.attentions] + plan.collective_rows() + context.decided
-    decided += [plan.axis, plan.layout]
-    return agreement.digest(
-        graph=context.graph_text,
-        spec=options.spec.encode(),
-        plan="\n".join(decided),
-        modes=modes,
-        versions=torch.__version__,
-    )
 
 
 def data_check(

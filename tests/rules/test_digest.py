@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from mosaic.frontend.backend import text_of
+from mosaic.frontend.digest import text_of
 
 
 def graph_of(*sizes: str, is_read: bool = False) -> fx.Graph:
