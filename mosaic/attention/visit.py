@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mosaic.attention import kernels
 from mosaic.attention.blocks import FULL, Band, Piece, pieces, sees_any, stretch
-from mosaic.attention.kernels.kernel import STRUCTURE
+from mosaic.attention.kernels.kernel import STRUCTURE, change_of
 from mosaic.attention.merge import accumulator
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.scores import then, with_bias
@@ -80,13 +80,10 @@ class Visit:
 
     def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Piece, dict[str, Any]]]:
         """The calls of ``kernels.forward`` that do it all: the piece of each, and its options."""
-        changes = kernels.change_of(self.scores.program if self.scores else "")
-        case = kernels.Case.of(q, k, v, self.mask, self.keep is not None, changes)
+        case = kernels.Case.of(q, k, v, self.mask, self.keep is not None, self.scores)
         if self.is_structure and not self.is_empty:
             piece, options = self.at_once(q, k)
-            scores = options["scores"]
-            changes = kernels.change_of(scores.program if scores else "")
-            given = (options["mask"], self.keep is not None, changes)
+            given = (options["mask"], self.keep is not None, options["scores"])
             if kernels.takes(kernels.Case.of(q, k, v, *given), piece):
                 yield piece, options
                 return
@@ -185,8 +182,9 @@ def _band(band: Band, rows: Intervals, keys: Intervals, device: torch.device) ->
 
 def is_in_kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a kernel computes a plan's programs pair by pair: then no tile is made."""
-    changes = kernels.change_of(plan.scores, plan.tile if plan.has_bias else "")
-    case = kernels.Case.of(q, k, v, None, bool(plan.dropout), changes)._replace(mask=STRUCTURE)
+    changes = change_of(plan.scores, plan.tile if plan.has_bias else "")
+    case = kernels.Case.of(q, k, v, None, bool(plan.dropout))
+    case = case._replace(mask=STRUCTURE, scores=changes)
     return kernels.takes(case, Piece(0, q.shape[2], 0, k.shape[2]))
 
 

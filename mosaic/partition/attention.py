@@ -289,7 +289,7 @@ def case_of(c: Call) -> Case:
     q, k, v = (c[name].val for name in QKV)
     tile = tile_of(c.bound)
     changes = change_of(scores_of(c.bound), tile if adds_bias(tile) else "")
-    return Case.of(q, k, v, None, bool(c["dropout_p"]), changes)
+    return Case.of(q, k, v, None, bool(c["dropout_p"]))._replace(scores=changes)
 
 
 def folded(place: Place, shape: torch.Size) -> Place:

@@ -34,14 +34,7 @@ from mosaic.attention.kernels.efficient import EFFICIENT
 from mosaic.attention.kernels.flash_attn import FLASH_ATTN_4
 from mosaic.attention.kernels.flash_masks import FLASH_MASKS
 from mosaic.attention.kernels.flex import FLEX
-from mosaic.attention.kernels.kernel import (
-    STRUCTURE,
-    Bounds,
-    Case,
-    Gradients,
-    Kernel,
-    change_of,
-)
+from mosaic.attention.kernels.kernel import STRUCTURE, Bounds, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, BOTH, FORWARD, quickest
 from mosaic.attention.kernels.seen_first import SEEN_FIRST
@@ -49,17 +42,7 @@ from mosaic.attention.kernels.short import SHORT, SHORT_SINGLE
 from mosaic.attention.merge import Partial
 from mosaic.attention.structure import Structure
 
-__all__ = [
-    "KERNELS",
-    "Case",
-    "Gradients",
-    "backward",
-    "change_of",
-    "cut",
-    "forward",
-    "takes",
-    "using",
-]
+__all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "takes", "using"]
 
 #: Which kernel does a block: of those that fit, the one that took least where it was ``measured``;
 #: the first, where none was. ``MATH`` is right for every mask that is a tensor, and alone does
@@ -114,7 +97,7 @@ def forward(
     factor, scale = _above_zero(scale)
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
     q, k, v = (_in_rows(x) for x in (_times(q, factor), k, v))
-    case = Case.of(q, k, v, mask, keep is not None, change_of(scores.program if scores else ""))
+    case = Case.of(q, k, v, mask, keep is not None, scores)
     kernel = _choose(case, _piece(q, k, band), FORWARD)
     return batches.forward(kernel, q, k, v, **options, scores=scores)
 
@@ -140,7 +123,7 @@ def backward(
     factor, scale = _above_zero(scale)
     options = {"band": band, "mask": mask, "scale": scale, "keep": keep, "shift": shift}
     q = _times(q, factor)
-    case = Case.of(q, k, v, mask, keep is not None, change_of(scores.program if scores else ""))
+    case = Case.of(q, k, v, mask, keep is not None, scores)
     kernel = _choose(case, _piece(q, k, band), BACKWARD)
     tensors = (*(_in_rows(x) for x in (dout, q, k, v, out)), lse)
     grads = batches.backward(kernel, tensors, **options, scores=scores, need_dmask=need_dmask)

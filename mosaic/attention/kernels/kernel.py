@@ -68,7 +68,7 @@ class Case(NamedTuple):
         v: Tensor,
         mask: Tensor | Structure | None,
         dropout: bool,
-        scores: str = "",
+        scores: Structure | None = None,
     ) -> Case:
         return cls(
             q.device.type,
@@ -79,7 +79,7 @@ class Case(NamedTuple):
             _mask_of(mask),
             dropout,
             q.numel() == 0 or k.numel() == 0,
-            scores,
+            change_of(scores.program) if scores else "",
             q.shape[0] * q.shape[1],
             *_program_of(mask),
         )
