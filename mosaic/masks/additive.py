@@ -19,6 +19,8 @@ from mosaic.masks.terms import KEY, QUERY, Term, constant, operand, peeled
 
 aten = torch.ops.aten
 INF = float("inf")
+#: In a wider dtype no score is told from bfloat16's lowest number, either.
+LOWEST = torch.finfo(torch.bfloat16).min
 WHERE = {
     aten.where.self,
     aten.where.ScalarOther,
@@ -69,7 +71,7 @@ def additive(term: Term, constants: Constants) -> Additive:
 
 
 def lowest(term: Term) -> float:
-    return torch.finfo(term.node.meta["val"].dtype).min
+    return max(torch.finfo(term.node.meta["val"].dtype).min, LOWEST)
 
 
 def number(x: object, constants: Constants) -> float | None:

@@ -81,6 +81,11 @@ MASKS: dict[str, tuple[Callable[..., Tensor], list[Tensor], str]] = {
         "causal",
     ),
     "lowest": (lambda: torch.where(causal(), 0.0, torch.tensor(LOW, **DOUBLE)), [], "causal"),
+    "lowest of bfloat16": (
+        lambda ids: torch.where(causal() & same(ids), zeros(), torch.finfo(torch.bfloat16).min),
+        [IDS],
+        "causal, documents",
+    ),
     "window": (lambda: causal() & (arange(N)[:, None] - arange(N) < 3), [], "causal, window 3"),
     "both sides": (lambda: (arange(N)[:, None] - arange(N)).abs() <= 2, [], "window -2 to +2"),
     "everything": (lambda: torch.ones(N, N).bool(), [], ""),
