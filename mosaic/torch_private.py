@@ -90,7 +90,6 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mosaic.api.errors import UnsupportedError
 
-from torch._dynamo._trace_wrapped_higher_order_op import mod_index as flex_index  # isort: skip
 from torch._functorch.autograd_function import autograd_function_apply  # isort: skip
 from torch._higher_order_ops.flex_attention import create_fw_bw_graph  # isort: skip
 
@@ -134,7 +133,6 @@ __all__ = [
     "flex_backward",
     "flex_blocks",
     "flex_forward",
-    "flex_index",
     "flex_op",
     "flex_op_of_subclasses",
     "flex_vmap",
@@ -143,7 +141,6 @@ __all__ = [
     "has_contexts",
     "has_decomposition",
     "is_alias",
-    "is_beyond_shared_memory",
     "is_composite",
     "is_in_backward",
     "is_linear",
@@ -781,11 +778,6 @@ FLEX_OPTIONS = {
     "OUTPUT_LOGSUMEXP": True,
     "OUTPUT_MAX": False,
 }
-FLEX_SMALL = {"BLOCK_M": 64, "BLOCK_N": 32, "num_stages": 1, "num_warps": 4}
-FLEX_SMALL_BACKWARD = dict.fromkeys(("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 32) | {
-    "num_stages": 1,
-    "num_warps": 4,
-}
 
 
 def flex_blocks(
@@ -829,14 +821,11 @@ def flex_forward(
     mask: FlexMod,
     scale: float,
     change: FlexMod,
-    is_small: bool,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, to the base of 2. ``mask``: of ``flex_blocks``; ``change``: the function of a
-    score, or None. Each with what its function takes after a pair. ``is_small``: in blocks that
-    need little shared memory."""
+    score, or None. Each with what its function takes after a pair."""
     op = torch.ops.higher_order.flex_attention
-    options = FLEX_OPTIONS | (FLEX_SMALL if is_small else {})
-    given = (change[0] or _same_score, mask[0], scale, options, change[1], mask[1])
+    given = (change[0] or _same_score, mask[0], scale, FLEX_OPTIONS, change[1], mask[1])
     out, lse, *_ = op(q, k, v, *given)
     return out, lse
 
@@ -851,16 +840,13 @@ def flex_backward(
     mask: FlexMod,
     scale: float,
     change: FlexMod,
-    is_small: bool,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """dq, dk, dv of these keys, with the output and log-sum-exp of all; and the gradients of the
-    buffers of ``change`` that require one."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of these keys, with the output and log-sum-exp of all."""
     op = torch.ops.higher_order.flex_attention_backward
     mods = (_same_score, _same_gradient) if change[0] is None else _with_gradient(q, *change)
     given = (q, k, v, out, lse, dout, torch.zeros_like(lse), *mods)
-    options = FLEX_OPTIONS | (FLEX_SMALL_BACKWARD if is_small else {})
-    grads: Any = op(*given, mask[0], scale, options, change[1], mask[1])
-    return grads
+    dq, dk, dv, *_ = op(*given, mask[0], scale, FLEX_OPTIONS, change[1], mask[1])
+    return dq, dk, dv
 
 
 def _with_gradient(
@@ -871,11 +857,6 @@ def _with_gradient(
     with torch.enable_grad():
         score = q.new_zeros((), requires_grad=True)
         return create_fw_bw_graph(change, (score, batch, head, query, key), buffers)
-
-
-def is_beyond_shared_memory(error: Exception) -> bool:
-    """Of ``compiled_by_inductor``: whether no kernel's blocks fit."""
-    return "No valid triton configs" in str(error)
 
 
 @contextmanager

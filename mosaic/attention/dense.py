@@ -5,6 +5,7 @@ from __future__ import annotations
 from mosaic.attention.blocks import Band
 from mosaic.attention.kernels.flex import refused
 from mosaic.attention.kernels.kernel import STRUCTURE, Case
+from mosaic.attention.kernels.tiled import TILES
 
 #: By the last words of a mask: what is no structure.
 TENSORS = {
@@ -22,4 +23,5 @@ def is_more(mask: str, band: Band) -> bool:
 def why_dense(mask: str, case: Case) -> str:
     """``mask``: in words. "" where a kernel computes it."""
     rest = mask.rpartition(", ")[2]
-    return TENSORS.get(rest) or refused(case._replace(mask=STRUCTURE))
+    case = case._replace(mask=STRUCTURE)
+    return TENSORS.get(rest) or ("" if TILES.fits(case) else refused(case))

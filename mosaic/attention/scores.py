@@ -14,6 +14,7 @@ tensor([[[[38.0797]]]])
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -56,6 +57,26 @@ def then(scores: Structure, op: str, by: Tensor | float) -> Structure:
         leaves = (*leaves, by)
     step = Step(op, (Ref(len(leaves) + len(steps)), last))
     return Structure(str(replace(program, steps=(*steps, step))), leaves)
+
+
+def bias_of(scores: Structure) -> tuple[Structure, Tensor | None] | None:
+    """What a change adds to a score, and what it takes off for a row, if that is all it does: the
+    inverse of ``with_bias``, and of ``then`` with a shift."""
+    leaves, steps, shift = scores.leaves, scores.parsed.steps, None
+    score = len(leaves)
+    if steps[-1] == Step("sub.Tensor", (Ref(score + len(steps) - 1), Ref(score - 1))):
+        leaves, steps, shift = leaves[:-1], steps[:-1], leaves[-1]
+    *made, last = steps
+    of_bias = Ref(score + len(made))
+    if not made or last != Step("add.Tensor", (Ref(score), of_bias)) or reads(made, Ref(score)):
+        return None
+    program = tuple(renumbered(step, score, 0, len(leaves) - score - 1) for step in made)
+    return Structure(str(replace(scores.parsed, steps=program)), leaves), shift
+
+
+def reads(steps: Sequence[Step], number: Ref) -> bool:
+    """Whether any step is given this result."""
+    return any(number in (*step.args, *dict(step.kwargs).values()) for step in steps)
 
 
 def behind_leaves(scores: str, count: int) -> str:

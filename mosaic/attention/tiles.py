@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mosaic.attention.lookups import Lookup
 from mosaic.attention.merge import accumulator
 from mosaic.layout import Intervals, Run
 from mosaic.runtime.comm import take_runs
@@ -85,13 +86,8 @@ def filled(step: Step, known: Sequence[Tensor]) -> Tensor:
 
 def looked_up(step: Step, known: Sequence[Tensor]) -> Tensor:
     """(entries, heads|1) at (batch|1, heads|1, s, t), of which one has heads at most."""
-    aten = torch.ops.aten
     table, index, *padding = step.given(known)
-    if step.op == "index":
-        found = aten.index.Tensor(table, [index])
-    else:
-        found = aten.embedding.default(table, index, *padding)
-    return found.squeeze(4) if table.shape[1] == 1 else found.squeeze(1).movedim(3, 1)
+    return Lookup.apply(table, index, *(padding or [-1]))
 
 
 #: Of a whole tile.
@@ -143,6 +139,12 @@ class TileProgram:
     def has_tables(self) -> bool:
         """Whether it looks something up for each pair, or gives what it reads a gradient."""
         return bool(self.learned) or any(step.op in LOOKUPS for step in self.steps)
+
+    @property
+    def softcap(self) -> float:
+        """c of c * tanh(score), if that is all that is done; else 0."""
+        ops = [step.op for step in self.steps]
+        return float(self.steps[1].args[1]) if ops == ["tanh", "mul.Tensor"] else 0.0
 
     def gradients(self, leaves: Sequence[Tensor], dtile: Tensor) -> dict[int, Tensor]:
         """What a tile's gradient is for each of the ``learned`` leaves, by their numbers."""

@@ -81,7 +81,7 @@ class Visit:
     def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Piece, dict[str, Any]]]:
         """The calls of ``kernels.forward`` that do it all: the piece of each, and its options."""
         case = kernels.Case.of(q, k, v, self.mask, self.keep is not None, self.scores)
-        if self.is_structure and not self.is_empty:
+        if self.is_structure and not self.is_empty and not self.is_capped(case):
             piece, options = self.at_once(q, k)
             given = (options["mask"], self.keep is not None, options["scores"])
             if kernels.takes(kernels.Case.of(q, k, v, *given), piece):
@@ -92,6 +92,11 @@ class Visit:
             return
         for piece in kernels.cut(case._replace(mask=self.dtype), self.pieces):
             yield piece, self.options(piece)
+
+    def is_capped(self, case: kernels.Case) -> bool:
+        """Whether a kernel is told of the band and the softcap, and there is nothing else."""
+        rest = (self.mask, self.seen, self.bias)
+        return all(part is None for part in rest) and kernels.caps(case, self.pieces)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -75,10 +75,8 @@ def mask_words(
 
 def score_words(scores: str) -> str:
     """``cap * tanh(score)`` is a softcap; anything else a program."""
-    first, *rest = TileProgram.parse(scores).steps
-    if first.op == "tanh" and [step.op for step in rest] == ["mul.Tensor"]:
-        return f"softcap {rest[0].args[1]:g}"
-    return "scores by a program"
+    cap = TileProgram.parse(scores).softcap
+    return f"softcap {cap:g}" if cap else "scores by a program"
 
 
 #: (one row for all queries, boolean)

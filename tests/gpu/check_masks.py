@@ -26,8 +26,9 @@ from mosaic.attention import kernels
 from mosaic.attention.attend import attend, attend_backward
 from mosaic.attention.blocks import FULL, Band
 from mosaic.attention.kernels.flex import FLEX
-from mosaic.attention.kernels.kernel import CHANGED
+from mosaic.attention.kernels.kernel import TABLES
 from mosaic.attention.kernels.math import MATH
+from mosaic.attention.kernels.tiled import TILES
 from mosaic.attention.mask_gradients import OfLeaves
 from mosaic.attention.plan import AttentionPlan
 from mosaic.attention.shift import shift_of
@@ -99,12 +100,12 @@ class Check:
     band: Band = FULL
     mask: str = ""
     documents: bool = False
-    cap: float = 0.0
     dim: int = 64
     v_dim: int = 64
     kv_heads: int = 2
     dtype: torch.dtype = HALF
     tokens: int = 900
+    cap: float = 0.0
 
 
 CHECKS = (
@@ -140,10 +141,18 @@ CHECKS = (
     Check("float16", CAUSAL, "padding", True, dtype=torch.float16),
     Check("float32, head dim 128", CAUSAL, "padding", True, 128, 128, dtype=torch.float32),
 )
-#: The kernels that take a mask as structure.
-STRUCTURED = ("short", "short float32", "flash_attn 4, seen keys", "flash_attn 4, masks", "flex")
+#: The kernels that take a mask as structure, and the one that caps the scores of a band.
+STRUCTURED = (
+    "flash_attn 4",
+    "short",
+    "short float32",
+    "flash_attn 4, seen keys",
+    "flash_attn 4, masks",
+    "tiles",
+    "flex",
+)
 #: Boolean programs as ``analyze_masks`` reads them: of positions of queries and keys, and lengths.
-TILES = {
+SEEN = {
     "prefix": "bool: le.Tensor(%1, %0); lt.Tensor(%1, %2); bitwise_or.Tensor(%3, %4)",
     "distances": "bool: sub.Tensor(%1, %0); remainder.Scalar(%3, 3); eq.Scalar(%4, 0); "
     "lt.Tensor(%1, %2); logical_and(%5, %6)",
@@ -174,7 +183,7 @@ def inputs_of(check: Check, device: torch.device) -> Inputs:
     if check.mask == "heads":
         mask = mask & (at % torch.arange(2, 6, device=device).view(1, 4, 1, 1) > 0)
     leaves = ()
-    if check.mask in TILES:
+    if check.mask in SEEN:
         leaves = (at.view(1, 1, n, 1), at.view(1, 1, 1, n), lengths)
     if check.mask in BIASES:
         learned = torch.randn(2 * REACH + 1, 4, device=device)
@@ -228,7 +237,7 @@ def plain(
 ) -> list[Tensor]:
     """out, dq, dk, dv and that of what is learned; a row that sees nothing has out 0."""
     q, k, v, dout = (x.detach().to(dtype) for x in tensors)
-    learned = [inputs.leaves[2].to(dtype)] if check.mask in BIASES else []
+    learned = [inputs.leaves[2].detach().to(dtype)] if check.mask in BIASES else []
     leaves = [x.requires_grad_() for x in (q, k, v, *learned)]
     k, v = (x.repeat_interleave(4 // x.shape[1], 1) for x in (k, v))
     scores = q @ k.mT / q.shape[-1] ** 0.5
@@ -242,13 +251,10 @@ def plain(
 
 def programs_of(check: Check, inputs: Inputs) -> tuple[str, str]:
     """That of the mask, and that of the scores, which is given the leaves and the scaled score."""
-    tile, dtype = TILES.get(check.mask, ""), str(check.dtype).removeprefix("torch.")
+    tile, dtype = SEEN.get(check.mask, ""), str(check.dtype).removeprefix("torch.")
     tile = f"{dtype} {BIASES[check.mask]}" if check.mask in BIASES else tile
     n = len(inputs.leaves)
-    cap = (
-        f"{dtype}: div.Tensor(%{n}, {check.cap}); tanh(%{n + 1}); mul.Tensor(%{n + 2}, {check.cap})"
-    )
-    return tile, cap if check.cap else ""
+    return tile, f"{dtype}: tanh(%{n}); mul.Tensor(%{n + 1}, {check.cap})" if check.cap else ""
 
 
 def relative(x: Tensor, y: Tensor) -> float:
@@ -267,8 +273,6 @@ def checked(check: Check, device: torch.device) -> tuple[str, str]:
     if device.type == "cpu":
         check = replace(check, tokens=min(check.tokens, 300))
         use_flex_on_cpu()
-    else:
-        use_flex_for_tables()
     base, found = tried(check, STRUCTURED, device)
     cells = [f"{base[0]:.1e} {base[1]:.1e}", *(text for text, _ in found.values())]
     wrong = [problem for _, problem in found.values() if problem]
@@ -284,7 +288,8 @@ def tried(
     want = plain(check, tensors, inputs, seen, torch.float64)
     base = errors(plain(check, tensors, inputs, seen, check.dtype), want)
     allowed = [max(ROUNDING[check.dtype], 4 * e) for e in base]
-    call = partial(by_ranks, tensors, inputs, check.band, check.dim**-0.5, *programs)
+    scale = check.dim**-0.5 / (check.cap or 1)
+    call = partial(by_ranks, tensors, inputs, check.band, scale, *programs)
     return base, {name: cell(check, name, call, want, allowed) for name in names}
 
 
@@ -325,14 +330,12 @@ def check_errors(device: torch.device, only: list[str] | None) -> list[str]:
 
 
 def use_flex_on_cpu() -> None:
-    """As if flex did all structures there."""
-    kernels.KERNELS = (FLEX._replace(fits=lambda case: case.is_structured), MATH)
-
-
-def use_flex_for_tables() -> None:
-    """As if they were quick there."""
-    able = FLEX._replace(fits=lambda case: FLEX.fits(case._replace(scores=CHANGED)))
-    kernels.KERNELS = tuple(able if kernel is FLEX else kernel for kernel in kernels.KERNELS)
+    """As if flex did structures there, and tables went tile by tile."""
+    kernels.KERNELS = (
+        FLEX._replace(fits=lambda case: case.is_structured and case.scores != TABLES),
+        TILES._replace(fits=lambda case: case.is_structured and case.scores == TABLES),
+        MATH,
+    )
 
 
 def main() -> int:

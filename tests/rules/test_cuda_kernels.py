@@ -34,10 +34,12 @@ from mosaic.layout import Layout
 NAMES = ("flash_attn 4", "cudnn", "flash", "efficient")
 
 
-def options(q, k, left=None, right=None, bias=None, scale=1.0) -> dict:
+def options(q, k, left=None, right=None, bias=None, scale=1.0, cap=0.0) -> dict:
     ahead = k.shape[2] - q.shape[2]
     band = (None if left is None else ahead - left, None if right is None else ahead + right)
-    return {"band": band, "mask": bias, "scale": scale, "keep": None, "shift": None}
+    scores = Structure(f"float32: tanh(%0); mul.Tensor(%1, {cap})", ()) if cap else None
+    rest = {"scale": scale, "keep": None, "shift": None, "scores": scores}
+    return {"band": band, "mask": bias, **rest}
 
 
 def run(q, k, v, **sides) -> tuple[Tensor, Tensor]:
@@ -159,9 +161,12 @@ def keys_of(used: Tensor, k: Tensor) -> Tensor:
 def package(name: str) -> SimpleNamespace:
     assert name == "flash_attn.cute.interface"
 
-    def sides(softmax_scale, causal=False, window_size_left=None, window_size_right=None) -> dict:
+    def sides(
+        softmax_scale, causal=False, window_size_left=None, window_size_right=None, score_mod=0.0
+    ) -> dict:
         assert -1 not in (window_size_left, window_size_right)
-        return {"scale": softmax_scale, **sides_of(causal, window_size_left, window_size_right)}
+        bounds = sides_of(causal, window_size_left, window_size_right)
+        return {"scale": softmax_scale, "cap": score_mod, **bounds}
 
     def forward(q, k, v, return_lse, seqused_k=None, mask=None, **given):
         mask = mask if seqused_k is None else keys_of(seqused_k, k)
@@ -170,7 +175,10 @@ def package(name: str) -> SimpleNamespace:
             out[seqused_k == 0] = lse[seqused_k == 0] = float("nan")
         return out.transpose(1, 2), lse, None, None
 
-    def backward(q, k, v, out, dout, lse, dq, dk, dv, seqused_k=None, mask=None, **given):
+    def backward(
+        q, k, v, out, dout, lse, dq, dk, dv, seqused_k=None, mask=None, score_mod_bwd=0.0, **given
+    ):
+        assert score_mod_bwd == given.get("score_mod", 0.0)
         assert q.shape[-1] % 32 == v.shape[-1] % 32 == 0  # others: wrong, silently, on Hopper
         mask = mask if seqused_k is None else keys_of(seqused_k, k)
         grads = run_back(*swap(dout, q, k, v, out), lse, **sides(**given), bias=mask)[:3]
@@ -201,6 +209,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.Case, "of", there)
     monkeypatch.setattr(flash_attn, "_installed", lambda: True)
     monkeypatch.setattr(flash_attn, "import_module", package)
+    monkeypatch.setattr(flash_attn, "cap_mods", lambda cap: (cap, cap))
     monkeypatch.setattr(flash_masks, "options_of", options_of)
     monkeypatch.setattr(short, "launch", launch)
     for module in (flex, short):
@@ -236,11 +245,14 @@ def test_stand_ins_with_structure_are_right(check: check_masks.Check) -> None:
     assert [problem for _, problem in found.values() if problem] == []
     done = [name for name, (text, _) in found.items() if text != "-"]
     half, by_pairs = check.dtype != torch.float32, check.band != FULL or check.documents
+    is_band = not (check.mask or check.documents)
     by_keys = check.mask in ("padding", "nothing") and (not by_pairs or check.tokens == 3)
     assert ("flash_attn 4, seen keys" in done) == (half and by_keys)
-    changes = bool(check.cap) or check.mask in check_masks.BIASES
-    by_masks = max(check.dim, check.v_dim) <= 128 and check.mask != "distances" and not changes
+    has_bias = check.mask in check_masks.BIASES
+    by_masks = max(check.dim, check.v_dim) <= 128 and check.mask != "distances" and not has_bias
     assert ("flash_attn 4, masks" in done) == (half and by_masks)
+    assert ("flash_attn 4" in done) == is_band
+    assert ("tiles" in done) == has_bias
 
 
 @pytest.mark.usefixtures("hopper")

@@ -1,5 +1,5 @@
-"""Score programs and biases: by plain math and in torch's flex kernels (on a CPU their plain math),
-the output and every gradient, also of what is learned.
+"""Score programs and biases: by plain math, in torch's flex kernels (on a CPU their plain math) and
+tile by tile, the output and every gradient, also of what is learned.
 
 Two simulated ranks in zigzag, as in ``test_structure.py``, against attention written out.
 """
@@ -15,11 +15,12 @@ from torch import Tensor, arange
 
 from mosaic.attention import kernels
 from mosaic.attention.blocks import FULL, Band, Piece
-from mosaic.attention.kernels import seen_blocks
+from mosaic.attention.kernels import seen_blocks, tiled
 from mosaic.attention.kernels.flex import FLEX
-from mosaic.attention.kernels.kernel import CHANGED, Case
+from mosaic.attention.kernels.kernel import CHANGED, SOFTCAP, TABLES, Case, change_of
 from mosaic.attention.kernels.math import MATH
-from mosaic.attention.scores import then, with_bias
+from mosaic.attention.kernels.tiled import TILES
+from mosaic.attention.scores import bias_of, then, with_bias
 from mosaic.attention.structure import Structure
 from mosaic.attention.tiles import TileProgram
 from mosaic.attention.visit import Inputs
@@ -118,14 +119,22 @@ def written_out(tensors: list[Tensor], name: str) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, wanted, tensors[3])]
 
 
-@pytest.mark.parametrize("kernel", ["math", "flex"])
+#: What is tried of each beside plain math; tables are not for flex.
+ABLE = {
+    "math": (),
+    "flex": (FLEX._replace(fits=lambda x: x.is_structured and x.scores != TABLES, most_batches=1),),
+    "tiles": (TILES._replace(fits=lambda x: x.is_structured and x.scores != "", most_batches=1),),
+}
+
+
+@pytest.mark.parametrize("kernel", ABLE)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_what_is_written_out(
     monkeypatch: pytest.MonkeyPatch, name: str, kernel: str
 ) -> None:
-    able = FLEX._replace(fits=lambda case: case.is_structured, most_batches=1)
-    monkeypatch.setattr(kernels, "KERNELS", (able, MATH) if kernel == "flex" else (MATH,))
+    monkeypatch.setattr(kernels, "KERNELS", (*ABLE[kernel], MATH))
     monkeypatch.setattr(seen_blocks, "BLOCK", 4)
+    monkeypatch.setattr(tiled, "MOST", 7 * 4 * N)
     tile, scores, leaves, band, ids = CASES[name]
     tensors = [torch.randn(2, heads, N, 8, dtype=DOUBLE) for heads in (4, 2, 2, 4)]
     inputs = Inputs(None, ids, ids, None, leaves)
@@ -150,7 +159,7 @@ def test_a_row_of_low_numbers_weighs_them_alike(
     torch.testing.assert_close(out, v.double().mean(2, True).expand(out.shape), atol=1e-2, rtol=0)
 
 
-def test_only_flex_and_math_change_scores() -> None:
+def test_only_math_changes_scores_in_any_way() -> None:
     for device, dtype in (("cuda", torch.bfloat16), ("cuda", torch.float32), ("cpu", DOUBLE)):
         for mask in (None, torch.bool, dtype):
             case = Case(device, 9, dtype, 64, 64, mask, False, False, scores=CHANGED)
@@ -166,3 +175,27 @@ def test_programs_are_put_together() -> None:
     assert both.parsed.learned == (1,)
     found = both.parsed(*both.of_piece(Piece(0, 2, 1, 3)).leaves, score[:, :, :2, 1:])
     assert torch.equal(found, torch.full([1, 1, 2, 2], 10.0 * 2 - 1 + 2 - 4))
+    assert bias_of(both) is None
+
+
+def test_what_is_added_is_told_from_a_change() -> None:
+    """And the shift that is taken off behind it."""
+    leaves: Any = (torch.tensor(2.0), torch.arange(3.0).view(1, 1, 1, 3))
+    bias = Structure("float32 d%1: neg(%1); add.Tensor(%2, %0)", leaves)
+    shift, whole = torch.full([1, 1, 3, 1], 4.0), Piece(0, 3, 0, 3)
+    for changes, less in (
+        (with_bias(None, bias), None),
+        (then(with_bias(None, bias), "sub.Tensor", shift), shift),
+    ):
+        added, taken_off = bias_of(changes) or pytest.fail("is added")
+        assert added.parsed.learned == (1,) and taken_off is less
+        assert torch.equal(added.tile(whole), bias.tile(whole))
+    assert bias_of(Structure("float32: mul.Tensor(%2, %0); add.Tensor(%2, %3)", leaves)) is None
+    assert bias_of(Structure(CAP.format(2, 3), leaves)) is None
+
+
+def test_the_kind_of_a_change() -> None:
+    assert change_of(CAP.format(0, 1), "") == SOFTCAP
+    assert change_of(CAP.format(3, 4), TABLE) == TABLES
+    assert change_of("", "float64 mild: sub.Tensor(%1, %0); abs(%2)") == CHANGED
+    assert change_of("", "") == ""

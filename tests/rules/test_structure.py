@@ -23,10 +23,12 @@ from mosaic.attention import dense, kernels
 from mosaic.attention.blocks import FULL, Band, Piece
 from mosaic.attention.dense import is_more, why_dense
 from mosaic.attention.kernels import flex as flex_module
+from mosaic.attention.kernels import tiled
 from mosaic.attention.kernels.flex import FLEX, lists_of
-from mosaic.attention.kernels.kernel import CHANGED, STRUCTURE, TABLES, Case
+from mosaic.attention.kernels.kernel import CHANGED, STRUCTURE, TABLES, Case, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.seen_blocks import Blocks, blocks_of
+from mosaic.attention.kernels.tiled import TILES
 from mosaic.attention.structure import Structure, of_band, of_documents, positions, together
 from mosaic.attention.visit import Inputs
 from mosaic.layout import Layout
@@ -37,15 +39,21 @@ from mosaic.torch_private import flex_blocks
 
 @pytest.fixture
 def flex(monkeypatch: pytest.MonkeyPatch) -> list[Structure]:
-    """As if flex did all structures; the masks that it was given. Blocks are of 2 x 2 pairs."""
-    given = []
+    """As if flex did all structures but tables, which go in tiles of a few rows; the masks that
+    they were given."""
+    given: list[Structure] = []
 
-    def forward(*tensors: Tensor, mask: Structure, **options: Any) -> Any:
-        given.append(mask)
-        return FLEX.forward(*tensors, mask=mask, **options)
+    def able(kernel: Kernel, fits: Callable[[Case], bool]) -> Kernel:
+        def forward(*tensors: Tensor, mask: Structure, **options: Any) -> Any:
+            given.append(mask)
+            return kernel.forward(*tensors, mask=mask, **options)
 
-    able = FLEX._replace(fits=lambda case: case.is_structured, forward=forward, most_batches=1)
-    monkeypatch.setattr(kernels, "KERNELS", (able, MATH))
+        return kernel._replace(fits=fits, forward=forward, most_batches=1)
+
+    pairs = able(FLEX, lambda case: case.is_structured and case.scores != TABLES)
+    tables = able(TILES, lambda case: case.is_structured and case.scores == TABLES)
+    monkeypatch.setattr(kernels, "KERNELS", (pairs, tables, MATH))
+    monkeypatch.setattr(tiled, "MOST", 64)
     return given
 
 
@@ -207,7 +215,8 @@ TABLE_BIAS = "float32 d%2 mild: sub.Tensor(%1, %0); abs(%3); index(%2, %4)"
         ("softcap 50, dense float", {}, "added to the scores"),
         ("softcap 50", {"dtype": torch.float64}, "float64"),
         ("softcap 50", {"scores": CHANGED}, ""),
-        ("bias by tiles", {"scores": TABLES}, "a table"),
+        ("bias by tiles", {"scores": TABLES}, ""),
+        ("bias by tiles", {"scores": TABLES, "dropout": True}, "dropout"),
         ("causal, bias of keys", {}, "added to the scores"),
     ],
 )
@@ -292,7 +301,8 @@ def test_no_rank_has_a_tensor_of_rows_x_keys(flex: list[Structure], mask: str, m
             node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)
         ]
         assert max(val.numel() for val in vals) < 96 * 96 * 4
-        assert any("flex" in str(node.target) for node in graph.nodes)
+        ran = "tiles" if mask.startswith("table") else "flex"
+        assert any(f"mosaic.{ran}" in str(node.target) for node in graph.nodes)
 
 
 def program_of_documents(x: Tensor, ids: Tensor) -> Tensor:
@@ -321,8 +331,9 @@ def test_documents_are_cut_into_many_zigzags(
 @pytest.mark.parametrize(("p", "most"), [(4, 1.06), (8, 1.12)])
 def test_documents_are_balanced(p: int, most: float) -> None:
     """The blocks that ranks see, of eight documents of any lengths; one zigzag leaves some rank up
-    to 1.85 times the mean."""
+    to 1.85 times the mean. Of equal ones all see as many."""
     n, worst = 32_768, {}
+    assert len({*seen_by_ranks(Layout.zigzags(n, p), arange(n) // (n // 8))}) == 1
     for seed in range(5):
         torch.manual_seed(seed)
         ids = (arange(n)[:, None] >= torch.randint(n, (7,))).sum(1)

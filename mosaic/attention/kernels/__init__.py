@@ -39,6 +39,7 @@ from mosaic.attention.kernels.math import MATH
 from mosaic.attention.kernels.measured import BACKWARD, BOTH, FORWARD, quickest
 from mosaic.attention.kernels.seen_first import SEEN_FIRST
 from mosaic.attention.kernels.short import SHORT, SHORT_SINGLE
+from mosaic.attention.kernels.tiled import TILES
 from mosaic.attention.merge import Partial
 from mosaic.attention.structure import Structure
 
@@ -46,7 +47,7 @@ __all__ = ["KERNELS", "Case", "Gradients", "backward", "cut", "forward", "takes"
 
 #: Which kernel does a block: of those that fit, the one that took least where it was ``measured``;
 #: the first, where none was. ``MATH`` is right for every mask that is a tensor, and alone does
-#: dropout and blocks without rows or keys; ``FLEX`` and it alone change scores.
+#: dropout and blocks without rows or keys; ``FLEX``, ``TILES`` and it alone change scores.
 KERNELS: tuple[Kernel, ...] = (
     #              device  dtypes        head dims  masks          bands
     SHORT,  #        cuda  16 bits       ... 64     keys           any       128 tokens at most
@@ -57,6 +58,7 @@ KERNELS: tuple[Kernel, ...] = (
     SEEN_FIRST,  #   cuda  16 bits       ... 256    keys           none      Hopper, as 4
     FLASH_MASKS,  #  cuda  16 bits       16 ... 128 structure      in its mask   Hopper, as 4
     FLEX,  #         cuda  16, 32 bits   16 ... 256 structure      in its mask   Ampere and later
+    TILES,  #        cuda  any           any        structure      in its mask   tables
     EFFICIENT,  #    cuda  16, 32 bits   any        bool, float    any, as a bias
     CPU_FLASH,  #    cpu   any           equal      none           square
     MATH,  #         any   any           any        bool, float    any, as scores
@@ -161,6 +163,12 @@ def is_quicker_at_once(case: Case, pieces: tuple[Piece, ...]) -> bool:
     largest = max(bounded, key=lambda piece: piece.area)
     able = [kernel for kernel in _table() if kernel.does(case, largest)]
     return FLEX in _table() and quickest([*able, FLEX], case, largest, BOTH) is FLEX
+
+
+def caps(case: Case, pieces: tuple[Piece, ...]) -> bool:
+    """Whether a kernel that knows bands also caps the scores."""
+    can = FLASH_ATTN_4 in _table() and case.capped
+    return can and all(FLASH_ATTN_4.does(case, piece) for piece in pieces)
 
 
 def cut(case: Case, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mosaic.attention.kernels.flash_attn import FLASH_ATTN_4, STEP, imported
+from mosaic.attention.kernels.flash_attn import FLASH_ATTN_4, STEP, cap_of, cap_options, imported
 from mosaic.attention.kernels.flex import FLEX, with_lists
 from mosaic.attention.kernels.kernel import (
     MOST_BATCHES,
@@ -108,7 +108,12 @@ def mask_mod(program: str, along: tuple[tuple[int, ...], ...]) -> Callable[..., 
 
 
 def options_of(
-    q: Tensor, k: Tensor, leaves: Sequence[Tensor], program: str, scale: float, way: int
+    q: Tensor,
+    k: Tensor,
+    leaves: Sequence[Tensor],
+    program: str,
+    scale: float,
+    way: int,
 ) -> dict[str, Any]:
     """What the package is told of a mask; ``way``: 0 for the keys of rows, 1 for rows of keys."""
     lists = with_lists(leaves, program, q, k)
@@ -132,19 +137,19 @@ def as_bytes(x: Tensor) -> Tensor:
 @torch.library.custom_op(
     "mosaic::flash_masked",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor[] leaves, str program, float scale) "
+    schema="(Tensor q, Tensor k, Tensor v, Tensor[] leaves, str program, float scale, float cap) "
     "-> (Tensor, Tensor)",
 )
-def flash_masked(q, k, v, leaves, program, scale):
-    """out and lse of the pairs that a structure sees."""
-    options = options_of(q, k, leaves, program, scale, 0)
+def flash_masked(q, k, v, leaves, program, scale, cap):
+    """out and lse of the pairs that a structure sees; ``cap``: as in ``flash_attn``."""
+    options = options_of(q, k, leaves, program, scale, 0) | cap_options(cap)
     tensors = [seq_first(x) for x in (q, k, v)]
     out, lse, *_ = imported()._flash_attn_fwd(*tensors, **options, return_lse=True)
     return seq_first(out), lse
 
 
 @flash_masked.register_fake
-def _(q, k, v, leaves, program, scale):
+def _(q, k, v, *_):
     out = q.new_empty([*seq_first(q).shape[:3], v.shape[3]])
     return seq_first(out), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -153,11 +158,11 @@ def _(q, k, v, leaves, program, scale):
     "mosaic::flash_masked_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
-    "str program, float scale) -> (Tensor, Tensor, Tensor)",
+    "str program, float scale, float cap) -> (Tensor, Tensor, Tensor)",
 )
-def flash_masked_backward(dout, q, k, v, out, lse, leaves, program, scale):
+def flash_masked_backward(dout, q, k, v, out, lse, leaves, program, scale, cap):
     """dq, dk and dv, of the global out and lse."""
-    options = options_of(q, k, leaves, program, scale, 1)
+    options = options_of(q, k, leaves, program, scale, 1) | cap_options(cap, backward=True)
     dout, q, k, v, out = (seq_first(x) for x in (dout, q, k, v, out))
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     into = dict(zip(("dq", "dk", "dv"), grads, strict=True))
@@ -167,7 +172,7 @@ def flash_masked_backward(dout, q, k, v, out, lse, leaves, program, scale):
 
 
 @flash_masked_backward.register_fake
-def _(dout, q, k, v, out, lse, leaves, program, scale):
+def _(dout, q, k, v, *_):
     dq, dk, dv = (seq_first(x.new_empty(seq_first(x).shape)) for x in (q, k, v))
     return dq, dk, dv
 
@@ -178,22 +183,22 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [widened(x, dim) for x in tensors]
 
 
-def _forward(q, k, v, *, mask, scale, **_) -> Partial:
+def _forward(q, k, v, *, mask, scale, scores=None, **_) -> Partial:
     wide = _wide(q, k, v)
     op = torch.ops.mosaic.flash_masked
-    out, lse = op(*wide, list(mask.leaves), mask.program, scale)
+    out, lse = op(*wide, list(mask.leaves), mask.program, scale, cap_of(scores))
     return narrowed(out, v.shape[-1]), lse
 
 
-def _backward(dout, q, k, v, out, lse, *, mask, scale, **_) -> Gradients:
+def _backward(dout, q, k, v, out, lse, *, mask, scale, scores=None, **_) -> Gradients:
     wide = _wide(dout.to(q.dtype), q, k, v, out.to(q.dtype))
     op = torch.ops.mosaic.flash_masked_backward
-    grads = op(*wide, lse.contiguous(), list(mask.leaves), mask.program, scale)
-    return without_padding(grads, q, k, v)
+    options = (list(mask.leaves), mask.program, scale, cap_of(scores))
+    return without_padding(op(*wide, lse.contiguous(), *options), q, k, v)
 
 
 def _fits(case: Case) -> bool:
-    able = case.is_structured and not case.scores and FLEX.fits(case) and case.capability == 9
+    able = case.is_structured and FLEX.fits(case) and case.capability == 9
     fits = max(case.head_dim, case.v_dim) <= MOST_DIMS
     known = able and fits and reads(case.program, case.leaves)
     return known and FLASH_ATTN_4.fits(case._replace(mask=None))

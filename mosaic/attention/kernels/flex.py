@@ -19,27 +19,11 @@ import torch
 from torch import Tensor
 
 from mosaic.attention.kernels.kernel import MOST_BATCHES, TABLES, Case, Gradients, Kernel
-from mosaic.attention.kernels.pairs import (
-    buffers_of,
-    exact_leaves,
-    is_spread,
-    mask_mod,
-    of_leaves,
-    score_mod,
-    spread,
-)
+from mosaic.attention.kernels.pairs import buffers_of, mask_mod, score_mod
 from mosaic.attention.kernels.seen_blocks import BLOCK, blocks_of
 from mosaic.attention.merge import Partial, unwritten
 from mosaic.attention.structure import Structure
-from mosaic.attention.tiles import TileProgram
-from mosaic.torch_private import (
-    compiled_by_inductor,
-    flex_backward,
-    flex_blocks,
-    flex_forward,
-    flex_index,
-    is_beyond_shared_memory,
-)
+from mosaic.torch_private import compiled_by_inductor, flex_backward, flex_blocks, flex_forward
 
 #: The kernels' log-sum-exp is one of powers of 2.
 LN2 = log(2)
@@ -77,12 +61,6 @@ class Programs(NamedTuple):
     mask_leaves: int
     scores: str
     scale: float
-    is_small: bool = False  # small blocks of rows and keys, where the usual ones do not fit
-
-    @property
-    def ways(self) -> tuple[Programs, ...]:
-        """A program that changes scores takes shared memory of its own."""
-        return (self, self._replace(is_small=True)) if self.scores else (self,)
 
     def parts(self, rest: Sequence[Tensor]) -> tuple[Structure, Structure | None]:
         """Of the lists of blocks and all leaves."""
@@ -97,7 +75,7 @@ def forward_of(programs: Programs) -> Function:
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         mask, change = mods(programs, q, k, rest)
-        out, lse = flex_forward(q, k, v, mask, programs.scale, change, programs.is_small)
+        out, lse = flex_forward(q, k, v, mask, programs.scale, change)
         return out.contiguous(), lse * LN2
 
     return forward
@@ -105,16 +83,12 @@ def forward_of(programs: Programs) -> Function:
 
 @lru_cache(maxsize=256)
 def backward_of(programs: Programs) -> Function:
-    """dq, dk, dv and those of learned leaves, of dout, q, k, v, the global out and lse (to the base
-    of 2), and as above."""
+    """dq, dk, dv of dout, q, k, v, the global out and lse (to the base of 2), and as above."""
 
     def backward(dout, q, k, v, out, lse, *rest: Tensor) -> tuple[Tensor, ...]:
         mask, change = mods(programs, q, k, rest)
-        rest_of = (mask, programs.scale, change, programs.is_small)
-        *grads, captured = flex_backward(dout, q, k, v, out, lse, *rest_of)
-        _, scores = programs.parts(rest)
-        dleaves = of_leaves(scores, captured) if scores else ()
-        return tuple(grad.contiguous() for grad in (*grads, *dleaves))
+        grads = flex_backward(dout, q, k, v, out, lse, mask, programs.scale, change)
+        return tuple(grad.contiguous() for grad in grads)
 
     return backward
 
@@ -124,7 +98,7 @@ def mods(programs: Programs, q: Tensor, k: Tensor, rest: Sequence[Tensor]) -> tu
     that changes scores. Each with its buffers."""
     mask, scores = programs.parts(rest)
     blocks = flex_blocks((q.shape[2], k.shape[2]), rest[:LISTS], BLOCK, mask_mod(mask))
-    change = (score_mod(scores, flex_index), buffers_of(scores)) if scores else (None, ())
+    change = (score_mod(scores), buffers_of(scores)) if scores else (None, ())
     return (blocks, buffers_of(mask)), change
 
 
@@ -132,9 +106,8 @@ def mods(programs: Programs, q: Tensor, k: Tensor, rest: Sequence[Tensor]) -> tu
 _COMPILED: dict[Any, Function] = {}
 
 
-def run(functions: Sequence[Function], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """By Inductor, which has the kernels; on a CPU as plain math, pair by pair. Of ``functions``
-    the first whose blocks fit into this GPU's shared memory.
+def run(function: Function, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """By Inductor, which has the kernels; on a CPU as plain math, pair by pair.
 
     What the kernels read must come as ``tensors``: they take lists of blocks and log-sum-exps to be
     contiguous, and Inductor pads what it computes itself (torch 2.11: another batch's rows are
@@ -142,29 +115,24 @@ def run(functions: Sequence[Function], tensors: Sequence[Tensor]) -> tuple[Tenso
     """
     device = tensors[0].device
     if device.type == "cpu":
-        return afresh(device, functions[0], *tensors)
+        return afresh(device, function, *tensors)
     shapes = [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-    key = (*functions, torch.get_float32_matmul_precision(), *shapes)
+    key = (function, torch.get_float32_matmul_precision(), *shapes)
     if key not in _COMPILED:
-        _COMPILED[key] = afresh(device, compiled, functions, tensors)
+        _COMPILED[key] = afresh(device, compiled_by_inductor, function, tensors)
     return tuple(_COMPILED[key](*tensors))
 
 
-def compiled(functions: Sequence[Function], tensors: Sequence[Tensor]) -> Function:
-    for function in functions[:-1]:
-        try:
-            return compiled_by_inductor(function, tensors)
-        except Exception as error:
-            if not is_beyond_shared_memory(error):
-                raise
-    return compiled_by_inductor(functions[-1], tensors)
-
-
 def afresh(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
-    """Call it in a thread of its own, where no mode, autocast or gradient of the caller's is on."""
+    """Call it in a thread of its own, where no mode, autocast or gradient of the caller's is on.
+
+    The gradient of a score is traced by autograd, in that thread: the one that does it for this
+    device otherwise may be the caller, in a backward, and waits.
+    """
 
     def call() -> Any:
-        with torch.no_grad(), torch.accelerator.device_index(device.index):
+        alone = torch.autograd.set_multithreading_enabled(False)
+        with alone, torch.no_grad(), torch.accelerator.device_index(device.index):
             return function(*args)
 
     with ThreadPoolExecutor(1) as thread:
@@ -173,7 +141,7 @@ def afresh(device: torch.device, function: Callable[..., Any], *args: Any) -> An
 
 def with_lists(leaves: Sequence[Tensor], program: str, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """The lists of blocks, and the leaves."""
-    lists = run((lists_of(program, q.shape[2], k.shape[2]),), leaves)
+    lists = run(lists_of(program, q.shape[2], k.shape[2]), leaves)
     return (*(x.reshape(-1).view(x.shape) for x in lists), *leaves)
 
 
@@ -187,7 +155,7 @@ def flex(q, k, v, leaves, program, score_leaves, scores, scale):
     """out and lse of the pairs that a structure sees, whose scores a program may change."""
     rest = with_lists(leaves, program, q, k)
     programs = Programs(program, len(leaves), scores, scale)
-    out, lse = run([forward_of(x) for x in programs.ways], (q, k, v, *rest, *score_leaves))
+    out, lse = run(forward_of(programs), (q, k, v, *rest, *score_leaves))
     return out, lse
 
 
@@ -200,22 +168,20 @@ def _(q, k, v, *rest):
     "mosaic::flex_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] leaves, "
-    "str program, Tensor[] score_leaves, str scores, float scale) -> Tensor[]",
+    "str program, Tensor[] score_leaves, str scores, float scale) -> (Tensor, Tensor, Tensor)",
 )
 def flex_backward_op(dout, q, k, v, out, lse, leaves, program, score_leaves, scores, scale):
-    """dq, dk and dv, each shaped like its input, and those of the scores' learned leaves."""
+    """dq, dk and dv, each shaped like its input."""
     rest = with_lists(leaves, program, q, k)
     programs = Programs(program, len(leaves), scores, scale)
-    changes = spread(Structure(scores, tuple(score_leaves))).leaves if scores else ()
-    tensors = (dout, q, k, v, out, lse / LN2, *rest, *changes)
-    dq, dk, dv, *dleaves = run([backward_of(x) for x in programs.ways], tensors)
-    return [dq, dk, dv, *(x.sum(-1) if is_spread(x) else x for x in dleaves)]
+    tensors = (dout, q, k, v, out, lse / LN2, *rest, *score_leaves)
+    dq, dk, dv = run(backward_of(programs), tensors)
+    return dq, dk, dv
 
 
 @flex_backward_op.register_fake
-def _(dout, q, k, v, out, lse, leaves, program, score_leaves, scores, scale):
-    learned = TileProgram.parse(scores).learned if scores else ()
-    return [x.new_empty(x.shape) for x in (q, k, v, *(score_leaves[i] for i in learned))]
+def _(dout, q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def written_out(x: Tensor) -> Tensor:
@@ -236,10 +202,8 @@ def _forward(q, k, v, *, mask, scale, scores=None, **_) -> Partial:
 
 def _backward(dout, q, k, v, out, lse, *, mask, scale, scores=None, **_) -> Gradients:
     tensors = (written_out(x) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype)))
-    exact = None if scores is None else exact_leaves(scores)
-    rest = _programs(mask, exact, scale)
-    dq, dk, dv, *dleaves = torch.ops.mosaic.flex_backward(*tensors, lse.contiguous(), *rest)
-    return Gradients(dq, dk, dv, None, tuple(dleaves))
+    rest = _programs(mask, scores, scale)
+    return Gradients(*torch.ops.mosaic.flex_backward(*tensors, lse.contiguous(), *rest))
 
 
 def refused(case: Case) -> str:

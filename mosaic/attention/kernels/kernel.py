@@ -33,14 +33,19 @@ Bounds = tuple[int | None, int | None]
 #: A ``Case``'s mask that is no tensor but a ``Structure``; one that says which keys all queries and
 #: heads see.
 STRUCTURE, KEYS = "structure", "keys"
-#: What changes a ``Case``'s scores: a program of numbers at the query and the key, or of tables.
-CHANGED, TABLES = "changed", "tables"
+#: What changes a ``Case``'s scores: a softcap alone, or a program of numbers at the query and the
+#: key, or of tables.
+SOFTCAP, CHANGED, TABLES = "softcap", "changed", "tables"
 
 
 def change_of(*programs: str) -> str:
     """What a ``Case`` says of the programs that change its scores, or add to them; "" if none."""
     parsed = [TileProgram.parse(program) for program in programs if program]
-    return "" if not parsed else TABLES if any(p.has_tables for p in parsed) else CHANGED
+    if any(program.has_tables for program in parsed):
+        return TABLES
+    if len(parsed) == 1 and parsed[0].softcap:
+        return SOFTCAP
+    return CHANGED if parsed else ""
 
 
 class Case(NamedTuple):
@@ -89,6 +94,11 @@ class Case(NamedTuple):
         """No mask, no dropout, scores as they are, and something to do: what the fast kernels are
         made for."""
         return self.mask is None and not (self.dropout or self.empty or self.scores)
+
+    @property
+    def capped(self) -> bool:
+        """As ``plain``, but for a softcap."""
+        return self.scores == SOFTCAP and self._replace(scores="").plain
 
     @property
     def is_structured(self) -> bool:

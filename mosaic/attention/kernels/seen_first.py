@@ -46,8 +46,9 @@ def _backward(dout, q, k, v, out, lse, *, mask, **options) -> Gradients:
 
 
 def _fits(case: Case) -> bool:
-    plain = case._replace(mask=None)
-    return case.mask == KEYS and case.capability == 9 and FLASH_ATTN_4.fits(plain)
+    rest = case._replace(mask=None)
+    able = case.mask == KEYS and case.capability == 9 and rest.plain
+    return able and FLASH_ATTN_4.fits(rest)
 
 
 #: On Hopper, where it was tried.
