@@ -252,6 +252,12 @@ def test_only_flex_does_a_structure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(x.fits(case._replace(device="cpu")) for x in kernels.KERNELS)
 
 
+def test_a_score_s_gradient_is_traced_in_the_thread_that_asks() -> None:
+    """Autograd's own thread of a GPU may be the one that waits for it, in a backward: for ever."""
+    assert torch.autograd.is_multithreading_enabled()
+    assert not flex_module.afresh(torch.device("cpu"), torch.autograd.is_multithreading_enabled)
+
+
 class Masked(nn.Module):
     """Attention under one of these, in the way of a model."""
 
