@@ -41,16 +41,25 @@ class Tile(NamedTuple):
         return x[:, :, self.piece.q_start : self.piece.q_stop]
 
 
-def tiles(q: Tensor, k: Tensor, mask: Structure, scores: Structure, scale: float) -> Iterator[Tile]:
-    batch, heads, s, _ = q.shape
-    t = k.shape[2]
+def tiles(
+    tensors: tuple[Tensor, Tensor, Tensor], mask: Structure, scores: Structure, scale: float
+) -> Iterator[Tile]:
+    """Those of q, k and v."""
+    batch, heads, s, _ = tensors[0].shape
+    t = tensors[1].shape[2]
     step = max(1, min(s, MOST // (batch * heads * t)))
     for start in range(0, s, step):
         piece = Piece(start, min(start + step, s), 0, t)
-        yield tile(q, piece, mask, scores, scale)
+        yield tile(tensors, piece, mask, scores, scale)
 
 
-def tile(q: Tensor, piece: Piece, mask: Structure, scores: Structure, scale: float) -> Tile:
+def tile(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    piece: Piece,
+    mask: Structure,
+    scores: Structure,
+    scale: float,
+) -> Tile:
     seen, options = mask.tile(piece), {"band": piece.band, "scale": scale, "keep": None}
     found = bias_of(scores)
     if found is None:
@@ -60,9 +69,9 @@ def tile(q: Tensor, piece: Piece, mask: Structure, scores: Structure, scale: flo
     added = bias.tile(piece).masked_fill(~seen, float("-inf"))
     if shift is not None and shift.shape[2] > 1:
         shift = shift[:, :, piece.q_start : piece.q_stop]
-    is_quick = q.is_cuda and q.dtype == added.dtype != torch.float64
     options |= {"mask": added, "shift": shift}
-    return Tile(piece, EFFICIENT if is_quick else MATH, options, bias)
+    fits = EFFICIENT.fits(Case.of(*tensors, added, False))
+    return Tile(piece, EFFICIENT if fits else MATH, options, bias)
 
 
 @torch.library.custom_op(
@@ -76,7 +85,7 @@ def tiles_op(q, k, v, leaves, program, score_leaves, scores, scale):
     structures = Structure(program, tuple(leaves)), Structure(scores, tuple(score_leaves))
     found = [
         one.kernel.forward(one.rows(q), k, v, **one.options)
-        for one in tiles(q, k, *structures, scale)
+        for one in tiles((q, k, v), *structures, scale)
     ]
     outs, lses = zip(*found, strict=True)
     return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
@@ -100,7 +109,7 @@ def tiles_backward_op(dout, q, k, v, out, lse, leaves, program, score_leaves, sc
     dqs = []
     whole = [k, v, *(score_leaves[i] for i in learned)]
     totals = [torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in whole]
-    for one in tiles(q, k, *structures, scale):
+    for one in tiles((q, k, v), *structures, scale):
         inputs = (one.rows(dout), one.rows(q), k, v, one.rows(out), one.rows(lse))
         grads = one.kernel.backward(*inputs, **one.options, need_dmask=bool(learned and one.bias))
         dqs.append(grads.q)
