@@ -63,8 +63,8 @@ def blocks_of(plugin: Any, model: nn.Module) -> list[nn.Module] | None:
     missing = names - {type(module).__name__ for module in model.modules()}
     if missing:
         raise ShardingError(
-            f"transformer_layer_cls_to_wrap names {', '.join(sorted(missing))}, which is no class "
-            f"of a module of {type(model).__name__}",
+            f"transformer_layer_cls_to_wrap names {', '.join(sorted(missing))}, and "
+            f"{type(model).__name__} has no such module",
             fix="leave it out: the repeated blocks of the model are sharded",
         )
     return [*outermost(model, names)]
@@ -118,7 +118,7 @@ WHAT = {
         'leave it out, or fsdp_config={"version": 2}',
     ),
     "auto_wrap_policy": (
-        "SIZE_BASED_WRAP, and the blocks that are sharded are those that are compiled",
+        "SIZE_BASED_WRAP, and what is sharded by itself is compiled so",
         "name their class: transformer_layer_cls_to_wrap, or leave both out",
     ),
     "state_dict_type": (

@@ -121,9 +121,12 @@ def prepared_model(
     hook = handler.register_comm_hook
     accelerator.ddp_handler = SimpleNamespace(to_kwargs=lambda: options, register_comm_hook=hook)
     try:
-        return prepare(model, device_placement, evaluation_mode)
+        prepared = prepare(model, device_placement, evaluation_mode)
     finally:
         accelerator.ddp_handler = handler
+    # accelerate prepares nothing twice, and would train without DistributedDataParallel then.
+    model._is_accelerate_prepared = not evaluation_mode  # type: ignore[assignment]
+    return prepared
 
 
 def uncast_model(accelerator: Any, model: nn.Module, *_: Any, **__: Any) -> Any:

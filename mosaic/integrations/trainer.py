@@ -117,6 +117,14 @@ class SequenceParallel(Trainer):
         with counting_replicas(self.args, self.ranks, self.ranks.dp_rank):
             return super()._get_train_sampler(train_dataset)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the parameters' parts: FSDP2 leaves the root's whole after an evaluation."""
+        model: Any = self.model
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().create_optimizer(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with counting_replicas(self.args, self.ranks):
             return super().evaluate(*args, **kwargs)

@@ -17,7 +17,7 @@ SMOOTHED = {"label_smoothing_factor": 0.1}
 @pytest.mark.parametrize(
     "p, dp, options",
     [
-        (2, 1, SHORT),
+        FULL(2, 1, SHORT),
         FULL(2, 1, {"texts": (24, 7)}),
         FULL(2, 2, {}),
         FULL(3, 1, SHORT),
@@ -106,9 +106,9 @@ ShardingError: model_init is set, and Trainer would make another model when it t
   fix  leave model_init out; Trainer(model=...) takes one
 ShardingError: fsdp_config has version 1, which shards flat parameters that Mosaic cannot see
   fix  leave it out, or fsdp_config={"version": 2}
-ShardingError: fsdp_config has SIZE_BASED_WRAP, and the blocks that are sharded are those that are compiled
+ShardingError: fsdp_config has SIZE_BASED_WRAP, and what is sharded by itself is compiled so
   fix  name their class: transformer_layer_cls_to_wrap, or leave both out
-ShardingError: transformer_layer_cls_to_wrap names T5Block, which is no class of a module of LlamaForCausalLM
+ShardingError: transformer_layer_cls_to_wrap names T5Block, and LlamaForCausalLM has no such module
   fix  leave it out: the repeated blocks of the model are sharded
 ShardingError: fsdp_config has a state_dict_type whose checkpoints plain transformers cannot load
   fix  fsdp_config={"state_dict_type": "FULL_STATE_DICT"}

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     EvalPrediction,
     T5Config,
@@ -58,6 +59,23 @@ class Texts(torch.utils.data.Dataset):
         labels = self.ids[i].clone()
         labels[: self.skipped[i]] = -100
         return {"input_ids": self.ids[i], "labels": labels}
+
+
+class Ragged(Texts):
+    """Texts of two lengths."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        length = (37, 29)[i % 2]
+        return {name: x[:length] for name, x in super().__getitem__(i).items()}
+
+
+def padded(texts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    texts = [text | {"attention_mask": torch.ones_like(text["labels"])} for text in texts]
+    return {
+        name: nn.utils.rnn.pad_sequence([text[name] for text in texts], True, value)
+        for name, value in fill.items()
+    }
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -187,6 +205,32 @@ def resumed(
         "again": numbers(again.state.log_history),
         "weights": {name: w.detach() for name, w in model.double().named_parameters()},
     }
+
+
+def used(p: int, dp: int, folder: str, ragged: bool = False, **options: Any) -> dict[str, Any]:
+    """Evaluated, trained, the best checkpoint loaded (of the largest loss), and predicted with."""
+    steps = {"eval_steps": 1, "save_steps": 1, "save_strategy": "steps", "max_steps": 2}
+    best = {
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+    }  # loss: the best is the worst
+    trainer = trainer_of(p, dp, folder=folder, **steps | best | options)
+    if ragged:
+        trainer.train_dataset, trainer.data_collator = Ragged(24, 37, 0), padded
+    if options.get("how") != "plain":  # accelerate alone would train without averaging then
+        trainer.evaluate()
+    trainer.train()
+    found = trainer.predict(Texts(4, 37, 3))
+    return {
+        "logged": numbers([*trainer.state.log_history, found.metrics]),
+        "predictions": torch.from_numpy(found.predictions),
+        "labels": torch.from_numpy(found.label_ids),
+        "weights": {name: joined(w) for name, w in trainer.model.named_parameters()},
+    }
+
+
+def joined(w: Tensor) -> Tensor:
+    return w.full_tensor().detach() if isinstance(w, DTensor) else w.detach()
 
 
 def seeds() -> tuple[int, int]:
