@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -64,6 +65,21 @@ def check_sharding(trainer: Any, fully_shard: Any, plugin: Any) -> None:
         raise ShardingError(
             "the Trainer has an optimizer, of parameters that FSDP2 replaces",
             fix="leave optimizers out, and give its class: Trainer(optimizer_cls_and_kwargs=...)",
+        )
+
+
+def check_seen(checkpoint: Any, ranks: MosaicContext) -> None:
+    """Raise ShardingError unless all ranks find the same weights: Trainer warns, and goes on."""
+    files = sorted(f for f in os.listdir(checkpoint) if f.endswith((".safetensors", ".bin")))
+    if ranks.mesh is None:
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, files)
+    unseen = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+    if unseen:
+        raise ShardingError(
+            f"ranks {unseen} do not find the weights of the best checkpoint that rank 0 has",
+            fix="write to a folder that all ranks share (output_dir), or set save_on_each_node",
         )
 
 

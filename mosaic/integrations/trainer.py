@@ -24,7 +24,7 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.parallelize import parallelize
 from mosaic.integrations.checkpoints import WholeOptimizer, load_whole, whole_state
-from mosaic.integrations.checks import check_trainer
+from mosaic.integrations.checks import check_seen, check_trainer
 from mosaic.integrations.fsdp import plugin_of, sharding_of
 from mosaic.integrations.fused_head import take_parts
 from mosaic.integrations.replicas import counting_replicas, share_batches, whole
@@ -159,6 +159,10 @@ class SequenceParallel(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self.optimizer_whole():
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        check_seen(self.state.best_model_checkpoint, self.ranks)
+        super()._load_best_model()
 
     @contextmanager
     def optimizer_whole(self) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""A Trainer as people use it: it evaluates before it trains, loads the best checkpoint, predicts."""
+"""A Trainer as people use it: evaluated before it trains, its best model loaded, predicting."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def test_tokens_of_each_replica_alone(ranks, tmp_path) -> None:
     want, _ = ranks(2).run(jobs.used, 0, 2, str(tmp_path / "plain"), how="plain", **options)
     for got in ranks(4).run(jobs.used, 2, 2, str(tmp_path / "together"), **options, timeout=900):
         assert_same(got, want)
+
+
+@pytest.mark.full
+def test_best_model_that_a_rank_does_not_find(ranks) -> None:
+    for said in ranks(2).run(jobs.unseen):
+        assert said.startswith("ShardingError: ranks [1] do not find the weights of the best")
 
 
 def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
