@@ -42,7 +42,6 @@ def test_tokens_of_each_replica_alone(ranks, tmp_path) -> None:
         assert_same(got, want)
 
 
-@pytest.mark.full
 def test_best_model_that_a_rank_does_not_find(ranks) -> None:
     for said in ranks(2).run(jobs.unseen):
         assert said.startswith("ShardingError: ranks [1] do not find the weights of the best")
