@@ -71,10 +71,12 @@ def _show(tensor: Tensor | None) -> str:
     return "None" if tensor is None else f"{str(tensor.dtype)[6:]}{list(tensor.shape)}"
 
 
-def assert_logged(got: list[dict[str, float]], want: list[dict[str, float]]) -> None:
+def assert_logged(
+    got: list[dict[str, float]], want: list[dict[str, float]], tol: float = 1e-6
+) -> None:
     """What a Trainer logged: the same names in the same order, and the same numbers. (Losses, and
     Trainer's own sums of them, are float32.)"""
     assert [list(log) for log in got] == [list(log) for log in want]
     for mine, theirs in zip(got, want, strict=True):
-        wrong = [k for k, x in theirs.items() if not math.isclose(mine[k], x, rel_tol=1e-6)]
+        wrong = [k for k, x in theirs.items() if not math.isclose(mine[k], x, rel_tol=tol)]
         assert not wrong, f"{wrong} of {mine}, expected {theirs}"

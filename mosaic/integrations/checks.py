@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -12,13 +13,16 @@ from mosaic.api.spec import ShardingSpec
 from mosaic.runtime.mesh import MosaicContext
 
 
-def check_trainer(trainer: Any, spec: ShardingSpec, ranks: MosaicContext, is_sharded: bool) -> None:
+def check_trainer(
+    trainer: Any, spec: ShardingSpec, ranks: MosaicContext, fully_shard: Any, plugin: Any
+) -> None:
     """Raise ShardingError unless the ranks, the spec and the Trainer fit together."""
     for method in spec.sharded.values():
         ranks.size(method.mesh)  # raises where there is no such mesh axis
     check_time(trainer)
     check_processes(trainer, ranks)
-    check_options(trainer, is_sharded)
+    check_sharding(trainer, fully_shard, plugin)
+    check_options(trainer, bool(fully_shard) or plugin is not None)
 
 
 def check_time(trainer: Any) -> None:
@@ -46,13 +50,44 @@ def check_processes(trainer: Any, ranks: MosaicContext) -> None:
         )
 
 
+def check_sharding(trainer: Any, fully_shard: Any, plugin: Any) -> None:
+    """FSDP2 is asked for once, and before there is an optimizer."""
+    if fully_shard and plugin is not None:
+        raise ShardingError(
+            "the Trainer has fsdp, and prepare has fully_shard",
+            fix="leave one of them out; both apply FSDP2",
+        )
+    if trainer.args.fsdp and plugin is None:
+        raise ShardingError(
+            "fsdp_config has xla, for TPUs", fix='leave it out, or fsdp_config={"version": 2}'
+        )
+    if (fully_shard or plugin is not None) and trainer.optimizer is not None:
+        raise ShardingError(
+            "the Trainer has an optimizer, of parameters that FSDP2 replaces",
+            fix="leave optimizers out, and give its class: Trainer(optimizer_cls_and_kwargs=...)",
+        )
+
+
+def check_seen(checkpoint: Any, ranks: MosaicContext) -> None:
+    """Raise ShardingError unless all ranks find the same weights: Trainer warns, and goes on."""
+    files = sorted(f for f in os.listdir(checkpoint) if f.endswith((".safetensors", ".bin")))
+    if ranks.mesh is None:
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, files)
+    unseen = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+    if unseen:
+        raise ShardingError(
+            f"ranks {unseen} do not find the weights of the best checkpoint that rank 0 has",
+            fix="write to a folder that all ranks share (output_dir), or set save_on_each_node",
+        )
+
+
 def check_options(trainer: Any, is_sharded: bool) -> None:
-    """Nobody else makes, shards or compiles the model, or deals out batches."""
+    """Nobody else makes, cuts or compiles the model, or deals out batches."""
     args, accelerator = trainer.args, trainer.accelerator
-    kind = accelerator.distributed_type
     others = {
-        "fsdp": bool(args.fsdp) or kind == DistributedType.FSDP,
-        "deepspeed": kind == DistributedType.DEEPSPEED,
+        "deepspeed": accelerator.distributed_type == DistributedType.DEEPSPEED,
         "parallelism_config": args.parallelism_config is not None,
         "torch_compile": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
         "dispatch_batches": bool(accelerator.dataloader_config.dispatch_batches),
@@ -67,7 +102,6 @@ def check_options(trainer: Any, is_sharded: bool) -> None:
 
 
 WHAT = {
-    "fsdp": "accelerate would shard what Mosaic compiles (on CPUs, nothing)",
     "deepspeed": "DeepSpeed would cut the model and its gradients",
     "parallelism_config": "accelerate would arrange the ranks in another way",
     "torch_compile": "accelerate would compile the model once more",
@@ -79,7 +113,6 @@ WHAT = {
 SHARD = "prepare(trainer, fully_shard=True) applies FSDP2"
 READ = "every rank reads its own batches"
 WAYS_OUT = {
-    "fsdp": SHARD,
     "deepspeed": SHARD,
     "parallelism_config": "mosaic.init(sp_size=...) says which ranks share a sequence",
     "torch_compile": "prepare compiles the blocks of the model by Mosaic",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -31,6 +31,8 @@ class Replicas:
     def __init__(self, state: Any, ranks: MosaicContext, process_index: int):
         self.state = state
         self.num_processes, self.process_index = ranks.dp_size, process_index
+        self.distributed_type = PartialState().distributed_type  # without accelerate's FSDP
+        self.is_fsdp2 = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.state, name)
@@ -50,16 +52,17 @@ def counting_replicas(
         args.distributed_state = every
 
 
-def share_batches(accelerator: Accelerator, ranks: MosaicContext) -> None:
+def share_batches(accelerator: Accelerator, ranks: MosaicContext, is_cast: bool) -> None:
     """Let the ranks of one replica get the same batches, and count as one where results are
-    gathered."""
+    gathered. FSDP2 may cast the model's parameters and inputs (``is_cast``)."""
     own: Any = accelerator
     own.state = Replicas(accelerator.state, ranks, ranks.dp_rank)
     own.dataloader_config.dispatch_batches = False  # which would deal batches out to all ranks
     own.gather = partial(gathered, ranks=ranks)
     own.gather_for_metrics = partial(gathered_for_metrics, accelerator.gather_for_metrics)
     own.prepare_data_loader = partial(prepared_loader, accelerator.prepare_data_loader, ranks)
-    own.prepare_model = partial(prepared_model, accelerator, accelerator.prepare_model, ranks)
+    prepare = partial(prepared_model, accelerator, accelerator.prepare_model, ranks)
+    own.prepare_model = partial(uncast_model, accelerator) if is_cast else prepare
 
 
 def gathered(tensor: Any, ranks: MosaicContext) -> Any:
@@ -118,9 +121,19 @@ def prepared_model(
     hook = handler.register_comm_hook
     accelerator.ddp_handler = SimpleNamespace(to_kwargs=lambda: options, register_comm_hook=hook)
     try:
-        return prepare(model, device_placement, evaluation_mode)
+        prepared = prepare(model, device_placement, evaluation_mode)
     finally:
         accelerator.ddp_handler = handler
+    # accelerate prepares nothing twice, and would train without DistributedDataParallel then.
+    model._is_accelerate_prepared = not evaluation_mode  # type: ignore[assignment]
+    return prepared
+
+
+def uncast_model(accelerator: Any, model: nn.Module, *_: Any, **__: Any) -> Any:
+    """``Accelerator.prepare_model`` of a model that FSDP2 casts, without autocast: as accelerate
+    does under FSDP2."""
+    accelerator._models.append(model)
+    return model
 
 
 def whole(values: Any) -> Any:

@@ -24,7 +24,8 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec
 from mosaic.frontend.parallelize import parallelize
 from mosaic.integrations.checkpoints import WholeOptimizer, load_whole, whole_state
-from mosaic.integrations.checks import check_trainer
+from mosaic.integrations.checks import check_seen, check_trainer
+from mosaic.integrations.fsdp import plugin_of, sharding_of
 from mosaic.integrations.fused_head import take_parts
 from mosaic.integrations.replicas import counting_replicas, share_batches, whole
 from mosaic.runtime.mesh import MosaicContext, get_context
@@ -55,7 +56,8 @@ def prepare(
 
     spec: as of ``mosaic.parallelize``; without it the tokens of a transformers model are cut, by
         the quickest method.
-    fully_shard, inner: as of ``mosaic.parallelize``. Leave ``TrainingArguments(fsdp=...)`` out.
+    fully_shard, inner: as of ``mosaic.parallelize``. ``TrainingArguments(fsdp=True,
+        fsdp_config={...})`` says it, too: Mosaic does then what accelerate would.
 
     The ranks of one replica get the same batches: ``per_device_train_batch_size`` and
     ``per_device_eval_batch_size`` are what one replica gets, not one rank. Every number that is
@@ -67,12 +69,18 @@ def prepare(
     ranks = get_context()
     model: Any = trainer.model
     spec = token_spec(model) if spec is None else spec
-    check_trainer(trainer, spec, ranks, bool(fully_shard))
-    parallelize(model, spec, fully_shard=fully_shard, inner=inner)
-    if fully_shard:
+    plugin = plugin_of(trainer)
+    check_trainer(trainer, spec, ranks, fully_shard, plugin)
+    how: dict[str, Any] = {"fully_shard": fully_shard}
+    if plugin is not None:
+        how = sharding_of(plugin, model, ranks.device)
+    parallelize(model, spec, **how, inner=inner)
+    if how["fully_shard"]:
         load_whole(model)
     take_parts()
-    share_batches(trainer.accelerator, ranks)
+    trainer.is_fsdp_enabled = False  # nothing is left to accelerate
+    is_cast = plugin is not None and plugin.mixed_precision_policy is not None
+    share_batches(trainer.accelerator, ranks, is_cast)
     cls = type(trainer)
     trainer.__class__ = type(cls.__name__, (SequenceParallel, cls), {"ranks": ranks})
     return trainer
@@ -109,6 +117,14 @@ class SequenceParallel(Trainer):
         with counting_replicas(self.args, self.ranks, self.ranks.dp_rank):
             return super()._get_train_sampler(train_dataset)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the parameters' parts: FSDP2 leaves the root's whole after an evaluation."""
+        model: Any = self.model
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().create_optimizer(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with counting_replicas(self.args, self.ranks):
             return super().evaluate(*args, **kwargs)
@@ -143,6 +159,10 @@ class SequenceParallel(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self.optimizer_whole():
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        check_seen(self.state.best_model_checkpoint, self.ranks)
+        super()._load_best_model()
 
     @contextmanager
     def optimizer_whole(self) -> Iterator[Any]:

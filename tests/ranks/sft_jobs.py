@@ -57,6 +57,7 @@ def tuned(
     """What SFTTrainer logs in 10 steps, with packed texts."""
     launched(p)
     given = {"eval_strategy": "steps", "eval_steps": 5, "packing": True, "max_length": 32} | options
+    given["fsdp"] = how == "fsdp_config"
     trainer = SFTTrainer(
         llama(),
         SFTConfig(**arguments(p, dp, tempfile.mkdtemp(), **given)),

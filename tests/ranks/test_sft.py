@@ -18,6 +18,7 @@ SMOOTHED = {"label_smoothing_factor": 0.1, "max_steps": 4, "eval_steps": 4}
         FULL(2, 2, {}),
         FULL(2, 1, SMOOTHED),
         FULL(2, 2, {"how": "shard"}),
+        FULL(2, 1, {"how": "fsdp_config", "bf16": False, "max_steps": 2, "eval_steps": 2}),
         FULL(2, 1, {"lora": True}),
         FULL(2, 1, {"texts": "ragged", "pad_to_multiple_of": 64}),
         FULL(2, 1, {"texts": "ragged", "max_steps": 3, "eval_steps": 3}),

@@ -17,7 +17,7 @@ SMOOTHED = {"label_smoothing_factor": 0.1}
 @pytest.mark.parametrize(
     "p, dp, options",
     [
-        (2, 1, SHORT),
+        FULL(2, 1, SHORT),
         FULL(2, 1, {"texts": (24, 7)}),
         FULL(2, 2, {}),
         FULL(3, 1, SHORT),
@@ -102,12 +102,24 @@ ShardingError: torch_compile is set, and accelerate would compile the model once
   fix  leave torch_compile out; prepare compiles the blocks of the model by Mosaic
 ShardingError: dispatch_batches is set, and accelerate would deal batches out to all ranks
   fix  leave dispatch_batches out; every rank reads its own batches
-ShardingError: fsdp is set, and accelerate would shard what Mosaic compiles (on CPUs, nothing)
-  fix  leave fsdp out; prepare(trainer, fully_shard=True) applies FSDP2
 ShardingError: model_init is set, and Trainer would make another model when it trains
   fix  leave model_init out; Trainer(model=...) takes one
+ShardingError: fsdp_config has version 1, which shards flat parameters that Mosaic cannot see
+  fix  leave it out, or fsdp_config={"version": 2}
+ShardingError: fsdp_config has SIZE_BASED_WRAP, and what is sharded by itself is compiled so
+  fix  name their class: transformer_layer_cls_to_wrap, or leave both out
+ShardingError: transformer_layer_cls_to_wrap names T5Block, and LlamaForCausalLM has no such module
+  fix  leave it out: the repeated blocks of the model are sharded
+ShardingError: fsdp_config has a state_dict_type whose checkpoints plain transformers cannot load
+  fix  fsdp_config={"state_dict_type": "FULL_STATE_DICT"}
+ShardingError: fsdp_config has xla, for TPUs
+  fix  leave it out, or fsdp_config={"version": 2}
 ShardingError: save_on_each_node is set, and one rank alone gets the whole of what FSDP2 has cut
   fix  leave save_on_each_node out; copy the first node's files
+ShardingError: the Trainer has fsdp, and prepare has fully_shard
+  fix  leave one of them out; both apply FSDP2
+ShardingError: the Trainer has an optimizer, of parameters that FSDP2 replaces
+  fix  leave optimizers out, and give its class: Trainer(optimizer_cls_and_kwargs=...)
 UnsupportedError: objects would be gathered for metrics from all ranks, and come twice
   fix  gather tensors: leave eval_use_gather_object out
 ShardingError: accelerate has 1 processes, and Mosaic 2 ranks

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     EvalPrediction,
     T5Config,
@@ -33,7 +35,8 @@ def launched(by_torchrun: int | bool) -> None:
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    for name in (*names, "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP"):
+    theirs = ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    for name in (*names, *theirs):
         os.environ.pop(name, None)
     if by_torchrun:
         rank, size = str(dist.get_rank()), str(dist.get_world_size())
@@ -56,6 +59,23 @@ class Texts(torch.utils.data.Dataset):
         labels = self.ids[i].clone()
         labels[: self.skipped[i]] = -100
         return {"input_ids": self.ids[i], "labels": labels}
+
+
+class Ragged(Texts):
+    """Texts of two lengths."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        length = (37, 29)[i % 2]
+        return {name: x[:length] for name, x in super().__getitem__(i).items()}
+
+
+def padded(texts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    texts = [text | {"attention_mask": torch.ones_like(text["labels"])} for text in texts]
+    return {
+        name: nn.utils.rnn.pad_sequence([text[name] for text in texts], True, value)
+        for name, value in fill.items()
+    }
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -107,12 +127,17 @@ def trainer_of(
     texts: tuple[int, int] = (24, 8),
     streams: bool = False,
     folder: str | None = None,
+    fsdp_config: dict[str, Any] | None = None,
+    on_gpus: bool = False,
+    loaded_by: int | None = None,
     **options: Any,
 ) -> Trainer:
     """p = 0 is a script that runs alone, or (``how="plain"``) without Mosaic on ``dp`` ranks;
-    ``how="shard"`` applies FSDP2."""
+    ``how="shard"`` applies FSDP2, and so does ``fsdp_config``."""
     launched(p or how == "plain")
     given = {"eval_strategy": "steps", "eval_steps": 5} | options
+    if p and fsdp_config is not None:
+        given |= {"fsdp": True, "fsdp_config": dict(fsdp_config)}
     args = arguments(p or how == "plain", dp, folder or tempfile.mkdtemp(), **given)
     data = [Texts(count, 37, seed) for seed, count in enumerate(texts)]
     train, held_out = map(Stream, data) if streams else data
@@ -123,10 +148,27 @@ def trainer_of(
         eval_dataset=held_out,
         compute_metrics=accuracy,
     )
+    if on_gpus and p:
+        as_on_gpus(trainer)
+    if loaded_by not in (None, dist.get_rank()):
+        trainer.model.apply(emptied)
     if p:
         mosaic.init(sp_size=p)
         mosaic.integrations.prepare(trainer, fully_shard=how == "shard", inner="eager")
     return trainer
+
+
+def emptied(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data.fill_(float("nan"))
+
+
+def as_on_gpus(trainer: Trainer) -> None:
+    """accelerate's state as it is on GPUs, where it would apply FSDP2 itself."""
+    state: Any = trainer.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
 
 
 def adapted(model: nn.Module) -> nn.Module:
@@ -145,25 +187,58 @@ def trained(p: int, dp: int, **options: Any) -> list[dict[str, float]]:
 
 
 def resumed(
-    p: int, folder: str, how: str = "prepare", then: str = "prepare", lora: bool = False
+    p: int, folder: str, how: str = "prepare", then: str = "prepare", **given: Any
 ) -> dict[str, Any]:
     """Four steps, then the last two again from the checkpoint between; and what plain transformers
     (or PEFT) makes of what was saved."""
-    options = {"how": how, "lora": lora, "folder": folder, "max_steps": 4, "save_steps": 2}
-    options |= {"save_strategy": "steps", "eval_strategy": "no"}
+    options = {"how": how, "folder": folder, "max_steps": 4, "save_steps": 2}
+    options |= {"save_strategy": "steps", "eval_strategy": "no"} | given
     once = trainer_of(p, 1, **options)
     once.train()
     again = trainer_of(p, 1, **options | {"how": then})
     again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
-    saved = f"{folder}/checkpoint-4"
-    model = (
-        PeftModel.from_pretrained(llama(), saved) if lora else type(llama()).from_pretrained(saved)
-    )
+    saved, plain = f"{folder}/checkpoint-4", type(llama())
+    lora = given.get("lora", False)
+    model = PeftModel.from_pretrained(llama(), saved) if lora else plain.from_pretrained(saved)
     return {
         "once": numbers(once.state.log_history),
         "again": numbers(again.state.log_history),
         "weights": {name: w.detach() for name, w in model.double().named_parameters()},
     }
+
+
+def used(p: int, dp: int, folder: str, ragged: bool = False, **options: Any) -> dict[str, Any]:
+    """Evaluated, trained, the best checkpoint loaded (of the largest loss), and predicted with."""
+    steps = {"eval_steps": 1, "save_steps": 1, "save_strategy": "steps", "max_steps": 2}
+    best = {
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+    }  # loss: the best is the worst
+    trainer = trainer_of(p, dp, folder=folder, **steps | best | options)
+    if ragged:
+        trainer.train_dataset, trainer.data_collator = Ragged(24, 37, 0), padded
+    if options.get("how") != "plain":  # accelerate alone would train without averaging then
+        trainer.evaluate()
+    trainer.train()
+    found = trainer.predict(Texts(4, 37, 3))
+    return {
+        "logged": numbers([*trainer.state.log_history, found.metrics]),
+        "predictions": torch.from_numpy(found.predictions),
+        "labels": torch.from_numpy(found.label_ids),
+        "weights": {name: joined(w) for name, w in trainer.model.named_parameters()},
+    }
+
+
+def unseen() -> str:
+    """Each rank has a folder of its own, and rank 0 writes."""
+    trainer = trainer_of(2, 1)
+    trainer.save_model()
+    trainer.state.best_model_checkpoint = trainer.args.output_dir
+    return said(trainer._load_best_model)
+
+
+def joined(w: Tensor) -> Tensor:
+    return w.full_tensor().detach() if isinstance(w, DTensor) else w.detach()
 
 
 def seeds() -> tuple[int, int]:
@@ -197,6 +272,8 @@ def refused() -> dict[str, str]:
     found["sharded"] = said(
         lambda: prepare(plain_trainer(save_on_each_node=True), fully_shard=True)
     )
+    found["sharded twice"] = said(lambda: prepare(plain_trainer(fsdp=True), fully_shard=True))
+    found["optimizer"] = said(lambda: prepare(with_optimizer(), fully_shard=True))
     found["backend"] = said(lambda: plain_trainer(torch_compile_backend="mosaic"))
 
     other = prepare(plain_trainer(train_dataset=Texts(8, 13, rank)), inner="eager")
@@ -209,8 +286,17 @@ def refused() -> dict[str, str]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "compiled": {"torch_compile": True},
     "dispatched": {"accelerator_config": {"dispatch_batches": True}},
-    "fsdp": {"fsdp": True},
     "made": {"model_init": llama},
+    **{
+        str(config): {"fsdp": True, "fsdp_config": config}
+        for config in (
+            {"version": 1, "sync_module_states": False},
+            {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100},
+            {"transformer_layer_cls_to_wrap": ["T5Block"]},
+            {"state_dict_type": "SHARDED_STATE_DICT"},
+            {"xla": True},
+        )
+    },
 }
 
 
@@ -223,6 +309,12 @@ def plain_trainer(
     args = TrainingArguments(**arguments(1, 1, tempfile.mkdtemp(), **options))
     model = None if made else model or llama()
     return Trainer(model, args, train_dataset=data, eval_dataset=Texts(2, 13, 1), model_init=made)
+
+
+def with_optimizer() -> Trainer:
+    trainer = plain_trainer()
+    trainer.create_optimizer()
+    return trainer
 
 
 def t5() -> nn.Module:
