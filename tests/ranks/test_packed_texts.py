@@ -1,0 +1,52 @@
+"""Packed texts through layers without attention on real ranks: each is what it is by itself, whoever
+holds its rows."""
+
+from __future__ import annotations
+
+import pytest
+from compare import assert_close, compare_gradients
+from text_jobs import Case, run_packed, run_texts
+
+FULL = pytest.mark.full
+ONE = ((9, 1, 13, 6),)
+TWO = ((9, 1, 13, 6), (4, 18, 7))
+CASES = [
+    (2, Case("delta", ONE)),
+    (3, Case("mamba2", TWO)),
+    (2, Case("delta", ONE, packaged=True)),
+    (2, Case("mamba2", TWO, packaged=True)),
+    *(
+        pytest.param(p, Case(call, lengths, packaged), marks=FULL)
+        for call, lengths in (("delta", ONE), ("kimi", ONE), ("mamba2", TWO), ("mamba2", ONE))
+        for packaged in (False, True)
+        for p in (1, 2, 3, 4)
+    ),
+]
+
+
+@pytest.mark.parametrize(("p", "case"), CASES, ids=str)
+def test_layers(ranks, p: int, case: Case) -> None:
+    want = run_texts(case, 0)
+    for rank, got in enumerate(ranks(p).run(run_texts, case, p)):
+        assert_close(f"result of rank {rank}", got["result"], want["result"], 1e-10)
+        compare_gradients(want["gradients"], got["gradients"], 1e-10)
+        assert not got["gathered"]
+        assert got["graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("p", "name", "packaged"),
+    [
+        (2, "qwen3_next", False),
+        pytest.param(2, "bamba", False, marks=FULL),
+        pytest.param(3, "qwen3_next", True, marks=FULL),
+        pytest.param(3, "bamba", True, marks=FULL),
+    ],
+)
+def test_models(ranks, p: int, name: str, packaged: bool) -> None:
+    """transformers' own (their norms and their loss are float32)."""
+    want = run_packed(0, name)
+    for rank, got in enumerate(ranks(p).run(run_packed, p, name, packaged, timeout=900)):
+        assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-5)
+        compare_gradients(want["gradients"], got["gradients"], 1e-5)
+        assert not got["gathered"]
