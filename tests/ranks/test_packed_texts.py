@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import pytest
 from compare import assert_close, compare_gradients
-from text_jobs import Case, run_packed, run_texts
+from text_jobs import Case, run_many, run_packed, run_texts
 
 FULL = pytest.mark.full
 ONE = ((9, 1, 13, 6),)
 TWO = ((9, 1, 13, 6), (4, 18, 7))
+FULL_MANY = [pytest.param(p, call, marks=FULL) for p in (1, 3) for call in ("delta", "kimi")]
 CASES = [
     (2, Case("delta", ONE)),
     (3, Case("mamba2", TWO)),
@@ -32,6 +33,19 @@ def test_layers(ranks, p: int, case: Case) -> None:
         compare_gradients(want["gradients"], got["gradients"], 1e-10)
         assert not got["gathered"]
         assert got["graphs"] == 1
+
+
+@pytest.mark.parametrize(("p", "call"), [(2, "mamba2"), *(FULL_MANY)])
+def test_one_program_for_many_lengths(ranks, p: int, call: str) -> None:
+    """Padding to a bucket changes no row, and no gradient."""
+    cases = [Case(call, lengths) for lengths in (((9, 1, 13, 6),), ((2, 5, 4, 8),), ((4, 3, 19, 5),))]
+    want = [run_texts(case, 0) for case in cases]
+    for got in ranks(p).run(run_many, cases, (32,), p):
+        assert got["graphs"] == 1
+        assert not got["gathered"]
+        for step, expected in zip(got["steps"], want, strict=True):
+            assert_close("result", step["result"], expected["result"], 1e-10)
+            compare_gradients(expected["gradients"], step["gradients"], 1e-10)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ what one rank does with them in tests. What they give is compared with every tex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -181,11 +181,10 @@ PLAIN = "torch_chunk_gated_delta_rule"
 def run_texts(case: Case, p: int) -> dict[str, Any]:
     """The result and gradients; with p > 0 of all texts through Mosaic, else of each by itself."""
     torch.manual_seed(0)
-    sizes = torch.tensor([sum(row) for row in case.lengths])
-    x = torch.randn(len(sizes), int(sizes[0]), 8, dtype=case.dtype, requires_grad=True)
     plans: list[mosaic.Plan] = []
     with in_float64(case.packaged and p > 0):
         layer = Mixer(case.call).to(case.dtype)
+        x = given_of(case)
         if p:
             mosaic.init(sp_size=p)
             spec = mosaic.ShardingSpec(inputs={"x": "_ rows _"}, axes={"rows": "ring"})
@@ -204,6 +203,13 @@ def run_texts(case: Case, p: int) -> dict[str, Any]:
     }
 
 
+def given_of(case: Case) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (len(case.lengths), sum(case.lengths[0]), 8)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator)
+    return x.to(case.dtype).requires_grad_()
+
+
 def told(case: Case) -> tuple[Tensor, Tensor | None]:
     """seq_idx and cu_seqlens."""
     counts = [torch.tensor(row) for row in case.lengths]
@@ -212,6 +218,27 @@ def told(case: Case) -> tuple[Tensor, Tensor | None]:
         return seq_idx, None
     (count,) = counts
     return seq_idx, nn.functional.pad(count.cumsum(0), (1, 0)).int()
+
+
+def run_many(cases: Sequence[Case], buckets: tuple[int, ...], p: int) -> dict[str, Any]:
+    """The same layer on texts of several lengths in all, padded to those of ``buckets``."""
+    torch.manual_seed(0)
+    steps = []
+    with in_float64(packaged=False):
+        layer = Mixer(cases[0].call).double()
+        mosaic.init(sp_size=p)
+        inputs = {"x": "_ rows _", "seq_idx": "_ rows"}
+        spec = mosaic.ShardingSpec(inputs=inputs, axes={"rows": "ring"}, buckets=buckets)
+        options = {"spec": spec, "inner": "eager"}
+        called = torch.compile(layer, backend="mosaic", options=options)
+        with mosaic.plans() as plans:
+            for case in cases:
+                x = given_of(case)
+                layer.zero_grad()
+                out = called(x, *told(case))
+                out.square().sum().backward()
+                steps.append({"result": out.detach(), "gradients": {**gradients(layer), "x": x.grad}})
+    return {"steps": steps, **said(plans)}
 
 
 # --- models -------------------------------------------------------------------------------------
