@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from mosaic.api.errors import UnsupportedError
 from mosaic.frontend.flash import located
@@ -27,7 +27,7 @@ from mosaic.recurrences.call import Recurrence, is_of_package
 from mosaic.recurrences.kinds import KINDS, Kind
 from mosaic.recurrences.op import RECURRENCE
 from mosaic.recurrences.segments import widened
-from mosaic.recurrences.texts import BEGINS, begins_of
+from mosaic.recurrences.texts import BEGINS, beginnings
 
 #: Where such functions are: in a model's own module, the library's or one that came with weights.
 MODULES = re.compile(r"(transformers\.models|transformers_modules)\..*modeling_\w+$")
@@ -60,12 +60,19 @@ def recurrence(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         x = next(iter(given.values()))
         check_texts(kind, texts, x, is_asked, given.get(kind.state))
         numbers = located(x.shape[1], texts)[1][None] if kind.texts == "cu_seqlens" else texts
-        given[BEGINS] = begins_of(numbers).expand(len(x), -1)
+        given[BEGINS] = beginnings(numbers).expand(len(x), -1)
     known, tensors = Recurrence.of(function, given, len(args))
     out, last = RECURRENCE(tensors, known.encode())
     if kind.is_pair:
         return out, last if is_asked else None
     return (out, last) if is_asked else out
+
+
+def edges_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that tell such a call in Dynamo's graph where texts begin."""
+    is_call = node.op == "call_function" and call_of(node.target) is not None
+    edges = node.kwargs.get("cu_seqlens") if is_call else None
+    return [edges] if isinstance(edges, fx.Node) else []
 
 
 def texts_of(function: Callable[..., Any], name: str, given: Mapping[str, Any]) -> Tensor | None:
@@ -154,9 +161,12 @@ def allow(function: Callable[..., Any]) -> None:
 
     kept = ours if is_of_package(function) else torch.compiler.allow_in_graph(plain)
 
+    read = (*inspect.signature(function).parameters, *TEXTS)
+
     def stand_in(*args: Any, **kwargs: Any) -> Any:
+        given = {name: x for name, x in kwargs.items() if name in read}
         if kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None:
-            return ours(*args, **kwargs)
-        return kept(*args, **kwargs)
+            return ours(*args, **given)
+        return kept(*args, **given)
 
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(stand_in)

@@ -10,6 +10,7 @@ from torch import fx
 from mosaic.attention.cost import size
 from mosaic.graph.source import Frame, frames, frames_of, shown
 from mosaic.masks.softmax import UNKNOWN
+from mosaic.recurrences.loops import LOOP
 from mosaic.report.plan import Plan
 from mosaic.torch_private import RESUMED, compiles_left
 
@@ -49,7 +50,7 @@ def resumed_at(graph: fx.Graph) -> str | None:
 
 def announce(plan: Plan) -> None:
     for note in plan.notes:
-        if note.startswith(UNKNOWN) and plan.ranks > 1:
+        if note.startswith((UNKNOWN, LOOP)) and plan.ranks > 1:
             once(note)
     for line in plan.gathered:
         once(f"gathered, correct but slow: {line}")

@@ -19,7 +19,7 @@ BEGINS = "begins"
 Run = Callable[[Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 
-def begins_of(texts: Tensor) -> Tensor:
+def beginnings(texts: Tensor) -> Tensor:
     """Of the number of each row's text (batch, rows)."""
     return F.pad(texts[:, 1:] != texts[:, :-1], (1, 0), value=True)
 

@@ -10,7 +10,8 @@ from text_jobs import Case, run_many, run_packed, run_texts
 FULL = pytest.mark.full
 ONE = ((9, 1, 13, 6),)
 TWO = ((9, 1, 13, 6), (4, 18, 7))
-FULL_MANY = [pytest.param(p, call, marks=FULL) for p in (1, 3) for call in ("delta", "kimi")]
+MANY = [(2, "mamba2")]
+MANY += [pytest.param(p, call, marks=FULL) for p in (1, 3) for call in ("delta", "kimi")]
 CASES = [
     (2, Case("delta", ONE)),
     (3, Case("mamba2", TWO)),
@@ -35,13 +36,22 @@ def test_layers(ranks, p: int, case: Case) -> None:
         assert got["graphs"] == 1
 
 
-@pytest.mark.parametrize(("p", "call"), [(2, "mamba2"), *(FULL_MANY)])
+@pytest.mark.parametrize(("p", "call"), MANY)
 def test_one_program_for_many_lengths(ranks, p: int, call: str) -> None:
     """Padding to a bucket changes no row, and no gradient."""
-    cases = [Case(call, lengths) for lengths in (((9, 1, 13, 6),), ((2, 5, 4, 8),), ((4, 3, 19, 5),))]
+    compare_many(ranks(p), call, [(9, 1, 13, 6), (2, 5, 4, 8), (4, 3, 19, 5)], (32,), 1)
+
+
+def test_one_program_for_many_texts(ranks) -> None:
+    """The second number of texts compiles a program for any."""
+    compare_many(ranks(2), "delta", [(9, 1, 13, 6), (10, 19), (4, 9, 9, 2, 5), (29,)], None, 2)
+
+
+def compare_many(pool, call: str, texts: list, buckets: tuple[int, ...] | None, count: int) -> None:
+    cases = [Case(call, (lengths,)) for lengths in texts]
     want = [run_texts(case, 0) for case in cases]
-    for got in ranks(p).run(run_many, cases, (32,), p):
-        assert got["graphs"] == 1
+    for got in pool.run(run_many, cases, buckets, pool.p):
+        assert got["graphs"] == count
         assert not got["gathered"]
         for step, expected in zip(got["steps"], want, strict=True):
             assert_close("result", step["result"], expected["result"], 1e-10)

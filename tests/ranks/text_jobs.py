@@ -220,8 +220,8 @@ def told(case: Case) -> tuple[Tensor, Tensor | None]:
     return seq_idx, nn.functional.pad(count.cumsum(0), (1, 0)).int()
 
 
-def run_many(cases: Sequence[Case], buckets: tuple[int, ...], p: int) -> dict[str, Any]:
-    """The same layer on texts of several lengths in all, padded to those of ``buckets``."""
+def run_many(cases: Sequence[Case], buckets: tuple[int, ...] | None, p: int) -> dict[str, Any]:
+    """The same layer on other texts, in all padded to the lengths of ``buckets``."""
     torch.manual_seed(0)
     steps = []
     with in_float64(packaged=False):
