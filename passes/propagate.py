@@ -55,11 +55,13 @@ def note_places(planners: list[ShardingInterpreter], context: Context) -> None:
 
 
 def loop_over(graph: fx.Graph, planner: ShardingInterpreter) -> list[str]:
-    """A note on the first loop over the axis, for which every row is sent by itself."""
+    """A note on the first loop over the axis, or over as many rows that do not hold it."""
     for node, x, dim in loops(graph):
         place = planner.env[x].place
         if place and place.dim == dim:
             return [f"{LOOP}; each row is sent to every rank by itself: {line(node)}"]
+        if place is None and x.meta["val"].shape[dim] == planner.axis.layout.n:
+            return [f"{LOOP}; it runs whole on every rank: {line(node)}"]
     return []
 
 

@@ -265,7 +265,7 @@ def through_passes(
     if owner:
         owner.planned(context.axes)
     plan = plan_of(context, reports)
-    announce(plan)
+    announce(plan, context.goes_on)
     plan.graphs["local"] = captured.graph
     plan.parameters = parameters_of(captured.graph, context.inputs)
     local = fx.GraphModule(captured.root, captured.graph)

@@ -1,7 +1,7 @@
 """Windows that slide over rows, and recurrences: a real row is made of real rows before it.
 
-    conv1d(x, w, padding=3)     ->  conv1d(where(real, x, 0), w, padding=3)
-    recurrence(q, k, v, ...)    as it is: padding comes behind all that is real
+conv1d(x, w, padding=3)     ->  conv1d(where(real, x, 0), w, padding=3)
+recurrence(q, k, v, ...)    as it is: padding comes behind all that is real
 """
 
 from __future__ import annotations

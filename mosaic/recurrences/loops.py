@@ -11,6 +11,7 @@ from torch import fx
 #: Fewer rows may be parts of one tensor, as queries, keys and values are.
 LEAST = 8
 LOOP = "a loop takes rows one by one, and is not recognised as a recurrence"
+NOTHING = "no attention in this graph: it stays whole"
 
 
 def loops(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node, int]]:

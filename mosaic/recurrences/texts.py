@@ -25,7 +25,8 @@ def beginnings(texts: Tensor) -> Tensor:
 
 
 def one_by_one(
-    run: Run, given: Mapping[str, Any], begins: Tensor, rows: Mapping[str, int], state: str, out: int
+    run: Run, given: Mapping[str, Any], begins: Tensor, rows: Mapping[str, int], state: str,
+    out: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``state``: the name of the first one; ``out``: in which dim the result has rows."""
     n, starts = begins.shape[1], begins.any(0).nonzero().flatten().tolist()

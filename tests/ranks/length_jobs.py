@@ -258,7 +258,9 @@ OPS: dict[str, Callable[[Mixes, Tensor], Any]] = {
     "cross_attention": lambda m, y: F.scaled_dot_product_attention(y[:, :2], y, y),
     "by_the_length": lambda m, y: (y.sum(1) - y.shape[1] + 2) / (2 * y.shape[1]),
     "conv": lambda m, y: F.conv1d(y.mT, m.places.weight.view(4, 4, 3), padding=1),
-    "causal_conv": lambda m, y: F.conv1d(y.mT, m.inner.weight[:, None], padding=3, groups=4)[..., :-3],
+    "causal_conv": lambda m, y: F.conv1d(y.mT, m.inner.weight[:, None], padding=3, groups=4)[
+        ..., :-3
+    ],
     "unfold": lambda m, y: F.pad(y, (0, 0, 2, 0)).unfold(1, 3, 1).prod(-1),
     "outer": lambda m, y: (y[:, :, None] - y[:, None]).square().sum((1, 2, 3)),
     **{

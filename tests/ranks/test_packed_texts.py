@@ -1,5 +1,5 @@
-"""Packed texts through layers without attention on real ranks: each is what it is by itself, whoever
-holds its rows."""
+"""Packed texts through layers without attention on real ranks: each is what it is by itself,
+whoever holds its rows."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Packed texts through a causal convolution and a recurrence, as transformers' models call both; and
-what one rank does with them in tests. What they give is compared with every text by itself."""
+"""Packed texts through a causal convolution and a recurrence, as transformers' models call both,
+and what one rank does with them in tests. They are compared with every text by itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -30,11 +31,12 @@ PACKAGES = {
     "chunk_kimi_delta_attention": ("chunk_kda", "fla"),
     "mamba2_chunk_scan": ("mamba_chunk_scan_combined", "mamba_ssm"),
     "causal_conv1d_fn": ("causal_conv1d_fn", "causal_conv1d"),
+    "mamba2_split_conv1d_scan_combined": ("mamba_split_conv1d_scan_combined", "mamba_ssm"),
 }
 HAVE = {
     qwen: ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"),
     kimi: ("chunk_kimi_delta_attention", "causal_conv1d_fn"),
-    bamba: ("mamba2_chunk_scan", "causal_conv1d_fn"),
+    bamba: ("mamba2_chunk_scan", "causal_conv1d_fn", "mamba2_split_conv1d_scan_combined"),
 }
 HEADS, K_DIM, V_DIM, WIDTH, FEATURES = 4, 6, 5, 4, 92
 
@@ -55,7 +57,7 @@ def wrapped(plain: Callable[..., Any], packaged: bool) -> Callable[..., Any]:
     if not packaged:
         return use_kernel_func_from_hub_with_fallback(name, "no_such_package")(plain)
     module = ModuleType(package)
-    setattr(module, name, torch.compiler.disable(STAND_INS[package](plain)))
+    setattr(module, name, torch.compiler.disable(STAND_INS[plain.__name__](plain)))
     with mock.patch.dict("sys.modules", {package: module}):
         return use_kernel_func_from_hub_with_fallback(name, package, "")(plain)
 
@@ -76,7 +78,7 @@ def of_fla(plain: Callable[..., Any]) -> Callable[..., Any]:
         assert len(q) == 1
         assert initial_state is None or len(initial_state) == len(edges) - 1
         outs, states = [], []
-        for i, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+        for i, (start, stop) in enumerate(pairwise(edges)):
             first = None if initial_state is None else initial_state[i : i + 1]
             part = (x[:, start:stop] for x in (q, k, v, g, beta))
             out, state = plain(*part, CHUNK, first, *rest)
@@ -117,14 +119,20 @@ def alone(call: Callable[..., Any], a: Tensor, texts: Tensor, *given: Tensor) ->
     return torch.cat(outs, 1), state
 
 
-def of_conv(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def kernel(x, weight, bias=None, seq_idx=None, initial_states=None, activation=None):
-        raise AssertionError("its kernels are known, and are not called")
+def known(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def kernel(x, weight, bias=None, seq_idx=None, activation=None, **kwargs):
+        raise AssertionError("what it does is written out, and it is not called")
 
     return kernel
 
 
-STAND_INS = {"fla": of_fla, "mamba_ssm": of_mamba, "causal_conv1d": of_conv}
+STAND_INS = {
+    "torch_chunk_gated_delta_rule": of_fla,
+    "chunk_kimi_delta_attention": of_fla,
+    "mamba2_chunk_scan": of_mamba,
+    "causal_conv1d_fn": known,
+    "mamba2_split_conv1d_scan_combined": known,
+}
 
 
 # --- a layer ------------------------------------------------------------------------------------
@@ -237,7 +245,9 @@ def run_many(cases: Sequence[Case], buckets: tuple[int, ...] | None, p: int) -> 
                 layer.zero_grad()
                 out = called(x, *told(case))
                 out.square().sum().backward()
-                steps.append({"result": out.detach(), "gradients": {**gradients(layer), "x": x.grad}})
+                steps.append(
+                    {"result": out.detach(), "gradients": {**gradients(layer), "x": x.grad}}
+                )
     return {"steps": steps, **said(plans)}
 
 
