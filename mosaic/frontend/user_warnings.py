@@ -48,9 +48,9 @@ def resumed_at(graph: fx.Graph) -> str | None:
     return None
 
 
-def announce(plan: Plan, goes_on: bool) -> None:
-    """``goes_on``: the program is more than this graph."""
-    if plan.ranks > 1 and NOTHING in plan.notes and not goes_on:
+def announce(plan: Plan, is_part: bool) -> None:
+    """``is_part``: the program is more than this graph."""
+    if plan.ranks > 1 and NOTHING in plan.notes and not is_part:
         once("no attention in a whole program, and no recurrence that is known: it is not cut")
     for note in plan.notes:
         if note.startswith((UNKNOWN, LOOP)) and plan.ranks > 1:
