@@ -4,10 +4,17 @@ whoever holds its rows."""
 from __future__ import annotations
 
 import pytest
+import torch
 from compare import assert_close, compare_gradients
-from text_jobs import Case, run_many, run_packed, run_texts
+from text_jobs import Case, Mixer, in_float64, run_many, run_packed, run_texts
+from transformers.models.mamba import modeling_mamba as mamba
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+
+import mosaic
+from mosaic.frontend.recurrences import recurrence
 
 FULL = pytest.mark.full
+RULE = "torch_chunk_gated_delta_rule"
 ONE = ((9, 1, 13, 6),)
 TWO = ((9, 1, 13, 6), (4, 18, 7))
 MANY = [(2, "mamba2")]
@@ -74,3 +81,27 @@ def test_models(ranks, p: int, name: str, packaged: bool) -> None:
         assert_close(f"loss of rank {rank}", got["loss"], want["loss"], 1e-5)
         compare_gradients(want["gradients"], got["gradients"], 1e-5)
         assert not got["gathered"]
+
+
+def test_what_it_cannot_be_told_is_refused() -> None:
+    """While it is compiled, with what is wrong."""
+    layer, x = Mixer("delta"), torch.randn(2, 9, 8)
+    with in_float64(packaged=False), pytest.raises(Exception, match="several rows of texts"):
+        mosaic.explain(layer, x, None, torch.tensor([0, 4, 9]), sp_size=2)
+
+
+Q, V, G = torch.randn(1, 9, 2, 3), torch.randn(1, 9, 2, 3), torch.rand(1, 9, 2)
+SCAN = (torch.randn(1, 6, 9), torch.rand(1, 6, 9), -torch.rand(6, 2), *torch.randn(2, 1, 2, 9))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "given", "options", "said"),
+    [
+        (qwen, RULE, (Q, Q, V, G, G), {"seq_idx": Q}, "it reads them from cu_seqlens"),
+        (mamba, "mamba_selective_scan", SCAN, {"seq_idx": Q}, "it has no form for them"),
+        (qwen, RULE, (Q, Q, V, G, G), {"cu_seqlens": Q, "output_final_state": True}, "use_cache"),
+    ],
+)
+def test_forms_that_are_refused(module, name, given, options, said) -> None:
+    with pytest.raises(mosaic.UnsupportedError, match=said):
+        recurrence(getattr(module, name), *given, **options)
