@@ -613,7 +613,8 @@ def why_eager() -> str:
     if dynamo_config.disable:
         return "torch._dynamo.config.disable"
     return (
-        "Dynamo skipped it (as FullyShardedDataParallel without use_orig_params=True), or compiled "
+        "Dynamo skipped it (as FullyShardedDataParallel without use_orig_params=True, or a call of "
+        "nn.LSTM, nn.GRU or nn.RNN without torch._dynamo.config.allow_rnn=True), or compiled "
         f"torch._dynamo.config.recompile_limit = {dynamo_config.recompile_limit} versions of it "
         "(TORCH_LOGS=dynamo,recompiles says which)"
     )

@@ -30,6 +30,7 @@ from mosaic.partition.probing import probe
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, candidates
 from mosaic.recurrences.call import rows_of
+from mosaic.recurrences.loops import LOOP, NOTHING, loops
 from mosaic.recurrences.op import RECURRENCE
 from mosaic.runtime.world import own_axes
 
@@ -58,10 +59,12 @@ def infer_axes(graph: fx.Graph, context: Context) -> int:
 
 
 def nothing_attends(graph: fx.Graph) -> str:
-    unread = unread_softmax(graph)
-    if unread is None:
-        return "no attention in this graph: it stays whole"
-    return f"{UNKNOWN}, so the graph stays whole on every rank: {line(unread)}"
+    found = [(UNKNOWN, node) for node in [unread_softmax(graph)] if node]
+    found += [(LOOP, node) for node, _, _ in loops(graph)]
+    if not found:
+        return NOTHING
+    why, node = found[0]
+    return f"{why}, so the graph stays whole on every rank: {line(node)}"
 
 
 # --- by what arrives cut ------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from mosaic.partition.interpreter import ShardingInterpreter
 from mosaic.partition.table import RULES
 from mosaic.partition.values import Axis, places_of
 from mosaic.passes.infer_axes import MIXERS, Search, behind
+from mosaic.recurrences.loops import LOOP, loops
 
 
 def propagate(graph: fx.Graph, context: Context) -> int:
@@ -27,6 +28,7 @@ def propagate(graph: fx.Graph, context: Context) -> int:
     if begin_again(graph, planners, context) or leave_whole(planners, context):
         planners = follow(graph, context)
     note_places(planners, context)
+    context.notes += [note for planner in planners for note in loop_over(graph, planner)]
     is_found = context.arriving or context.goes_on or context.has_other_names
     if context.spec.sharded and not is_found:
         for axis, planner in zip(context.axes, planners, strict=True):
@@ -50,6 +52,17 @@ def note_places(planners: list[ShardingInterpreter], context: Context) -> None:
         node.meta["planned"] = parts
         whole = combined(tuple(parts.values()), context.on, where(node))
         context.attentions.append((whole, node))
+
+
+def loop_over(graph: fx.Graph, planner: ShardingInterpreter) -> list[str]:
+    """A note on the first loop over the axis, or over as many rows that do not hold it."""
+    for node, x, dim in loops(graph):
+        place = planner.env[x].place
+        if place and place.dim == dim:
+            return [f"{LOOP}; each row is sent to every rank by itself: {line(node)}"]
+        if place is None and x.meta["val"].shape[dim] == planner.axis.layout.n:
+            return [f"{LOOP}; it runs whole on every rank: {line(node)}"]
+    return []
 
 
 def attends(planner: ShardingInterpreter) -> bool:
@@ -106,6 +119,8 @@ def nothing_attends(graph: fx.Graph, axis: Axis, planner: ShardingInterpreter) -
     lengths = sorted({n.args[0].meta["val"].shape[-2] for n in attended})
     unread = unread_softmax(graph)
     facts = {"note": f"{UNKNOWN}: {line(unread)}"} if unread else {}
+    for node, _, _ in loops(graph):
+        facts.setdefault("note", f"{LOOP}: {line(node)}")
     if planner.gathered:
         why, node = planner.gathered[0]
         facts["gathered"] = f"{why}: {line(node)}"

@@ -265,7 +265,7 @@ def through_passes(
     if owner:
         owner.planned(context.axes)
     plan = plan_of(context, reports)
-    announce(plan)
+    announce(plan, is_part=context.goes_on or owner is not None)
     plan.graphs["local"] = captured.graph
     plan.parameters = parameters_of(captured.graph, context.inputs)
     local = fx.GraphModule(captured.root, captured.graph)

@@ -1,4 +1,5 @@
-"""Where packed texts begin, for calls of flash attention: any number of texts is one program.
+"""Where packed texts begin, for calls of flash attention and of recurrences: any number of texts is
+one program.
 
 the user calls with      cu_seqlens: i32[4]           0, 11, 29, 37
 Dynamo sees              cu_seqlens: i32[s0]          with a guard s0 <= 1024
@@ -13,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from mosaic.frontend.flash import begins_of
+from mosaic.frontend import flash
 from mosaic.frontend.lengths import fake_of, lengthened
+from mosaic.frontend.recurrences import edges_of
 from mosaic.graph.source import nodes_of
 from mosaic.torch_private import size_with, symbols_of
 
@@ -58,7 +60,7 @@ class Texts:
 
 def texts_of(module: fx.GraphModule) -> Texts | None:
     """None where there are none, or the graph does more with them, or with their number, than
-    give them to flash attention."""
+    give them to such calls."""
     begins = {node for call in module.graph.nodes for node in begins_of(call)}
     values = {
         index: node.meta["example_value"]
@@ -76,6 +78,11 @@ def texts_of(module: fx.GraphModule) -> Texts | None:
             return None
     most = max(LEAST, *(1 << (int(x.shape[0].node.hint) - 1).bit_length() for x in values.values()))
     return Texts(values, symbols, most)
+
+
+def begins_of(node: fx.Node) -> list[fx.Node]:
+    """The nodes that tell a call where texts begin."""
+    return [*flash.begins_of(node), *edges_of(node)]
 
 
 def only_begins(node: fx.Node, begins: set[fx.Node]) -> bool:

@@ -10,6 +10,7 @@ from torch import fx
 from mosaic.attention.cost import size
 from mosaic.graph.source import Frame, frames, frames_of, shown
 from mosaic.masks.softmax import UNKNOWN
+from mosaic.recurrences.loops import LOOP, NOTHING
 from mosaic.report.plan import Plan
 from mosaic.torch_private import RESUMED, compiles_left
 
@@ -47,9 +48,12 @@ def resumed_at(graph: fx.Graph) -> str | None:
     return None
 
 
-def announce(plan: Plan) -> None:
+def announce(plan: Plan, is_part: bool) -> None:
+    """``is_part``: the program is more than this graph."""
+    if plan.ranks > 1 and NOTHING in plan.notes and not is_part:
+        once("no attention in a whole program, and no recurrence that is known: it is not cut")
     for note in plan.notes:
-        if note.startswith(UNKNOWN) and plan.ranks > 1:
+        if note.startswith((UNKNOWN, LOOP)) and plan.ranks > 1:
             once(note)
     for line in plan.gathered:
         once(f"gathered, correct but slow: {line}")

@@ -40,7 +40,7 @@ BY_ROW = frozenset(
     "sum sum.dim_IntList mean mean.dim var.correction var.dim var_mean.correction std.correction "
     "std.dim amax amin max min any any.dim any.dims all all.dim all.dims logsumexp prod "
     "prod.dim_int linalg_vector_norm norm.ScalarOpt_dim max.dim min.dim argmax argmin cumsum "
-    "cumprod logcumsumexp sort sort.stable topk glu dropout tril triu flip roll conv1d conv2d "
+    "cumprod logcumsumexp sort sort.stable topk glu dropout tril triu flip roll "
     "cross_entropy_loss nll_loss_nd embedding index.Tensor mosaic::with_history "
     "mosaic::counted_mask scaled_dot_product_attention _native_batch_norm_legit_no_training".split()
 )

@@ -22,6 +22,7 @@ from mosaic.graph.ops import key
 from mosaic.layout import Place
 from mosaic.padding.attention import attention
 from mosaic.padding.follow import Follower, Places, arguments, unique
+from mosaic.padding.windows import convolution, recurrence, unfold
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2  # of a loss
@@ -411,4 +412,7 @@ HANDLERS: dict[str, Callable[[Follower, fx.Node], Any]] = {
     "embedding": embedding,
     "index.Tensor": index,
     "gather": gather,
+    **dict.fromkeys("conv1d conv2d conv3d convolution".split(), convolution),
+    "unfold": unfold,
+    "mosaic::recurrence": recurrence,
 }

@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import Tensor
 
 from mosaic.recurrences.kinds import KINDS, Given, Kind
+from mosaic.recurrences.texts import BEGINS, TOLD, one_by_one
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,24 @@ class Recurrence:
         named = zip(self.tensors, tensors, strict=True)
         return {**defaults(self.function), **self.options, **dict(named)}
 
+    @property
+    def is_opaque(self) -> bool:
+        """Whether an inner compiler does not see what it does: kernels of a package, and packed
+        texts, of which the program does not know how many there are."""
+        return BEGINS in self.tensors or is_of_package(self.function)
+
     def run(self, **given: Any) -> tuple[Tensor, Tensor]:
         """The result and the last state."""
-        return self.called(self.function, given)
+        begins, run, kind = given.pop(BEGINS, None), partial(self.called, self.function), self.kind
+        if begins is None:
+            return run(given)
+        if kind.texts in taken_by_package(self.function):
+            return TOLD[kind.texts](run, given, begins, kind.state)
+        return one_by_one(run, given, begins, kind.rows, kind.state, kind.out)
 
     def called(self, function: Callable[..., Any], given: Given) -> tuple[Tensor, Tensor]:
         first = names_of(function)[: self.positional]
-        rest = {name: x for name, x in given.items() if name not in first}
+        rest = {name: x for name, x in given.items() if name not in (*first, BEGINS)}
         out, last = function(*(given[name] for name in first), **rest, **{self.kind.asks: True})
         return out, last
 
@@ -85,8 +97,13 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 def is_of_package(function: Callable[..., Any]) -> bool:
     """Whether transformers runs a package's kernels in place of the function that is written."""
+    return bool(taken_by_package(function))
+
+
+def taken_by_package(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments that such kernels take; none where there are none."""
     inner = inspect.getclosurevars(function).nonlocals if hasattr(function, "__wrapped__") else {}
-    return bool(inner.get("is_new_implementation"))
+    return inner["applicable_params"] if inner.get("is_new_implementation") else ()
 
 
 def rows_of(call: str) -> tuple[int, int]:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosaic.recurrences.texts import BEGINS
+
 Given = Mapping[str, Any]  # arguments by name
 Run = Callable[..., tuple[Tensor, Tensor]]  # the user's function: what it gives, its last state
 
@@ -36,6 +38,7 @@ class Kind:
     reading: int  # and a ``Response``'s reading
     asks: str  # the argument that asks for the last state
     state: str  # the argument for the first one; "": there is none
+    texts: str  # the argument that tells a package's function of packed texts; "": it knows of none
     is_pair: bool  # whether a result without the last state is a pair with None
     along_shape: Callable[[Sequence[int]], Sequence[int]]  # by that of the state
     respond: Callable[[Run, Given], Response]
@@ -48,7 +51,8 @@ class Kind:
 
 def respond_by_columns(run: Run, given: Given) -> Response:
     """The columns of the state (k_dim, v_dim) go their ways apart: more of them, that begin with
-    the identity and get no values, say what becomes of any state."""
+    the identity and get no values, say what becomes of any state (nothing behind the beginning of a
+    text)."""
     value, width = given["value"], given["key"].shape[-1]
     batch, _, heads, v_dim = value.shape
     value = torch.cat([value, value.new_zeros(*value.shape[:-1], width)], -1)
@@ -62,11 +66,12 @@ def respond_by_columns(run: Run, given: Given) -> Response:
 
 
 DELTA = Kind(
-    rows=dict.fromkeys(("query", "key", "value", "g", "beta"), 1),
+    rows=dict.fromkeys(("query", "key", "value", "g", "beta", BEGINS), 1),
     out=1,
     reading=1,
     asks="output_final_state",
     state="initial_state",
+    texts="cu_seqlens",
     is_pair=True,
     along_shape=lambda state: (*state[:-1], state[-2]),
     respond=respond_by_columns,
@@ -103,6 +108,7 @@ MAMBA = Kind(
     reading=2,
     asks="return_last_state",
     state="",
+    texts="",
     is_pair=False,
     along_shape=lambda state: state,
     respond=respond_of_mamba,
@@ -116,17 +122,20 @@ def respond_of_mamba2(run: Run, given: Given) -> Response:
     low, high = given["dt_limit"]
     dt = torch.clamp(steps_of(given, given["dt_bias"]), low, high)
     decay = torch.exp(dt.cumsum(1) * given["A"].to(dt.dtype))  # (batch, rows, heads)
+    if given.get(BEGINS) is not None:
+        decay = decay.masked_fill(given[BEGINS].cumsum(1)[..., None] > 0, 0)
     c = given["C"].to(dt.dtype)
     c = c.repeat_interleave(decay.shape[2] // c.shape[2], 2)
     return Response(*run(**given), decay[:, -1], decay[..., None] * c)
 
 
 MAMBA2 = Kind(
-    rows=dict.fromkeys(("hidden_states", "dt", "B", "C"), 1),
+    rows=dict.fromkeys(("hidden_states", "dt", "B", "C", BEGINS), 1),
     out=1,
     reading=1,
     asks="return_final_states",
     state="initial_states",
+    texts="seq_idx",
     is_pair=False,
     along_shape=lambda state: state[:2],
     respond=respond_of_mamba2,

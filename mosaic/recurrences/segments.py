@@ -35,8 +35,8 @@ def run_whole(call: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def running(known: Recurrence) -> Run:
-    """The user's function; that of a package goes into a graph as the op."""
-    if not is_of_package(known.function):
+    """The user's function; what cannot be looked into goes into a graph as the op."""
+    if not known.is_opaque:
         return known.run
 
     def run(**given: Any) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from recurrence_jobs import COMMON, HYBRID
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    StaticCache,
+)
 
 import mosaic
 from mosaic.frontend import decoding, user_warnings
@@ -27,6 +35,14 @@ def llama() -> Any:
     return LlamaForCausalLM(config).double().eval()
 
 
+def with_gated_deltas() -> Any:
+    """Some of its layers have a state in place of keys and values."""
+    torch.manual_seed(0)
+    return (
+        Qwen3NextForCausalLM(Qwen3NextConfig(**COMMON, **HYBRID, eos_token_id=None)).double().eval()
+    )
+
+
 def prompt(n: int = 11) -> Tensor:
     return torch.randint(1, WORDS, (2, n), generator=torch.Generator().manual_seed(n))
 
@@ -42,10 +58,10 @@ class Said(logging.Handler):
         self.times += record.getMessage() == decoding.SAID
 
 
-def generated(p: int, how: str, cache: str) -> dict[str, Any]:
+def generated(p: int, how: str, cache: str, build: Callable[[], Any] = llama) -> dict[str, Any]:
     """Tokens and their logits, how many graphs were compiled, and what was cut; ``p`` = 0 is one
     process without Mosaic."""
-    model = llama()
+    model = build()
     if p:
         mosaic.init(sp_size=p)
     if how == "parallelize":

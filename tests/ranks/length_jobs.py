@@ -257,6 +257,11 @@ OPS: dict[str, Callable[[Mixes, Tensor], Any]] = {
     "layer_norm": lambda m, y: (F.layer_norm(y, (4,)) * y.exp()).sum(),
     "cross_attention": lambda m, y: F.scaled_dot_product_attention(y[:, :2], y, y),
     "by_the_length": lambda m, y: (y.sum(1) - y.shape[1] + 2) / (2 * y.shape[1]),
+    "conv": lambda m, y: F.conv1d(y.mT, m.places.weight.view(4, 4, 3), padding=1),
+    "causal_conv": lambda m, y: F.conv1d(y.mT, m.inner.weight[:, None], padding=3, groups=4)[
+        ..., :-3
+    ],
+    "unfold": lambda m, y: F.pad(y, (0, 0, 2, 0)).unfold(1, 3, 1).prod(-1),
     "outer": lambda m, y: (y[:, :, None] - y[:, None]).square().sum((1, 2, 3)),
     **{
         f.__name__: f
@@ -272,7 +277,7 @@ ALONE: dict[str, Callable[[Mixes, Tensor], Any]] = {
     "every_second": lambda m, y: y[:, ::2],
     "last_three": lambda m, y: y[:, -3:],
     "batch_norm": lambda m, y: m.norm(y.transpose(1, 2)) * y.exp().transpose(1, 2),
-    "conv": lambda m, y: F.conv1d(y.transpose(1, 2), m.inner.weight[..., None], padding=1),
+    "conv_with_a_stride": lambda m, y: F.conv1d(y.mT, m.places.weight.view(3, 4, 4), stride=2),
     "by_a_root": lambda m, y: y * y.shape[1] ** 0.5,
     "fewer_rows_than_the_bucket": lambda m, y: y.sum(1) + m.inner.weight[: y.shape[1]].sum(),
     "half": lambda m, y: y[:, : y.shape[1] // 2],

@@ -3,6 +3,8 @@ plain torch.compile makes."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import generate_jobs as jobs
 import pytest
 import torch
@@ -38,6 +40,17 @@ def test_generate_of_transformers(ranks, p: int, how: str, cache: str) -> None:
         assert got["graphs"] == GRAPHS[cache]
         assert [bool(layout) for layout in got["cut"]] == [True, False, False][: got["graphs"]]
         assert got["said"] == (p > 1)
+
+
+@pytest.mark.parametrize("p, how", [FULL(2, "compile"), FULL(3, "parallelize")])
+def test_generate_from_states(ranks, p: int, how: str) -> None:
+    """The prompt's last states are whole on every rank, as are its keys and values."""
+    run = partial(jobs.generated, how=how, cache="dynamic", build=jobs.with_gated_deltas)
+    want = jobs.generated(0, "compile", "dynamic", jobs.with_gated_deltas)
+    for got in ranks(p).run(run, p):
+        assert torch.equal(got["tokens"], want["tokens"])
+        assert_close("logits", got["logits"], want["logits"], 1e-5)  # states are float32
+        assert got["said"]
 
 
 @pytest.mark.parametrize("p", [2, FULL(3)])
