@@ -111,6 +111,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=530.0, help="that all may take")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--small", action="store_true", help="tiny sizes")
+    parser.add_argument("--profile", action="store_true", help="which communication is exposed")
     parser.add_argument("--late", type=float, default=40.0, help="seconds of the late rank")
     parser.add_argument("--group", help="run it here, as one of its ranks")
     parser.add_argument("--first", type=int, default=0, help="the case to begin with")
@@ -137,13 +138,15 @@ def main() -> int:
     some = picked(groups(given.ranks, given.small, given.late), given.only)
     if given.group:
         group = next(group for group in some if group.name == given.group)
-        return serve(group, given.first, Setting(given.small, given.ranks, late=given.late))
+        setting = Setting(given.small, given.ranks, late=given.late, profile=given.profile)
+        return serve(group, given.first, setting)
     if int(os.environ.get("RANK", 0)):
         return 0  # of torchrun: its first process starts the ranks
     where = torch.cuda.get_device_name() if CUDA else "cpu"
     print(f"torch {torch.__version__}, {given.ranks} x {where}, {time.strftime('%Y-%m-%d')}")
     table, begun = Table(), time.monotonic()
     options = [f"--ranks={given.ranks}", f"--late={given.late}", *["--small"] * given.small]
+    options += ["--profile"] * given.profile
     options += ["--only", *given.only] if given.only else []
     runner = Runner([sys.executable, __file__, *options], table.show)
     stretch, until = given.seconds / sum(group.seconds for group in some), begun

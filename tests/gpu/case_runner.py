@@ -43,6 +43,7 @@ class Setting:
     ranks: int  # of the machine: those of the group may be fewer
     context: mosaic.MosaicContext | None = None
     late: float = 40.0  # seconds by which a rank of a fault is late
+    profile: bool = False  # say of each step what its kernels do at which time
 
     @property
     def here(self) -> mosaic.MosaicContext:
