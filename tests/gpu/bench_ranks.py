@@ -11,6 +11,7 @@ line as soon as it is known. The groups, of which ``--only`` picks those with a 
 ``right``    methods against float64, 20 steps of training and models beside one process
 ``table``    150,000 and a million rows of a model in the way of nanoTabPFN; ``alone``: one GPU's
 ``faults``   a rank that is killed, late (``--late``), or has another batch or length
+``whole``    Llama-3-8B itself at ``--tokens``, and the longest length that trains; if it is named
 
 "share" is one GPU's time for as many pairs of queries and keys, divided by the time of a rank.
 "predicted" is the cost by which ``auto`` chooses. A case that fails, or takes too long, is a line,
@@ -33,12 +34,13 @@ import rank_faults
 import rank_llama
 import rank_right
 import rank_table
+import rank_whole
 import torch
-from case_runner import CUDA, Case, Group, Row, Runner, Setting, serve
+from case_runner import CUDA, START, Case, Group, Row, Runner, Setting, serve
 from rank_attention import ONE_GPU, Attention
 
 
-def groups(p: int, small: bool, late: float) -> list[Group]:
+def groups(p: int, small: bool, late: float, tokens: Sequence[int]) -> list[Group]:
     """In the order of what matters most."""
     lengths = (64, 128) if small else (32_768, 131_072, 16_384, 65_536)
     causal = [Attention(n) for n in lengths]
@@ -54,6 +56,7 @@ def groups(p: int, small: bool, late: float) -> list[Group]:
         Group("table", rank_table.cases(p), p, 50),
         Group("faults", [rank_faults.case(late)], 0, 90),
         Group("alone", rank_table.cases(1), 1, 20),
+        Group(WHOLE, [rank_whole.case(n) for n in tokens], p, 520),
     ]
 
 
@@ -61,7 +64,38 @@ def attentions(some: Sequence[Attention], p: int) -> list[Case]:
     return [case for x in some for case in rank_attention.cases(x, p)]
 
 
+#: Of which the length is looked for, and which runs if it is named.
+WHOLE = "whole"
+
+
+def search(runner: Runner, table: Table, tokens: Sequence[int], p: int, until: float) -> None:
+    """The longest length of which a step ends: each in fresh processes, while there is time."""
+    fits = {n: does for n in tokens if (does := table.fits(n)) is not None}
+    multiple = 1024 * p if CUDA else 2 * p
+    while n := rank_whole.following(fits, multiple):
+        left, needed = until - time.monotonic(), START / 2 + rank_whole.seconds(n, p)
+        if CUDA and needed > left:
+            words = f"not tried: {n:,} tokens take about {needed:.0f} s, and {left:.0f} are left"
+            break
+        alone = replace(runner, command=[*runner.command, "--tokens", str(n)])
+        alone.run(Group(WHOLE, [rank_whole.case(n)], p, 0), until)
+        does = table.fits(n)
+        if does is None:
+            words = f"{n:,} tokens ended in another way"
+            break
+        fits[n] = does
+    else:
+        words = f"tried: {', '.join(f'{n:,}' for n in sorted(fits))}"
+    longest = max((n for n, does in fits.items() if does), default=0)
+    table.show(Row("Llama-3-8B, the longest that trains", f"{longest:,} tokens", words=words))
+
+
 # --- the table ------------------------------------------------------------------------------------
+
+
+def is_too_large(row: Row) -> bool:
+    """Whether the whole model did not fit."""
+    return row.case.startswith(WHOLE) and "OutOfMemoryError" in row.words
 
 
 @dataclass
@@ -72,6 +106,8 @@ class Table:
     head: tuple[str, ...] = ()
 
     def show(self, row: Row) -> None:
+        if is_too_large(row):
+            row = replace(row, right=None)  # that is a result
         alike = [r for r in [*self.rows, row] if r.case == row.case]
         base = next((r for r in alike if ONE_GPU in r.way), None)
         if base and "both ms" in row.numbers:
@@ -84,6 +120,14 @@ class Table:
         wrong = "  WRONG" if row.right is False else ""
         line = "".join(f"{x:>14}" for x in cells) + f"  {row.words}{wrong}"
         print(f"{row.case:<36} {row.way:<39}{line}".rstrip(), flush=True)
+
+    def fits(self, tokens: int) -> bool | None:
+        """Whether a step of the whole model ended; None where something else went wrong."""
+        if any(row.case == rank_whole.title(tokens) for row in self.rows):
+            return True
+        name = rank_whole.case(tokens).name
+        failed = any(row.case == name and is_too_large(row) for row in self.rows)
+        return False if failed else None
 
     def conclusions(self) -> Iterator[str]:
         """Of each attention: the best method, auto beside it, what was predicted, torch's best."""
@@ -113,6 +157,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--profile", action="store_true", help="which communication is exposed")
     parser.add_argument("--late", type=float, default=40.0, help="seconds of the late rank")
+    parser.add_argument("--tokens", type=int, nargs="*", help="lengths of the whole model")
     parser.add_argument("--group", help="run it here, as one of its ranks")
     parser.add_argument("--first", type=int, default=0, help="the case to begin with")
     return parser.parse_args()
@@ -121,7 +166,7 @@ def parsed() -> argparse.Namespace:
 def picked(found: Sequence[Group], words: Sequence[str] | None) -> list[Group]:
     """Groups with a word in their names, and of the others the cases that have one."""
     if not words:
-        return [*found]
+        return [group for group in found if group.name != WHOLE]
 
     def named(name: str) -> bool:
         return any(word.lower() in name.lower() for word in words)
@@ -135,7 +180,8 @@ def picked(found: Sequence[Group], words: Sequence[str] | None) -> list[Group]:
 
 def main() -> int:
     given = parsed()
-    some = picked(groups(given.ranks, given.small, given.late), given.only)
+    tokens = given.tokens or rank_whole.lengths(given.small)
+    some = picked(groups(given.ranks, given.small, given.late, tokens), given.only)
     if given.group:
         group = next(group for group in some if group.name == given.group)
         setting = Setting(given.small, given.ranks, late=given.late, profile=given.profile)
@@ -148,11 +194,14 @@ def main() -> int:
     options = [f"--ranks={given.ranks}", f"--late={given.late}", *["--small"] * given.small]
     options += ["--profile"] * given.profile
     options += ["--only", *given.only] if given.only else []
+    options += ["--tokens", *map(str, tokens)]
     runner = Runner([sys.executable, __file__, *options], table.show)
     stretch, until = given.seconds / sum(group.seconds for group in some), begun
     for group in some:
         until += stretch * group.seconds  # what those before it have left over is added
         runner.run(group, until)
+        if group.name == WHOLE:
+            search(runner, table, tokens, given.ranks, until)
         print(f"  {group.name}: {time.monotonic() - begun:.0f} s since the beginning", flush=True)
     concluded = [*table.conclusions()]
     print("\n" + "\n".join(concluded))
