@@ -15,7 +15,8 @@ line as soon as it is known. The groups, of which ``--only`` picks those with a 
 
 "share" is one GPU's time for as many pairs of queries and keys, divided by the time of a rank.
 "predicted" is the cost by which ``auto`` chooses. A case that fails, or takes too long, is a line,
-and the next one runs in fresh processes. Exits 1 if a result is wrong or a case failed.
+and the next one runs in fresh processes. Exits 1 if a result is wrong or a case failed, else 2 if a
+target (``targets.py``; on CPUs none is looked at) was missed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import rank_whole
 import torch
 from case_runner import CUDA, START, Case, Group, Row, Runner, Setting, serve
 from rank_attention import ONE_GPU, Attention
+from targets import targets
 
 
 def groups(p: int, small: bool, late: float, tokens: Sequence[int]) -> list[Group]:
@@ -199,17 +201,25 @@ def main() -> int:
     stretch, until = given.seconds / sum(group.seconds for group in some), begun
     for group in some:
         until += stretch * group.seconds  # what those before it have left over is added
+        start = time.monotonic()
         runner.run(group, until)
         if group.name == WHOLE:
             search(runner, table, tokens, given.ranks, until)
-        print(f"  {group.name}: {time.monotonic() - begun:.0f} s since the beginning", flush=True)
+        end = time.monotonic()
+        print(f"  {group.name}: {end - start:.0f} s; {end - begun:.0f} s in all", flush=True)
     concluded = [*table.conclusions()]
-    print("\n" + "\n".join(concluded))
+    asked = [*targets(table.rows, given.ranks)] if CUDA else []
+    missed = [target for target in asked if target.is_missed]
+    print("\n" + "\n".join([*concluded, *(f"missed: {target}" for target in missed)]))
+    print(f"{len(asked) - len(missed)} of {len(asked)} targets reached")
     if given.json:
         rows = [asdict(row) for row in table.rows]
         told = {"torch": torch.__version__, "device": where, "ranks": given.ranks}
-        given.json.write_text(json.dumps(told | {"rows": rows, "said": concluded}, indent=1))
-    return int(any(row.right is False for row in table.rows))
+        told |= {"rows": rows, "said": concluded, "targets": [asdict(x) for x in asked]}
+        given.json.write_text(json.dumps(told, indent=1))
+    if any(row.right is False for row in table.rows):
+        return 1
+    return 2 if missed else 0
 
 
 if __name__ == "__main__":

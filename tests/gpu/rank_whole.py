@@ -32,6 +32,7 @@ from train_llama_fsdp import SIZES  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import mosaic  # noqa: E402
+from mosaic.layout import Layout  # noqa: E402
 
 NAMES = dict.fromkeys(("input_ids", "labels"), "batch tokens")
 GIB = 2**30
@@ -172,6 +173,7 @@ def measured(tokens: int, setting: Setting) -> Iterator[Row]:
         raise torch.OutOfMemoryError(f"{planned:,.0f} bytes by the plan")
     model = trained(setting, tokens, way)
     want = math.log(words) if CUDA else alone(model, setting, ids)
+    ids = mosaic.distribute(ids, 1, Layout.zigzag(tokens, context.size()))  # as it stays
     step, losses, taken = stepping(model, ids, way), [], []
     numbers = {"plan GiB": planned / GIB}
     for name in ("first step, with compiling", str(way)):

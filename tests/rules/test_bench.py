@@ -1,11 +1,13 @@
-"""What the script for several GPUs decides by itself: which length is tried next."""
+"""What the script for several GPUs decides: which length is tried next, which target is missed."""
 
 from __future__ import annotations
 
 import pytest
+from case_runner import Row
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_whole import following
+from targets import targets
 
 
 @given(st.integers(1, 500), st.integers(1, 64))
@@ -34,3 +36,50 @@ def test_the_longest_length_is_found_to_an_eighth(most: int, first: int) -> None
 )
 def test_what_is_tried_next(found: dict[int, bool], then: int | None) -> None:
     assert following(found, 8) == then
+
+
+def attention(way: str, ms: float, **numbers: float) -> Row:
+    return Row("32,768 tokens, causal", way, {"both ms": ms, **numbers})
+
+
+ROWS = [
+    attention("one GPU, equal work", 9.0),
+    attention("auto: ring(2)", 10.0, share=0.9, **{"predicted ms": 12.1}),
+    attention("Ulysses()", 9.5, share=0.947),
+    attention("torch context_parallel, cuDNN, allgather", 14.0),
+    attention("torch context_parallel, flash, alltoall", 13.0),
+    Row("Llama, 8 layers, 131,072 tokens", "mosaic.parallelize", {"of ideal": 0.96}),
+    Row("every method, four masks", "against float64", {"x plain's error": 1.3}, right=True),
+    Row("a rank killed in step 3, p = 4", "left with [1, 1, 1]", {"said after s": float("nan")}),
+    Row("table, 150,000 rows, float32, forward", "4 ranks", {"s": 4.4, "GiB": 1.2}),
+    Row("table, 150,000 rows, float32, forward", "1 ranks", {"s": 19.0, "GiB": 4.3}),
+    Row("table, 1,000,000 rows, bfloat16, forward", "4 ranks", {"GiB": 5.0, "TFLOP/s": 250.0}),
+    Row("attention's kernel, 4 x 11 heads of 24", "forward, bfloat16", {"TFLOP/s": 270.0}),
+    Row("Llama-3-8B, 1,048,576 tokens", "ring", {"step s": 400.0, "tokens/s/GPU": 320.0}),
+]
+
+
+def test_targets() -> None:
+    found = {str(target): target.is_missed for target in targets(ROWS, 4)}
+    assert found == {
+        "32,768 tokens, causal, auto's share of one GPU: 0.9, asked for >= 0.9": False,
+        "32,768 tokens, causal, torch's best in times of auto: 1.3, asked for >= 1.33": True,
+        "32,768 tokens, causal, auto in times of the best: 1.053, asked for <= 1.05": True,
+        "32,768 tokens, causal, auto's predicted / measured: 1.21, asked for >= 0.8 and <= 1.2": (
+            True
+        ),
+        "Llama, 8 layers, 131,072 tokens, of the ideal: 0.96, asked for >= 0.95": False,
+        "every method, four masks, errors: 1.3, asked for <= 1.2": True,
+        "a rank killed in step 3, p = 4, said after: nan, asked for <= 60": True,
+        "table, 150,000 rows, float32, forward, memory in parts of one rank's: 0.2791, "
+        "asked for <= 0.27": True,
+        "table, 150,000 rows, float32, forward, seconds: 4.4, asked for <= 4.5": False,
+        "table, 1,000,000 rows, bfloat16, forward, of the kernel's rate: 0.9259, "
+        "asked for >= 0.9": False,
+    }
+
+
+def test_the_whole_model_is_judged_on_eight() -> None:
+    assert [str(target) for target in targets(ROWS[-1:], 8)] == [
+        "Llama-3-8B, 1,048,576 tokens, seconds of a step: 400, asked for <= 380"
+    ]
