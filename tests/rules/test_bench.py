@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import time
+
+import case_runner
 import pytest
-from case_runner import Row
+from case_runner import Case, Group, Row, Runner
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_whole import following
@@ -83,3 +87,36 @@ def test_the_whole_model_is_judged_on_eight() -> None:
     assert [str(target) for target in targets(ROWS[-1:], 8)] == [
         "Llama-3-8B, 1,048,576 tokens, seconds of a step: 400, asked for <= 380"
     ]
+
+
+#: Of two ranks: in case 0 the second fails and the first hangs; fresh ones go on with case 1, where
+#: the failure that was of case 0 is told again, late.
+RANKS = """
+import os, sys, time
+second, first = os.environ["RANK"] == "1", int(sys.argv[-1])
+def tell(text):
+    print("@" + text, flush=True)
+if second:
+    time.sleep(0.3)
+    tell('["failed", [0, "OutOfMemoryError: no room"]]')
+else:
+    tell(f'["begin", {first}]')
+    if first == 1:
+        time.sleep(1)
+        tell('["row", {"case": "one", "way": "ran", "numbers": {}, "words": "", "right": null}]')
+        tell('["end", 1]')
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_fails_where_another_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case_runner, "GRACE", 0.2)
+    rows: list[Row] = []
+    cases = [Case(name, lambda setting: iter(()), 30) for name in ("zero", "one")]
+    begin = time.monotonic()
+    Runner([sys.executable, "-c", RANKS], rows.append).run(Group("g", cases, 2, 1), begin + 40)
+    assert [(row.case, row.way, row.words, row.right) for row in rows] == [
+        ("zero", "", "OutOfMemoryError: no room", False),
+        ("one", "ran", "", None),
+    ]
+    assert time.monotonic() - begin < 20
