@@ -13,10 +13,10 @@ line as soon as it is known. The groups, of which ``--only`` picks those with a 
 ``faults``   a rank that is killed, late (``--late``), or has another batch or length
 ``whole``    Llama-3-8B itself at ``--tokens``, and the longest length that trains; if it is named
 
-"share" is one GPU's time for as many pairs of queries and keys, divided by the time of a rank.
+"share" is a rank's rate in parts of that of one GPU with as many pairs of queries and keys.
 "predicted" is the cost by which ``auto`` chooses. A case that fails, or takes too long, is a line,
 and the next one runs in fresh processes. Exits 1 if a result is wrong or a case failed, else 2 if a
-target (``targets.py``; on CPUs none is looked at) was missed.
+target (``targets.py``; on CPUs none is looked at) was missed or there was no time for a group.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import rank_right
 import rank_table
 import rank_whole
 import torch
-from case_runner import CUDA, START, Case, Group, Row, Runner, Setting, serve
+from case_runner import CUDA, NOT_RUN, START, Case, Group, Row, Runner, Setting, serve
 from rank_attention import ONE_GPU, Attention
 from targets import targets
 
@@ -56,7 +56,7 @@ def groups(p: int, small: bool, late: float, tokens: Sequence[int]) -> list[Grou
         Group("llama", rank_llama.cases(p), p, 110),
         Group("right", rank_right.cases(p), p, 50),
         Group("table", rank_table.cases(p), p, 50),
-        Group("faults", [rank_faults.case(late)], 0, 90),
+        Group("faults", [rank_faults.case(late)] * (p > 1), 0, 90),
         Group("alone", rank_table.cases(1), 1, 20),
         Group(WHOLE, [rank_whole.case(n) for n in tokens], p, 520),
     ]
@@ -112,8 +112,8 @@ class Table:
             row = replace(row, right=None)  # that is a result
         alike = [r for r in [*self.rows, row] if r.case == row.case]
         base = next((r for r in alike if ONE_GPU in r.way), None)
-        if base and "both ms" in row.numbers:
-            row.numbers["share"] = base.numbers["both ms"] / row.numbers["both ms"]
+        if base and "both ms" in row.numbers:  # rates: sizes of equal work are rounded
+            row.numbers["share"] = row.numbers["TFLOP/s"] / base.numbers["TFLOP/s"]
         self.rows.append(row)
         if not {*row.numbers} <= {*self.head}:
             self.head = tuple(row.numbers)
@@ -188,6 +188,8 @@ def main() -> int:
         group = next(group for group in some if group.name == given.group)
         setting = Setting(given.small, given.ranks, late=given.late, profile=given.profile)
         return serve(group, given.first, setting)
+    if not some:
+        raise SystemExit(f"no group and no case has one of the words {given.only}")
     if int(os.environ.get("RANK", 0)):
         return 0  # of torchrun: its first process starts the ranks
     where = torch.cuda.get_device_name() if CUDA else "cpu"
@@ -219,7 +221,7 @@ def main() -> int:
         given.json.write_text(json.dumps(told, indent=1))
     if any(row.right is False for row in table.rows):
         return 1
-    return 2 if missed else 0
+    return 2 if missed or any(row.way == NOT_RUN for row in table.rows) else 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ CUDA = torch.cuda.is_available()
 #: Seconds until the ranks of a group have begun their first case; a CPU takes what it takes.
 START = 120.0 if CUDA else 480.0
 SLOWER = 1 if CUDA else 4
+NOT_RUN = "not run"
 #: Seconds that the others have to end a case in which one rank has failed: they may hang.
 GRACE = SLOWER * 20.0
 
@@ -219,7 +220,7 @@ class Runner:
         while first < count:
             if time.monotonic() > until - 5:
                 names = ", ".join(case.name for case in group.cases[first:])
-                return self.show(Row(group.name, "not run", words=f"the time is over: {names}"))
+                return self.show(Row(group.name, NOT_RUN, words=f"the time is over: {names}"))
             command = [*self.command, "--group", group.name, "--first", str(first)]
             processes = Processes(command, max(1, group.ranks))
             try:
