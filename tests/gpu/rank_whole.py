@@ -101,12 +101,14 @@ def trained(setting: Setting, tokens: int, way: Way) -> Any:
 
 
 class OnCpu(torch.autograd.graph.save_on_cpu):
-    """What is kept for backward, but for weights, which FSDP2 frees by itself."""
+    """What blocks keep for backward goes to the CPU. Weights do not, which FSDP2 frees by itself, nor
+    the little between blocks: of a ShardedTensor torch would copy the whole."""
 
     def __init__(self) -> None:
         super().__init__(pin_memory=CUDA)
         send, bring = self.pack_hook, self.unpack_hook
-        self.pack_hook = lambda x: x if isinstance(x, nn.Parameter) else send(x)
+        stays = (nn.Parameter, mosaic.ShardedTensor)
+        self.pack_hook = lambda x: x if isinstance(x, stays) else send(x)
         self.unpack_hook = lambda kept: kept if isinstance(kept, Tensor) else bring(kept)
 
 
