@@ -79,7 +79,7 @@ def search(runner: Runner, table: Table, tokens: Sequence[int], p: int, until: f
         if CUDA and needed > left:
             words = f"not tried: {n:,} tokens take about {needed:.0f} s, and {left:.0f} are left"
             break
-        alone = replace(runner, command=[*runner.command, "--tokens", str(n)])
+        alone = replace(runner, command=[*runner.command, "--steps=1", "--tokens", str(n)])
         alone.run(Group(WHOLE, [rank_whole.case(n)], p, 0), until)
         does = table.fits(n)
         if does is None:
@@ -89,7 +89,7 @@ def search(runner: Runner, table: Table, tokens: Sequence[int], p: int, until: f
     else:
         words = f"tried: {', '.join(f'{n:,}' for n in sorted(fits))}"
     longest = max((n for n, does in fits.items() if does), default=0)
-    table.show(Row("Llama-3-8B, the longest that trains", f"{longest:,} tokens", words=words))
+    table.show(Row("whole Llama, the longest", f"{longest:,} tokens", words=words))
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -160,6 +160,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="which communication is exposed")
     parser.add_argument("--late", type=float, default=40.0, help="seconds of the late rank")
     parser.add_argument("--tokens", type=int, nargs="*", help="lengths of the whole model")
+    parser.add_argument("--steps", type=int, default=2, help="of the whole model, each length")
     parser.add_argument("--group", help="run it here, as one of its ranks")
     parser.add_argument("--first", type=int, default=0, help="the case to begin with")
     return parser.parse_args()
@@ -182,12 +183,12 @@ def picked(found: Sequence[Group], words: Sequence[str] | None) -> list[Group]:
 
 def main() -> int:
     given = parsed()
-    tokens = given.tokens or rank_whole.lengths(given.small)
+    tokens = given.tokens or rank_whole.lengths(given.ranks, given.small)
     some = picked(groups(given.ranks, given.small, given.late, tokens), given.only)
     if given.group:
         group = next(group for group in some if group.name == given.group)
-        setting = Setting(given.small, given.ranks, late=given.late, profile=given.profile)
-        return serve(group, given.first, setting)
+        told = {"late": given.late, "steps": given.steps, "profile": given.profile}
+        return serve(group, given.first, Setting(given.small, given.ranks, **told))
     if not some:
         raise SystemExit(f"no group and no case has one of the words {given.only}")
     if int(os.environ.get("RANK", 0)):
@@ -198,7 +199,7 @@ def main() -> int:
     options = [f"--ranks={given.ranks}", f"--late={given.late}", *["--small"] * given.small]
     options += ["--profile"] * given.profile
     options += ["--only", *given.only] if given.only else []
-    options += ["--tokens", *map(str, tokens)]
+    options += [f"--steps={given.steps}", "--tokens", *map(str, tokens)]
     runner = Runner([sys.executable, __file__, *options], table.show)
     stretch, until = given.seconds / sum(group.seconds for group in some), begun
     for group in some:

@@ -46,6 +46,7 @@ class Setting:
     ranks: int  # of the machine: those of the group may be fewer
     context: mosaic.MosaicContext | None = None
     late: float = 40.0  # seconds by which a rank of a fault is late
+    steps: int = 2  # of the whole model
     profile: bool = False  # say of each step what its kernels do at which time
 
     @property

@@ -54,6 +54,10 @@ class Exposure:
             "exposed ms": self.exposed,
         }
 
+    def row(self, of: Row) -> Row:
+        """The line behind that of the step."""
+        return Row(of.case, f"{of.way}: profile", self.numbers, str(self))
+
     def __str__(self) -> str:
         if not self.compute:
             return "the profile has no kernel that computes"
@@ -178,5 +182,4 @@ def with_profile(row: Row, step: Callable[[], object], setting: Setting) -> Iter
     """The row, and where it is asked for the profile of its step."""
     yield row
     if setting.profile:
-        found = profiled(step)
-        yield Row(row.case, f"{row.way}: profile", found.numbers, str(found))
+        yield profiled(step).row(row)

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "examples")]
 
 import torch  # noqa: E402
 from case_runner import CUDA, Case, Row, Setting  # noqa: E402
-from exposed import finish, with_profile  # noqa: E402
+from exposed import finish, profiled  # noqa: E402
 from rank_attention import slowest  # noqa: E402
 from rank_llama import INNER, POLICY  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -68,8 +68,11 @@ def room(setting: Setting) -> float:
     return 5 * 2**20 / setting.here.size()  # on CPUs the plan's count stands for memory
 
 
-def lengths(small: bool) -> tuple[int, ...]:
-    return (128, 512) if small else (131_072, 524_288, 1_048_576)
+def lengths(p: int, small: bool) -> list[int]:
+    """The issue's, as far as so many GPUs may have room."""
+    if small:
+        return [128, 512]
+    return [n for n in (131_072, 524_288, 1_048_576) if n <= 131_072 * p]
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -101,8 +104,8 @@ def trained(setting: Setting, tokens: int, way: Way) -> Any:
 
 
 class OnCpu(torch.autograd.graph.save_on_cpu):
-    """What blocks keep for backward goes to the CPU. Weights do not, which FSDP2 frees by itself, nor
-    the little between blocks: of a ShardedTensor torch would copy the whole."""
+    """What blocks keep for backward goes to the CPU. Weights do not: FSDP2 frees them by itself.
+    Nor does the little between blocks: of a ShardedTensor torch would copy the whole."""
 
     def __init__(self) -> None:
         super().__init__(pin_memory=CUDA)
@@ -165,7 +168,7 @@ def chosen(setting: Setting, ids: Tensor) -> tuple[Way, float]:
 
 
 def measured(tokens: int, setting: Setting) -> Iterator[Row]:
-    """A row after the first step, which compiles; one after the second."""
+    """A row after each step, of which the first compiles."""
     context = setting.here
     torch.manual_seed(0)
     words = SIZES["tiny" if setting.small else "8b"]["vocab_size"]
@@ -178,7 +181,8 @@ def measured(tokens: int, setting: Setting) -> Iterator[Row]:
     ids = mosaic.distribute(ids, 1, Layout.zigzag(tokens, context.size()))  # as it stays
     step, losses, taken = stepping(model, ids, way), [], []
     numbers = {"plan GiB": planned / GIB}
-    for name in ("first step, with compiling", str(way)):
+    for number in range(setting.steps):
+        name = f"{way}" if number else "first step, with compiling"
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
@@ -190,14 +194,15 @@ def measured(tokens: int, setting: Setting) -> Iterator[Row]:
         numbers |= {"step s": taken[-1], "tokens/s/GPU": rate, "GiB": slowest([peak])[0],
                     "loss": losses[-1]}  # fmt: skip
         near = abs(losses[0] - want) < (1 if CUDA else 1e-4)
-        row = Row(title(tokens), name, dict(numbers), f"{way}", near and losses[-1] <= losses[0])
-        if len(taken) < 2:
-            yield row
-    yield from with_profile(row, step, setting)
+        right = near and losses[-1] <= losses[0]
+        words = f"{'tiny' if setting.small else '8B'}, {way}"
+        yield (row := Row(title(tokens), name, dict(numbers), words, right))
+    if setting.profile:
+        yield profiled(step).row(row)
 
 
 def title(tokens: int) -> str:
-    return f"Llama-3-8B, {tokens:,} tokens"
+    return f"whole Llama, {tokens:,} tokens"
 
 
 def alone(model: Any, setting: Setting, ids: Tensor) -> float:
