@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -193,6 +194,7 @@ def main() -> int:
         raise SystemExit(f"no group and no case has one of the words {given.only}")
     if int(os.environ.get("RANK", 0)):
         return 0  # of torchrun: its first process starts the ranks
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so ends the ranks
     where = torch.cuda.get_device_name() if CUDA else "cpu"
     print(f"torch {torch.__version__}, {given.ranks} x {where}, {time.strftime('%Y-%m-%d')}")
     table, begun = Table(), time.monotonic()
