@@ -16,7 +16,7 @@ import mosaic
 @pytest.fixture
 def two() -> Iterator[RankPool]:
     """Fresh ranks: after a disagreement they count their compiles differently."""
-    pool = RankPool(2, timeout=60)
+    pool = RankPool(2, timeout=120)
     yield pool
     pool.close()
 
