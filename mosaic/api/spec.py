@@ -39,8 +39,8 @@ class ShardingSpec:
         The program must then be one graph, and no call may run eagerly.
     check_inputs: "always" (before every run of a graph whole inputs are compared across ranks, and
         which graph it is; before its first run parameters and buffers, too), "first" (both before
-        the first run only), or False. One all-gather of half a kilobyte a run; on a GPU a
-        difference in data is an error when the next run begins.
+        the first run only), or False. One all-gather of half a kilobyte a run; a difference is an
+        error before the run's results are given.
     mesh_axis: the mesh axis of methods given as strings, and of an axis that Mosaic finds itself.
     buckets: lengths of the axis that is cut, ``(1024, 2048)``, or "powers" (of two). Every input
         is padded to the next of them, and one program compiled for all lengths that are padded to

@@ -349,6 +349,8 @@ def checked(
             one(given)
         mine = parts_of(given, context.mutated)
         found = iter(compiled(*mine))
+        if check is not None:
+            check.settle()
         write_back(given, mine, context.mutated)
         return [made(out, args, found) for out in outputs]
 
@@ -365,6 +367,9 @@ def padded(
         calls.running(context.spec if context.world.size > 1 else WHOLE)
         if check is not None:
             check(args)
-        return padding.cut(compiled(*padding.padded(args)), padding.length_of(args))
+        found = compiled(*padding.padded(args))
+        if check is not None:
+            check.settle()
+        return padding.cut(found, padding.length_of(args))
 
     return run

@@ -4,9 +4,11 @@ The commonest mistake is a sampler that gives every rank other data. One all-gat
 kilobyte says which graph a rank runs, with which sizes, and a fingerprint of every whole argument;
 before a graph's first run another one compares parameters and buffers.
 
-On a GPU nobody waits for it: what a run's comparison found is looked at when the next one begins.
-It is waited for before a graph's first run, and where this graph is not the one that followed last
-time: of ranks that take different ways one at least stops before its collectives meet others.
+On a GPU it goes ahead of the run, and is looked at when the run has been handed to the device and
+before anybody has a result: no wrong number comes out, and the device, which then begins with the
+run, is never without work. It is waited for before a graph's first run, and where this graph is not
+the one that followed last time: of ranks that take different ways one at least stops before its
+collectives meet others.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ SAME_DATA = (
 @dataclass
 class Ledger:
     """Of one group: which graph ran last, which followed each when it ran before, and the
-    comparison that nobody has looked at."""
+    comparison of the run that goes on."""
 
     last: int | None = None
     follows: dict[int | None, int] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class Ledger:
         return is_expected
 
     def settle(self) -> None:
-        """Raise what the last comparison found."""
+        """Raise what the comparison found."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.raise_if_different()
@@ -66,7 +68,8 @@ class Ledger:
 
 @dataclass
 class DataCheck:
-    """Of one compiled graph: call it with the graph's arguments before every run."""
+    """Of one compiled graph: call it with the graph's arguments before every run, and ``settle``
+    when the run is on its way."""
 
     context: MosaicContext
     group: dist.ProcessGroup
@@ -79,11 +82,11 @@ class DataCheck:
     _shapes: Sequence[torch.Size] = field(default=(), repr=False)
 
     def __call__(self, args: Sequence[Any]) -> None:
-        """Raise ShardingError where the ranks differ, of this run or of the one before it."""
+        """Raise ShardingError where the ranks differ, as far as that is known before the run."""
         if self.context.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
-        ledger = self.context.ledgers.setdefault(self.group, Ledger())
-        ledger.settle()
+        ledger = self.ledger
+        ledger.settle()  # of a run that ended in an error
         self.runs += 1
         if self.runs > 1 and not self.every_run:
             return
@@ -95,6 +98,15 @@ class DataCheck:
             ledger.settle()
         if is_first:
             self._check_state(args)
+
+    def settle(self) -> None:
+        """Raise ShardingError where the ranks differ, before the run's results are given."""
+        self.ledger.settle()
+
+    @property
+    def ledger(self) -> Ledger:
+        ledger: Ledger = self.context.ledgers.setdefault(self.group, Ledger())
+        return ledger
 
     @property
     def number(self) -> int:
@@ -239,7 +251,7 @@ def read(numbers: Sequence[int]) -> list[list[int]]:
 
 @atexit.register
 def _look_at_the_last() -> None:
-    """No run comes after it that would."""
+    """Of a run that ended in an error: no run comes after it that would."""
     context = current_context()
     for ledger in context.ledgers.values() if context else ():
         if ledger.pending is None or not ledger.pending.event.query():

@@ -108,6 +108,11 @@ class ModelInputs:
             self.checks[sizes] = DataCheck(self.ranks, group, "inputs", arguments, (), every)
         self.checks[sizes](list(whole.values()))
 
+    def settle(self) -> None:
+        """Raise ShardingError where ranks differ, before the call's results are given."""
+        for check in self.checks.values():
+            check.settle()
+
     def cut_one(self, x: Any, path: str, names: list[str]) -> Any:
         """An input with its named axes cut; where it is cut already it is as it is."""
         if not isinstance(x, Tensor) or x.ndim != len(names):

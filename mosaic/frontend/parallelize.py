@@ -116,7 +116,9 @@ def with_inputs_cut(
             return forward(*args, **kwargs)
         args, kwargs = inputs.cut(*args, **kwargs)
         with Deferring(logits):
-            return decoding.single_rows_whole(forward(*args, **kwargs))
+            found = forward(*args, **kwargs)
+            inputs.settle()
+            return decoding.single_rows_whole(found)
 
     return call
 

@@ -33,6 +33,9 @@ CUDA = torch.cuda.is_available()
 #: Seconds until the ranks of a group have begun their first case; a CPU takes what it takes.
 START = 120.0 if CUDA else 480.0
 SLOWER = 1 if CUDA else 4
+NOT_RUN = "not run"
+#: Seconds that the others have to end a case in which one rank has failed: they may hang.
+GRACE = SLOWER * 20.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Setting:
     ranks: int  # of the machine: those of the group may be fewer
     context: mosaic.MosaicContext | None = None
     late: float = 40.0  # seconds by which a rank of a fault is late
+    steps: int = 2  # of the whole model
+    profile: bool = False  # say of each step what its kernels do at which time
 
     @property
     def here(self) -> mosaic.MosaicContext:
@@ -92,6 +97,8 @@ def serve(group: Group, first: int, setting: Setting) -> int:
     for number, case in enumerate(group.cases[first:], first):
         tell("begin", number)
         said = outcome(case, setting)
+        if said:
+            tell("failed", [number, said])
         others = together(setting, said, case)
         if said or any(others):
             words = next((text for text in [said, *others] if text), "")
@@ -133,7 +140,7 @@ def together(setting: Setting, said: str, case: Case) -> list[str]:
 
 
 def tell(what: str, about: Any) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0 or what == "failed":
         print("@" + json.dumps([what, about]), flush=True)
 
 
@@ -141,7 +148,8 @@ def tell(what: str, about: Any) -> None:
 
 
 class Processes:
-    """One process for each rank, each in a session of its own; ``lines`` come from rank 0."""
+    """One process for each rank, each in a session of its own; ``lines`` come from rank 0, and from
+    others that fail."""
 
     def __init__(self, command: Sequence[str], ranks: int):
         self.lines: queue.Queue[str | None] = queue.Queue()
@@ -151,20 +159,24 @@ class Processes:
             subprocess.Popen(
                 command,
                 env=os.environ | where | environment(rank, ranks),
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=self.errors,
                 text=True,
                 start_new_session=True,
             )
             for rank in range(ranks)
         ]
-        threading.Thread(target=self._read, daemon=True).start()
+        for rank in range(ranks):
+            threading.Thread(target=self._read, args=(rank,), daemon=True).start()
 
-    def _read(self) -> None:
-        assert self.ranks[0].stdout is not None
-        for line in self.ranks[0].stdout:
-            self.lines.put(line.rstrip("\n"))
-        self.lines.put(None)
+    def _read(self, rank: int) -> None:
+        pipe = self.ranks[rank].stdout
+        assert pipe is not None
+        for line in pipe:
+            if rank == 0 or line.startswith("@"):
+                self.lines.put(line.rstrip("\n"))
+        if rank == 0:
+            self.lines.put(None)
 
     def line(self, deadline: float) -> str | None:
         """The next one; None where rank 0 has ended. Raises TimeoutError."""
@@ -209,7 +221,7 @@ class Runner:
         while first < count:
             if time.monotonic() > until - 5:
                 names = ", ".join(case.name for case in group.cases[first:])
-                return self.show(Row(group.name, "not run", words=f"the time is over: {names}"))
+                return self.show(Row(group.name, NOT_RUN, words=f"the time is over: {names}"))
             command = [*self.command, "--group", group.name, "--first", str(first)]
             processes = Processes(command, max(1, group.ranks))
             try:
@@ -219,7 +231,7 @@ class Runner:
 
     def _follow(self, group: Group, first: int, processes: Processes, until: float) -> int:
         """Read lines until the ranks end or hang; which case is next."""
-        running, done = False, first
+        running, done, failure = False, first, ""
         deadline = time.monotonic() + START
         while True:
             try:
@@ -238,7 +250,12 @@ class Runner:
                 return about + 1  # the ranks need not part
             if kind == "row":
                 self.show(Row(**about))
+            elif kind == "failed":
+                if running and about[0] == done:
+                    failure = failure or about[1]
+                    deadline = min(deadline, time.monotonic() + GRACE)
             else:
+                failure = ""
                 running, done = kind == "begin", about + (kind == "end")
                 deadline = time.monotonic() + (
                     SLOWER * group.cases[about].seconds if running else START
@@ -246,6 +263,6 @@ class Runner:
         if not running and done > first:
             return done  # ranks that differed end between two cases, and have said why
         name = group.cases[done].name
-        said = f"{what}; {processes.end()}"
+        said = failure or f"{what}; {processes.end()}"
         self.show(Row(name, "", words=said, right=False))
         return done + 1

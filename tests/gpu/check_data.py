@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 tests/gpu/check_data.py     # on one GPU: --nproc-per-node 1
 
-For arguments of some sizes the milliseconds of the host and of the device, then the seconds and the
-memory for parameters of 2 GiB. With several ranks another batch on the last rank must be found, on
-GPUs when the next run begins. Exits 1 if it is not. On CPUs (gloo) the parameters are few.
+For arguments of some sizes the milliseconds of the host and of the device; of steps of some
+milliseconds with a comparison and without; the seconds and the memory for parameters of 2 GiB. With
+several ranks another batch on the last rank must be found before the run's results are given. Exits
+1 if it is not. On CPUs (gloo) the parameters are few.
 """
 
 from __future__ import annotations
@@ -54,23 +55,49 @@ def milliseconds(run: Callable[[], None]) -> tuple[float, float]:
     return 1e3 * median(host[5:]), 1e3 * median(both[5:])
 
 
+def of_steps(context: mosaic.MosaicContext, products: int) -> tuple[float, float]:
+    """Milliseconds of a step of so many products of matrices without a comparison and with one:
+    what the device lacks while the host waits. All ranks begin together."""
+    check, x = check_of(context), torch.ones(1, 4096, dtype=torch.int64, device=context.device)
+    weight = torch.eye(8192 if CUDA else 64, device=context.device)
+
+    def step(compared: bool) -> None:
+        if compared:
+            check([x])
+        out = weight
+        for _ in range(products):
+            out = out @ weight
+        if compared:
+            check.settle()
+
+    found = []
+    for compared in (False, True):
+        for count in (5, 30):  # the first are not counted
+            dist.barrier()
+            start = finished()
+            for _ in range(count):
+                step(compared)
+            took = (finished() - start) / count
+        found.append(1e3 * took)
+    return found[0], found[1]
+
+
 def says(check: DataCheck, x: Tensor) -> str:
     try:
         check([x])
+        check.settle()
     except ShardingError as error:
         return str(error)
     return ""
 
 
 def finds_another_batch(context: mosaic.MosaicContext) -> bool:
-    """In the third run, and says so in the fourth on GPUs."""
+    """In the third run, and says so in it."""
     check, x = check_of(context), torch.randn(1, 999, 3, device=context.device)
     is_last = dist.get_rank() == dist.get_world_size() - 1
-    batches = [x + step for step in range(4)]
-    batches[2] = batches[2] + is_last
+    batches = [x, x + 1, x + 2 + is_last]
     dist.broadcast(x, 0)  # the seeds are equal, and so is x: only that all have come
-    found = [bool(says(check, batch)) for batch in batches[: 4 if CUDA else 3]]
-    return found == ([False] * 3 + [True] if CUDA else [False] * 2 + [True])
+    return [bool(says(check, batch)) for batch in batches] == [False, False, True]
 
 
 def main() -> int:
@@ -84,6 +111,9 @@ def main() -> int:
         check, x = check_of(context), make().to(context.device)
         host, both = milliseconds(lambda check=check, x=x: check([x]))
         say(f"{name:<26}{host:8.2f} ms of the host, {both:8.2f} ms in all", flush=True)
+    for products in (1, 4, 16):
+        without, compared = of_steps(context, products)
+        say(f"steps of {without:8.2f} ms take {compared:8.2f} ms with a comparison", flush=True)
     weight = torch.ones(1 << (30 if CUDA else 22), dtype=torch.bfloat16, device=context.device)
     before = torch.cuda.max_memory_allocated() if CUDA else 0
     start = finished()

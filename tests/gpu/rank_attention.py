@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch_context_parallel as theirs
 from case_runner import CUDA, Case, Row, Setting
 from check_methods import leaves, methods_for, mine, one_gpu, text
+from exposed import with_profile
 from torch import Tensor
 
 import mosaic
@@ -111,18 +112,28 @@ def rounded(tokens: float) -> int:
 # --- milliseconds ---------------------------------------------------------------------------------
 
 
-def timed(call: Call, tensors: tuple[Tensor, ...]) -> dict[str, float]:
-    """Medians of forward and backward, of the slowest rank; all begin together."""
+def stepping(call: Call, tensors: tuple[Tensor, ...]) -> Callable[[], list]:
+    """A forward and a backward; marks before, between and behind them."""
     q, k, v, dout = tensors
     q, k, v = leaves(q, k, v)
 
-    def step() -> list[float]:
-        dist.barrier()
+    def step() -> list:
         marks = [mark()]
         out = call(q, k, v)
         marks.append(mark())
         torch.autograd.grad(out, (q, k, v), dout)
-        return between([*marks, mark()])
+        return [*marks, mark()]
+
+    return step
+
+
+def timed(call: Call, tensors: tuple[Tensor, ...]) -> dict[str, float]:
+    """Medians of forward and backward, of the slowest rank; all begin together."""
+    once = stepping(call, tensors)
+
+    def step() -> list[float]:
+        dist.barrier()
+        return between(once())
 
     warm = slowest([step() for _ in range(3)][2])
     found = [step() for _ in range(min(10, max(3, int(1500 / (sum(warm) + 1e-6)))) if CUDA else 1)]
@@ -152,9 +163,14 @@ def slowest(taken: list[float]) -> list[float]:
     return found.tolist()
 
 
-def rated(took: dict[str, float], pairs: float) -> dict[str, float]:
-    """And TFLOP/s of one GPU that has done so many pairs."""
-    return took | {"TFLOP/s": 3.5 * 4 * HEADS * DIM * pairs / took["both ms"] / 1e9}
+def measured(
+    call: Call, tensors: tuple[Tensor, ...], row: Row, pairs: float, setting: Setting
+) -> list[Row]:
+    """The row with its times and the TFLOP/s of one GPU that has done so many pairs."""
+    took = timed(call, tensors)
+    rate = {"TFLOP/s": 3.5 * 4 * HEADS * DIM * pairs / took["both ms"] / 1e9}
+    row = replace(row, numbers=took | rate | row.numbers)
+    return [*with_profile(row, stepping(call, tensors), setting)]
 
 
 # --- ways -----------------------------------------------------------------------------------------
@@ -177,9 +193,9 @@ def by_method(x: Attention, method: Method, setting: Setting) -> Iterator[Row]:
     inner = {"inner": "inductor" if CUDA else "eager"}
     called = torch.compile(run, backend="mosaic", options=inner, fullgraph=True, dynamic=False)
     parts = tuple(mine(t, layout, rank) for t in x.tensors(context.device))
-    took = rated(timed(lambda q, k, v: called(q, k, v, ids), parts), x.pairs / p)
     way = f"auto: {strategy.name}" if isinstance(method, Auto) else text(method)
-    yield Row(str(x), way, took if x.documents else took | {"predicted ms": predicted})
+    row = Row(str(x), way, {} if x.documents else {"predicted ms": predicted})
+    yield from measured(lambda q, k, v: called(q, k, v, ids), parts, row, x.pairs / p, setting)
 
 
 def alone(x: Attention, setting: Setting) -> Iterator[Row]:
@@ -193,8 +209,8 @@ def alone(x: Attention, setting: Setting) -> Iterator[Row]:
     if has_mask:
         rate = check_mask_rates.Rate("", less.tokens, None, less.mask_mod)
         call = check_mask_rates.by_flex(rate, less.ids(device), "")
-    took = rated(timed(call, less.tensors(device)), less.pairs)
-    yield Row(str(x), ONE_GPU + ", flex" * has_mask, took)
+    row, setting = Row(str(x), ONE_GPU + ", flex" * has_mask), replace(setting, profile=False)
+    yield from measured(call, less.tensors(device), row, less.pairs, setting)
 
 
 def by_torch(x: Attention, mode: theirs.Mode, setting: Setting) -> Iterator[Row]:
@@ -202,13 +218,13 @@ def by_torch(x: Attention, mode: theirs.Mode, setting: Setting) -> Iterator[Row]
         return  # it has no kernel for CPUs
     context, tensors = setting.here, x.tensors(setting.here.device)
     assert context.mesh is not None
-    mesh = context.mesh["sp"]
+    mesh, row = context.mesh["sp"], Row(str(x), str(mode))
+    measure = partial(measured, row=row, pairs=x.pairs / context.size(), setting=setting)
     if mode.kernel == "flex":
         mod = x.mask_mod(x.ids(context.device))
-        took = theirs.flex(tensors, mod, x.documents, mesh, timed)
+        yield from theirs.flex(tensors, mod, x.documents, mesh, measure)
     else:
-        took = theirs.sdpa(tensors, mode, mesh, timed)
-    yield Row(str(x), str(mode), rated(took, x.pairs / context.size()))
+        yield from theirs.sdpa(tensors, mode, mesh, measure)
 
 
 def cases(x: Attention, p: int, seconds: float = 60) -> list[Case]:

@@ -40,15 +40,18 @@ SAID, BEGUN = 60.0, SLOWER * 100.0
 
 @dataclass(frozen=True)
 class Fault:
-    """``says``: what one that is left writes; ``ends``: whether the run is over then."""
+    """``says``: what one that is left writes; ``ends``: whether the run is over then; ``rank``:
+    whose it is."""
 
     name: str
     says: str
     ends: bool = True
+    rank: int = -1
 
 
 FAULTS = {
     "killed": Fault("a rank killed in step 3", r"ranks \[\d\] are gone"),
+    "first": Fault("the first one, with the store", r"ranks \[0\] are gone", rank=0),
     "batch": Fault("a rank with another batch", r"given different data: argument ids"),
     "length": Fault("a rank with another length", r"(run different graphs|are gone)"),
     "late": Fault("a rank that is late", r"waits for ranks \[\d\]", ends=False),
@@ -69,7 +72,7 @@ def train(fault: str, late: float) -> None:
     logging.basicConfig(format="%(message)s")
     torch.set_num_threads(1)
     context = mosaic.init(sp_size=None)
-    is_faulty = context.rank() == context.size() - 1
+    is_faulty = context.rank() == FAULTS[fault].rank % context.size()
     model, texts = model_and_texts(context.device)
     spec = mosaic.ShardingSpec(inputs={"ids": "batch tokens"}, axes={"tokens": "ring"})
     called = torch.compile(model, backend="mosaic", options={"spec": spec, "inner": "eager"})
@@ -82,12 +85,12 @@ def train(fault: str, late: float) -> None:
                 time.sleep(late)
             ids = {"batch": ids.flip(0), "length": ids[:, :-2]}.get(fault, ids)
         loss = called(ids, ids)[1]
-        if is_faulty and step == FAULTY and fault == "killed":
+        tell(step=step, loss=loss.item())
+        if is_faulty and step == FAULTY and fault in ("killed", "first"):
             os.kill(os.getpid(), signal.SIGKILL)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        tell(step=step, loss=loss.item())
     context.shutdown()
 
 
@@ -116,13 +119,16 @@ class Rank:
     """A process and what it has written."""
 
     process: subprocess.Popen
-    folder: Path
+    folder: tempfile.TemporaryDirectory
 
     @classmethod
     def start(cls, fault: str, late: float, rank: int, p: int, port: int) -> Rank:
-        folder = Path(tempfile.mkdtemp(prefix="fault"))
+        folder = tempfile.TemporaryDirectory(prefix="fault")
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with open(folder / "out", "w") as out, open(folder / "error", "w") as error:
+        with (
+            open(Path(folder.name, "out"), "w") as out,
+            open(Path(folder.name, "error"), "w") as error,
+        ):
             process = subprocess.Popen(
                 [sys.executable, __file__, fault, str(late)],
                 env=os.environ | where | environment(rank, p),
@@ -133,18 +139,19 @@ class Rank:
 
     @property
     def told(self) -> list[dict[str, Any]]:
-        lines = (self.folder / "out").read_text().splitlines()
+        lines = Path(self.folder.name, "out").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     @property
     def errors(self) -> str:
-        return (self.folder / "error").read_text()
+        return Path(self.folder.name, "error").read_text()
 
 
 def judged(name: str, setting: Setting) -> Row:
     fault, port, p = FAULTS[name], free_port(), setting.ranks
     ranks = [Rank.start(name, setting.late, rank, p, port) for rank in range(p)]
-    *left, faulty = ranks
+    left = [*ranks]
+    faulty = left.pop(fault.rank)
     try:
         began = wait_for(lambda: any("fault" in x for x in faulty.told), BEGUN)
         assert began is not None, f"did not begin: {ranks[0].errors[-300:]}"
@@ -161,14 +168,13 @@ def judged(name: str, setting: Setting) -> Row:
     right = said is not None and ended is not None and not wrong
     right &= all(codes) if fault.ends else not any(codes)
     numbers = {"said after s": seconds(said), "ended after s": seconds(ended), "wrong": wrong}
-    last = ranks[0].errors.strip().splitlines()[-1:]
+    last = left[0].errors.strip().splitlines()[-1:]
     words = found[0][:150] if found else f"instead: {last}"
     return Row(f"{fault.name}, p = {p}", f"left with {codes}", numbers, words, right)
 
 
 def wrong_losses(ranks: list[Rank]) -> int:
-    """How many losses were printed that are not those of one process. On a GPU a difference of the
-    ranks' data is known when the next step begins: each has printed one by then."""
+    """How many losses were printed that are not those of one process."""
     want = expected()
     told = [x for rank in ranks for x in rank.told if "loss" in x]
     return sum(abs(x["loss"] / want[x["step"] - 1] - 1) > 1e-8 for x in told)

@@ -20,6 +20,7 @@ import torch_context_parallel as theirs
 from bench_step import SMALL, Size, profiled
 from case_runner import CUDA, Case, Row, Setting
 from check_methods import one_gpu
+from exposed import with_profile
 from rank_attention import Attention, between, mark, slowest, timed
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -81,7 +82,7 @@ def by_mosaic(setting: Setting) -> Iterator[Row]:
         gemm = profiled(step)["GEMM"]
         ideal = gemm + size.layers * attention
         took |= {"GEMM ms": gemm, "ideal ms": ideal, "of ideal": ideal / took["step ms"]}
-    yield Row(case(setting), "mosaic.parallelize", took)
+    yield from with_profile(Row(case(setting), "mosaic.parallelize", took), step, setting)
 
 
 def case(setting: Setting) -> str:
@@ -146,9 +147,10 @@ def by_torch(setting: Setting, outside: bool) -> Iterator[Row]:
         stack.enter_context(theirs.rotating(MODE.way, mesh["sp"], [ids, labels, positions], 1))
         stack.enter_context(sdpa_kernel(theirs.KERNELS[MODE.kernel]))
         took = measured(step, setting)
-    took["loss"] = sum_of(took["loss"])
-    where = ", attention not compiled" if outside else ""
-    yield Row(case(setting), f"{MODE} + FSDP2 + compile{where}", took)
+        took["loss"] = sum_of(took["loss"])
+        where = ", attention not compiled" if outside else ""
+        row = Row(case(setting), f"{MODE} + FSDP2 + compile{where}", took)
+        yield from with_profile(row, step, setting)
 
 
 def sum_of(loss: float) -> float:

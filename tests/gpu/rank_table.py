@@ -8,10 +8,20 @@ from contextlib import nullcontext
 from functools import partial
 
 import check_table
+import torch
 from case_runner import CUDA, Case, Row, Setting
 from check_table import COLUMNS, Run
 
-ROWS = 150_000
+ROWS, MANY = 150_000, 1_000_000
+KERNEL = "attention's kernel, 4 x 11 heads of 24"
+
+
+def title(rows: int, dtype: str, training: bool) -> str:
+    return f"table, {rows:,} rows, {dtype}, {'training' if training else 'forward'}"
+
+
+def ways(ranks: int) -> str:
+    return f"{ranks} ranks"
 
 
 def train_or_predict(run: Run, setting: Setting) -> Iterator[Row]:
@@ -26,9 +36,19 @@ def train_or_predict(run: Run, setting: Setting) -> Iterator[Row]:
         pairs = run.rows**2 * given.known
         flops = 3 * 4 * pairs * 96 * (COLUMNS + 1)
         numbers["TFLOP/s"] = flops / run.ranks / took.seconds / 1e12
-    what = "training" if run.training else "forward"
-    name = f"table, {run.rows:,} rows, {run.dtype}, {what}"
-    yield Row(name, f"{run.ranks} ranks", numbers, took.kind)
+    yield Row(title(run.rows, run.dtype, run.training), ways(run.ranks), numbers, took.kind)
+
+
+def kernel(setting: Setting) -> Iterator[Row]:
+    """What the attention of a long table does without anything around it: its rate."""
+    n, device = 128 if setting.small else 32_768, setting.here.device
+    given = argparse.Namespace(cuda=CUDA)
+    q, k, v = (torch.randn(1, 4 * (COLUMNS + 1), n, 24, device=device).bfloat16() for _ in "qkv")
+    ms = check_table.milliseconds(
+        lambda: check_table.kernels.forward(q, k, v, **check_table.OPTIONS), given
+    )
+    rate = 4 * n**2 * 96 * (COLUMNS + 1) / ms / 1e9
+    yield Row(KERNEL, "forward, bfloat16", {"TFLOP/s": rate})
 
 
 def cases(p: int) -> list[Case]:
@@ -38,13 +58,9 @@ def cases(p: int) -> list[Case]:
         for dtype in ("bfloat16", "float32")
         for training in (False, True)
     ]
-    runs += [Run(1_000_000, "bfloat16")] if p > 1 else []
-    name = "table: p = {}, {} rows, {}, {}"
-    return [
-        Case(
-            name.format(p, run.rows, run.dtype, "training" if run.training else "forward"),
-            partial(train_or_predict, run),
-            150,
-        )
-        for run in runs
-    ]
+    runs += [Run(MANY, "bfloat16")] if p > 1 else []
+    found = [] if p > 1 else [Case("table: kernel", kernel, 30)]
+    for run in runs:
+        name = f"p = {p}, {title(run.rows, run.dtype, run.training)}"
+        found.append(Case(name, partial(train_or_predict, run), 150))
+    return found

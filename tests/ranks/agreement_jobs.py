@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import contract_cases as cc
 import torch
 import torch.nn.functional as F
+from models.gpt import GPT
 
 import mosaic
 from mosaic.frontend import backend, data_check
@@ -102,13 +103,38 @@ def another_compiled_length(p: int) -> str:
     return "no error"
 
 
-def at_step_three_of_a_gpu(p: int) -> tuple[int, str]:
-    """As if a comparison came to the host later."""
+def at_step_three_of_a_gpu(p: int) -> tuple[int, str, list[str]]:
+    """As if a comparison came to the host later; and what happened in which order."""
+    there, given, happened = data_check.Comparison.of, backend.parts_of, []
+
+    def noting(*args):
+        happened.append("run")
+        return given(*args)
+
+    event = SimpleNamespace(synchronize=lambda: happened.append("wait"), query=lambda: True)
+    later = staticmethod(lambda *about: replace(there(*about), event=event))
+    data_check.Comparison.of, backend.parts_of = later, noting  # these ranks serve one test
+    return *at_step_three(p), happened
+
+
+def another_batch_of_a_model(p: int) -> tuple[int, str, list[float]]:
+    """Of a parallelized one, as on a GPU; how many steps went well, and their losses."""
+    context = mosaic.init(sp_size=p)
     there = data_check.Comparison.of
     event = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
-    later = staticmethod(lambda *given: replace(there(*given), event=event))
-    data_check.Comparison.of = later  # these ranks serve one test
-    return at_step_three(p)
+    data_check.Comparison.of = staticmethod(lambda *about: replace(there(*about), event=event))
+    torch.manual_seed(0)
+    model = GPT(vocab=31, context=16, embed=16, heads=2, layers=2).double()
+    spec = mosaic.ShardingSpec(inputs={"ids": "batch tokens"}, axes={"tokens": "ring"})
+    mosaic.parallelize(model, spec, inner="eager")
+    losses: list[float] = []
+    for step in range(4):
+        ids = torch.arange(26).view(2, 13) + step + (step == 2) * context.rank()
+        try:
+            losses.append(float(model(ids, ids)[1].detach()))
+        except Exception as error:
+            return step, str(error), losses
+    return 4, "no error", losses
 
 
 def alternating_lengths(p: int) -> int:

@@ -16,7 +16,7 @@ import mosaic
 @pytest.fixture
 def two() -> Iterator[RankPool]:
     """Fresh ranks: after a disagreement they count their compiles differently."""
-    pool = RankPool(2, timeout=60)
+    pool = RankPool(2, timeout=120)
     yield pool
     pool.close()
 
@@ -74,11 +74,20 @@ ranks of one sequence-parallel group were given different data: argument x
     )
 
 
-def test_a_gpu_is_not_waited_for(two: RankPool) -> None:
-    """What a run's comparison found is raised when the next one begins."""
-    (steps, text), _ = two.run(jobs.at_step_three_of_a_gpu, 2)
-    assert steps == 3
+def test_a_gpu_is_waited_for_when_it_has_its_work(two: RankPool) -> None:
+    """After the first run, whose comparison is waited for before it, and the second, which follows
+    another one than the first did."""
+    (steps, text, happened), _ = two.run(jobs.at_step_three_of_a_gpu, 2)
+    assert steps == 2
     assert "different data: argument x" in text and "3 of this graph" in text
+    assert happened == ["wait", "run", "wait", "run", "run", "wait"]
+
+
+def test_another_batch_of_a_parallelized_model(two: RankPool) -> None:
+    """It is told in the same call, and no loss comes out."""
+    for steps, text, losses in two.run(jobs.another_batch_of_a_model, 2):
+        assert (steps, len(losses)) == (2, 2)
+        assert "different data: argument ids" in text
 
 
 def test_first_looks_at_the_first_run_only(two: RankPool) -> None:
