@@ -126,10 +126,10 @@ CAUSAL_LM = {
 }  # fmt: skip
 
 
-def hf_llama(batch: int = 3, n: int = 37, checkpointing: bool = False) -> Built:
+def hf_llama(batch: int = 3, n: int = 37, checkpointing: bool = False, layers: int = 2) -> Built:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**CAUSAL_LM))
+    model = LlamaForCausalLM(LlamaConfig(**CAUSAL_LM | {"num_hidden_layers": layers}))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -137,9 +137,9 @@ def hf_llama(batch: int = 3, n: int = 37, checkpointing: bool = False) -> Built:
                        "attention_mask": padding(batch, n)}  # fmt: skip
 
 
-def hf_llama_alone(batch: int = 3, n: int = 37) -> Built:
+def hf_llama_alone(batch: int = 3, n: int = 37, layers: int = 2) -> Built:
     """Only ids, and so a mask that the model makes itself."""
-    model, args, inputs = hf_llama(batch, n)
+    model, args, inputs = hf_llama(batch, n, layers=layers)
     return model, args, {"input_ids": inputs["input_ids"], "labels": inputs["labels"]}
 
 
@@ -156,23 +156,25 @@ def hf_bert(batch: int = 3, n: int = 37) -> Built:
     return model, (), {"input_ids": ids, "labels": ids.clone(), "attention_mask": padding(batch, n)}
 
 
-def hf_llama_packed(batch: int = 3, n: int = 37) -> Built:
+def hf_llama_packed(batch: int = 3, n: int = 37, layers: int = 2) -> Built:
     """Three texts in each row: positions start again, and transformers sees it from that."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ids = tokens(29, batch, n)
     positions = torch.cat([torch.arange(size) for size in (9, 16, n - 25)]).repeat(batch, 1)
-    return LlamaForCausalLM(LlamaConfig(**CAUSAL_LM)), (), {
+    config = LlamaConfig(**CAUSAL_LM | {"num_hidden_layers": layers})
+    return LlamaForCausalLM(config), (), {
         "input_ids": ids, "labels": ids.clone(), "position_ids": positions,
     }  # fmt: skip
 
 
-def hf_mistral(batch: int = 3, n: int = 37) -> Built:
+def hf_mistral(batch: int = 3, n: int = 37, layers: int = 2) -> Built:
     """A window of 6 tokens, and no mask given."""
     from transformers import MistralConfig, MistralForCausalLM
 
     ids = tokens(29, batch, n)
-    model = MistralForCausalLM(MistralConfig(**CAUSAL_LM, sliding_window=6))
+    sizes = CAUSAL_LM | {"num_hidden_layers": layers}
+    model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=6))
     return model, (), {"input_ids": ids, "labels": ids.clone()}
 
 
@@ -267,7 +269,7 @@ CASES = {
     "relative": (relative, Spec(on_gather="error")),
     "table_auto": (table, None),
     "table_few": (partial(table, split=8), ROWS),
-    "table_tiny": (partial(table, batch=1, rows=3, split=2), ROWS),
+    "table_tiny": (partial(table, batch=1, rows=3, split=2, layers=1), ROWS),
     "vit": (vit, None),
     "vit_mean": (partial(vit, pool="mean"), None),
 }

@@ -40,9 +40,9 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
 @pytest.mark.parametrize(
     "name, mode",
     [
-        ("tabpfn_v2", "train"),
+        ("tabpfn_v2_shallow", "train"),
         ("tabicl", "no_grad"),
-        *(FULL(name, "train") for name in (*NAMES[1:], *VARIANTS)),
+        *(FULL(name, "train") for name in (*NAMES, *VARIANTS)),
         *(FULL(name, "no_grad") for name in (*NAMES, *VARIANTS) if name != "tabicl"),
         *(FULL(name, "inference") for name in (*NAMES, *VARIANTS)),
     ],
@@ -52,7 +52,7 @@ def test_op_by_op(ranks, name: str, mode: str, p: int) -> None:
 
 
 @pytest.mark.parametrize("p", [2, FULL(3), FULL(4)])
-@pytest.mark.parametrize("name", ["tabpfn_v2", *map(FULL, (*NAMES[1:], *VARIANTS))])
+@pytest.mark.parametrize("name", ["tabpfn_v2_shallow", *map(FULL, (*NAMES, *VARIANTS))])
 @pytest.mark.parametrize("mode", [FULL("no_grad"), FULL("inference"), "train"])
 def test_compiled(ranks, name: str, mode: str, p: int) -> None:
     for got in check(ranks, p, name, "compiled", mode):
