@@ -262,7 +262,7 @@ def library(
     """
     torch.manual_seed(0)
     # Compiled whole, a layer that breaks is several graphs already.
-    model, _, given = LIBRARY[name](n=n, **({"layers": 1} if how == "whole" else {}))
+    model, _, given = LIBRARY[name](n=n, **({"layers": 1} if breaks and how == "whole" else {}))
     if name != "mixtral":  # whose grouped product takes no float64
         model = model.double()
     for layer in model.model.layers if breaks else ():
