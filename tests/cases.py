@@ -126,10 +126,10 @@ CAUSAL_LM = {
 }  # fmt: skip
 
 
-def hf_llama(batch: int = 3, n: int = 37, checkpointing: bool = False, layers: int = 2) -> Built:
+def hf_llama(batch: int = 3, n: int = 37, checkpointing: bool = False) -> Built:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**CAUSAL_LM | {"num_hidden_layers": layers}))
+    model = LlamaForCausalLM(LlamaConfig(**CAUSAL_LM))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -137,9 +137,9 @@ def hf_llama(batch: int = 3, n: int = 37, checkpointing: bool = False, layers: i
                        "attention_mask": padding(batch, n)}  # fmt: skip
 
 
-def hf_llama_alone(batch: int = 3, n: int = 37, layers: int = 2) -> Built:
+def hf_llama_alone(batch: int = 3, n: int = 37) -> Built:
     """Only ids, and so a mask that the model makes itself."""
-    model, args, inputs = hf_llama(batch, n, layers=layers)
+    model, args, inputs = hf_llama(batch, n)
     return model, args, {"input_ids": inputs["input_ids"], "labels": inputs["labels"]}
 
 
@@ -156,25 +156,23 @@ def hf_bert(batch: int = 3, n: int = 37) -> Built:
     return model, (), {"input_ids": ids, "labels": ids.clone(), "attention_mask": padding(batch, n)}
 
 
-def hf_llama_packed(batch: int = 3, n: int = 37, layers: int = 2) -> Built:
+def hf_llama_packed(batch: int = 3, n: int = 37) -> Built:
     """Three texts in each row: positions start again, and transformers sees it from that."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ids = tokens(29, batch, n)
     positions = torch.cat([torch.arange(size) for size in (9, 16, n - 25)]).repeat(batch, 1)
-    config = LlamaConfig(**CAUSAL_LM | {"num_hidden_layers": layers})
-    return LlamaForCausalLM(config), (), {
+    return LlamaForCausalLM(LlamaConfig(**CAUSAL_LM)), (), {
         "input_ids": ids, "labels": ids.clone(), "position_ids": positions,
     }  # fmt: skip
 
 
-def hf_mistral(batch: int = 3, n: int = 37, layers: int = 2) -> Built:
+def hf_mistral(batch: int = 3, n: int = 37) -> Built:
     """A window of 6 tokens, and no mask given."""
     from transformers import MistralConfig, MistralForCausalLM
 
     ids = tokens(29, batch, n)
-    sizes = CAUSAL_LM | {"num_hidden_layers": layers}
-    model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=6))
+    model = MistralForCausalLM(MistralConfig(**CAUSAL_LM, sliding_window=6))
     return model, (), {"input_ids": ids, "labels": ids.clone()}
 
 

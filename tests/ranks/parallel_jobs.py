@@ -261,8 +261,7 @@ def library(
     ``how``: by ``mosaic.parallelize``, or the whole is compiled and its inputs are ShardedTensors.
     """
     torch.manual_seed(0)
-    # Compiled whole, a layer that breaks is several graphs already.
-    model, _, given = LIBRARY[name](n=n, **({"layers": 1} if breaks and how == "whole" else {}))
+    model, _, given = LIBRARY[name](n=n)
     if name != "mixtral":  # whose grouped product takes no float64
         model = model.double()
     for layer in model.model.layers if breaks else ():

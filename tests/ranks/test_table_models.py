@@ -52,7 +52,7 @@ def test_op_by_op(ranks, name: str, mode: str, p: int) -> None:
 
 
 @pytest.mark.parametrize("p", [2, FULL(3), FULL(4)])
-@pytest.mark.parametrize("name", ["tabpfn_v2_shallow", *map(FULL, (*NAMES, *VARIANTS))])
+@pytest.mark.parametrize("name", ["tabpfn_v2", *map(FULL, (*NAMES[1:], *VARIANTS))])
 @pytest.mark.parametrize("mode", [FULL("no_grad"), FULL("inference"), "train"])
 def test_compiled(ranks, name: str, mode: str, p: int) -> None:
     for got in check(ranks, p, name, "compiled", mode):
