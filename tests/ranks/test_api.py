@@ -68,7 +68,7 @@ def test_every_length_is_right(ranks) -> None:
 
 def test_inference(ranks) -> None:
     want = jobs.inference(0)
-    for got in ranks(2).run(jobs.inference, 2):
+    for got in ranks(3).run(jobs.inference, 3):
         same(got, want)
         assert_close("again", got["again"], want["again"], 1e-10)
 
@@ -76,7 +76,7 @@ def test_inference(ranks) -> None:
 def test_ambient_autocast(ranks) -> None:
     """bfloat16 sums round, so the bound is bfloat16's."""
     want = jobs.ambient_autocast(0)
-    for got in ranks(2).run(jobs.ambient_autocast, 2):
+    for got in ranks(3).run(jobs.ambient_autocast, 3):
         same(got, want, 3e-2)
 
 
@@ -92,7 +92,7 @@ def test_a_batch_of_one_gpt_on_four(ranks) -> None:
 @pytest.mark.parametrize("padded", [FULL(False), True])
 def test_the_fused_encoder_layer(ranks, padded: bool) -> None:
     want = jobs.fused_encoder(0, padded)
-    for got in ranks(2).run(jobs.fused_encoder, 2, padded):
+    for got in ranks(3).run(jobs.fused_encoder, 3, padded):
         same(got, want)
 
 
