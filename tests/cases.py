@@ -267,7 +267,7 @@ CASES = {
     "relative": (relative, Spec(on_gather="error")),
     "table_auto": (table, None),
     "table_few": (partial(table, split=8), ROWS),
-    "table_tiny": (partial(table, batch=1, rows=3, split=2), ROWS),
+    "table_tiny": (partial(table, batch=1, rows=3, split=2, layers=1), ROWS),
     "vit": (vit, None),
     "vit_mean": (partial(vit, pool="mean"), None),
 }

@@ -72,7 +72,9 @@ FORMS = {
     ),
     "bloom": Form("BloomForCausalLM", {**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon": Form("FalconForCausalLM", COMMON),
-    "falcon, alibi": Form("FalconForCausalLM", {**COMMON, "alibi": True}),
+    "falcon, alibi": Form(
+        "FalconForCausalLM", {**COMMON, "num_hidden_layers": 1, "alibi": True}, (TILES,)
+    ),
     "mpt": Form(
         "MptForCausalLM",
         {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
@@ -98,8 +100,8 @@ FORMS = {
     "xlm_roberta": Form("XLMRobertaForMaskedLM", COMMON, (KEYS, KEYS)),
     "distilbert": Form(
         "DistilBertForMaskedLM",
-        {**IDS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
-        (KEYS, KEYS),
+        {**IDS, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48},
+        (KEYS,),
     ),
     "albert": Form("AlbertForMaskedLM", {**COMMON, "embedding_size": 16}, (KEYS, KEYS)),
     "electra": Form("ElectraForMaskedLM", {**COMMON, "embedding_size": 16}, (KEYS, KEYS)),

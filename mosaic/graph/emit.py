@@ -96,7 +96,8 @@ def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
     values = [x.meta["val"] for x in flat if isinstance(x, fx.Node)]
     mode = fake_mode_of(values)
     known = vars(mode).setdefault("mosaic_traces", {}) if mode else {}  # they live as long as it
-    key = (fn, str(tree), *(_signature(x) if isinstance(x, fx.Node) else x for x in flat))
+    facts = (signature(x.meta["val"]) if isinstance(x, fx.Node) else x for x in flat)
+    key = (fn, str(tree), *facts)
     if key not in known:
 
         def program(*tensors: torch.Tensor) -> Any:
@@ -111,8 +112,8 @@ def traced(fn: Callable[..., Any], args: tuple[Any, ...]) -> fx.Graph:
     return known[key]
 
 
-def _signature(node: fx.Node) -> tuple[object, ...]:
-    val = node.meta["val"]
+def signature(val: torch.Tensor) -> tuple[object, ...]:
+    """What of a tensor decides how a function of it is traced."""
     return tuple(val.shape), tuple(val.stride()), val.dtype, val.device
 
 

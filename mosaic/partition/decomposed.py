@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mosaic.graph.emit import signature
 from mosaic.graph.modes import modes_of
 from mosaic.graph.strides import STRIDED
 from mosaic.partition.interpreter import ShardingInterpreter
@@ -18,26 +19,42 @@ from mosaic.torch_private import decompose_op, fake_mode_of, make_fx, pytree
 
 def decomposed(s: ShardingInterpreter, c: Call) -> Any:
     """Trace torch's decomposition on global fake values and run it on the shards."""
-    leaves, spec = pytree.tree_flatten(c.split(c.bound))
-    tensors = [v for v in leaves if isinstance(v, Value)]
-
-    def program(*values: torch.Tensor) -> Any:
-        left = iter(values)
-        args, kwargs = pytree.tree_unflatten(
-            [next(left) if isinstance(v, Value) else v for v in leaves], spec
-        )
-        return decompose_op(c.target, args, kwargs)
-
-    mode = fake_mode_of([t.val for t in tensors])
-    with mode or nullcontext(), modes_of(c.like.meta.get("modes")):
-        # Not pre_dispatch: a composite op would only be written down as itself.
-        traced = make_fx(program)(*[t.val for t in tensors])
-    called = [n.target for n in traced.graph.nodes if n.op == "call_function"]
+    tensors = [v for v in pytree.tree_leaves(c.split(c.bound)) if isinstance(v, Value)]
+    graph = decomposition(c)
+    called = [n.target for n in graph.nodes if n.op == "call_function"]
     if not all(is_usable(target, c.target) for target in called):
         return s.gather_for(c, "has no rule")
-    if s.has_recipes(c) and not isinstance(s, Prober) and not is_local(s, c, traced.graph, tensors):
+    if s.has_recipes(c) and not isinstance(s, Prober) and not is_local(s, c, graph, tensors):
         return s.gather_for(c, "works along the axis")
-    return run(s, c, traced.graph, tensors)
+    return run(s, c, graph, tensors)
+
+
+def decomposition(c: Call) -> fx.Graph:
+    """What torch makes of a call at global size. Equal calls (a model's layers, and what is planned
+    and then written) are traced once, and the graph lives as long as the mode of their values."""
+    leaves, spec = pytree.tree_flatten(c.split(c.bound))
+    values = [v.val for v in leaves if isinstance(v, Value)]
+    mode, modes = fake_mode_of(values), c.like.meta.get("modes")
+    known = vars(mode).setdefault("mosaic_decompositions", {}) if mode else {}
+    # By their texts: 1, 1.0 and True are equal.
+    facts = (signature(v.val) if isinstance(v, Value) else repr(v) for v in leaves)
+    key = (c.target, str(spec), modes, *facts)
+    if key not in known:
+
+        def program(*tensors: torch.Tensor) -> Any:
+            left = iter(tensors)
+            filled = [next(left) if isinstance(v, Value) else v for v in leaves]
+            args, kwargs = pytree.tree_unflatten(filled, spec)
+            return decompose_op(c.target, args, kwargs)
+
+        with mode or nullcontext(), modes_of(modes):
+            # Apart: the tracer would mix up two operands that are one tensor. Not pre_dispatch: a
+            # composite op would only be written down as itself.
+            known[key] = make_fx(program)(*[val.detach() for val in values]).graph
+        for node in known[key].nodes:
+            node.meta.clear()  # no value may hold the mode, which holds this graph
+    graph: fx.Graph = known[key]
+    return graph
 
 
 def is_local(s: ShardingInterpreter, c: Call, graph: fx.Graph, tensors: list[Value]) -> bool:

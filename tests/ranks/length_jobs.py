@@ -23,10 +23,10 @@ WORDS = 23
 class Llama(nn.Module):
     """transformers' own, and its loss in float64: labels are shifted behind a pad."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
         sizes = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 24}
-        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        heads = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
         self.model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))
 
     def forward(self, input_ids: Tensor, labels: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,13 +35,13 @@ class Llama(nn.Module):
         return logits, F.cross_entropy(logits.view(-1, WORDS), shifted.view(-1))
 
 
-def llama() -> nn.Module:
-    return Llama().double()
+def llama(layers: int = 2) -> nn.Module:
+    return Llama(layers).double()
 
 
 def llama_with_its_loss() -> nn.Module:
     """Which it takes in float32."""
-    return llama().model
+    return llama(layers=1).model
 
 
 def texts(n: int) -> Batch:

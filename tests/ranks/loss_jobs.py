@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -191,9 +191,15 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def run_library(build: Callable[[], nn.Module], p: int | None) -> dict[str, Any]:
-    """Two steps of training, the second with ``num_items_in_batch`` (float32: it upcasts). ``p``
-    None: plainly; 0: nobody has called ``mosaic.init``."""
+#: What a step of training is given: as Trainer does it, the second time.
+STEPS: tuple[dict[str, int], ...] = ({}, {"num_items_in_batch": 31})
+
+
+def run_library(
+    build: Callable[[], nn.Module], p: int | None, steps: Sequence[dict[str, int]] = STEPS
+) -> dict[str, Any]:
+    """Some steps of training (float32: the loss is). ``p`` None: plainly; 0: nobody has called
+    ``mosaic.init``."""
     torch.manual_seed(0)
     model: Any = build()
     called = model
@@ -203,7 +209,7 @@ def run_library(build: Callable[[], nn.Module], p: int | None) -> dict[str, Any]
         called = torch.compile(model, backend="mosaic", options={"inner": "eager"})
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
     with of_any_size(), mosaic.plans() as plans:
-        for more in ({}, {"num_items_in_batch": 31}):
+        for more in steps:
             ids = torch.randint(0, CLASSES, (BATCH, N))
             out = called(input_ids=ids, labels=ids, use_cache=False, **more)
             optimizer.zero_grad()
@@ -217,7 +223,7 @@ def run_library(build: Callable[[], nn.Module], p: int | None) -> dict[str, Any]
 
 def without_init(build: Callable[[], nn.Module]) -> dict[str, Any]:
     with mock.patch.object(mesh, "_context", None):
-        return run_library(build, 0)
+        return run_library(build, 0, STEPS[:1])
 
 
 NAMES = {name: "batch tokens" for name in ("input_ids", "labels", "position_ids")}

@@ -174,6 +174,7 @@ def _models() -> dict[str, Callable[..., Table]]:
         models[f"tabpfn_{version}"] = build
         models[f"tabpfn_{version}_nan"] = functools.partial(build, missing=True)
         models[f"tabpfn_{version}_regression"] = functools.partial(build, task="regression")
+    models["tabpfn_v2_shallow"] = functools.partial(_tabpfn, version="v2", nlayers=1)
     # A column that is dropped, by x[:, :, mask] with one table and by gather with more.
     models["tabpfn_v2_5_constant"] = functools.partial(
         _tabpfn, version="v2_5", constant=True, tables=1

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare import assert_close, compare_gradients
 from model_jobs import run_model
+from sampling import FULL
 
 CASES = {
     "checkpoint": cc.Checkpointed,
@@ -34,9 +35,10 @@ def check(ranks, build, p: int, tol: float, inner: str = "eager") -> None:
             assert_close(name, got["buffers"][name].double(), buffer.double(), tol)
 
 
+@pytest.mark.parametrize("p", [2, FULL(3)])
 @pytest.mark.parametrize("name", CASES)
-def test_against_eager(ranks, name: str) -> None:
-    check(ranks, partial(cc.built, CASES[name]), 3, 1e-10)
+def test_against_eager(ranks, name: str, p: int) -> None:
+    check(ranks, partial(cc.built, CASES[name]), p, 1e-10)
 
 
 def test_backward_keeps_a_collective_of_zeros(ranks) -> None:

@@ -16,7 +16,7 @@ from sampling import sampled
 import mosaic
 
 #: The others take longer; ``handwritten.py`` has their forms.
-SHOWN = ("bloom", "distilbert", "falcon, alibi")
+SHOWN = ("distilbert", "falcon, alibi")
 alone = cache(jobs.run)
 
 

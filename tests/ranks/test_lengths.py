@@ -135,12 +135,12 @@ def test_ops(ranks, names: list[str], p: int) -> None:
     """Those that mix rows, of lengths with and without padding; what has no exact form is compiled
     for each length."""
     spec = mosaic.ShardingSpec(inputs={"x": "_ rows _"}, axes={"rows": "auto"}, buckets=(8,))
-    lengths = (5, 8, 7)
+    lengths = (5, 8)
     want = run_ops(names, None, lengths, 1)
     for got in ranks(p).run(run_ops, names, {"spec": spec}, lengths, p, timeout=600):
         for name in names:
             found = got[name]
-            assert found["compiles"] == (3 if name in ALONE else 1), name
+            assert found["compiles"] == (len(lengths) if name in ALONE else 1), name
             for n, step in found["steps"].items():
                 compare_gradients(want[name]["steps"][n], step, 1e-12)
 

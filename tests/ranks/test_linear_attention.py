@@ -3,6 +3,10 @@ is sent are states, however long the axis is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
 from compare import assert_close, compare_gradients
@@ -25,10 +29,16 @@ LAYERS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def layer_on(ranks) -> Callable[[Case, int], list[dict[str, Any]]]:
+    """What each of p ranks does."""
+    return cache(lambda case, p: ranks(p).run(run_layer, case, p))
+
+
 @pytest.mark.parametrize(("p", "case"), LAYERS, ids=str)
-def test_layers(ranks, p: int, case: Case) -> None:
+def test_layers(layer_on, p: int, case: Case) -> None:
     want = run_layer(case, 0)
-    for rank, got in enumerate(ranks(p).run(run_layer, case, p)):
+    for rank, got in enumerate(layer_on(case, p)):
         for i, (one, other) in enumerate(zip(got["results"], want["results"], strict=True)):
             assert_close(f"result {i} of rank {rank}", one, other, 1e-10)
         compare_gradients(want["gradients"], got["gradients"], 1e-10)
@@ -36,9 +46,10 @@ def test_layers(ranks, p: int, case: Case) -> None:
         assert got["graphs"] == 1
 
 
-def test_states_are_all_that_is_sent(ranks) -> None:
+@pytest.mark.parametrize("n", [37, pytest.param(9, marks=FULL)])
+def test_states_are_all_that_is_sent(layer_on, n: int) -> None:
     """Of a gated delta rule (k_dim, v_dim + k_dim) for each head and stretch, at any length."""
-    (got, *_) = ranks(2).run(run_layer, Case("chunk", n=9), 2)
+    (got, *_) = layer_on(Case("chunk", first=True, last=True, n=n), 2)
     one = BATCH * HEADS * K_DIM * (V_DIM + K_DIM) * 8
     assert got["states"] == [one]  # the other rank's is as large
 

@@ -63,9 +63,14 @@ ELSEWHERE = (
 )
 
 
-@pytest.mark.parametrize("name", sampled(CASES, ELSEWHERE))
+@pytest.mark.parametrize("name", sampled(CASES, (*ELSEWHERE, "hf_gemma2")))
 def test_three_ranks(ranks, name: str) -> None:
     check(ranks, name, 3)
+
+
+def test_two_ranks(ranks) -> None:
+    """A library's model: it takes the longest to compile."""
+    check(ranks, "hf_gemma2", 2)
 
 
 @pytest.mark.full

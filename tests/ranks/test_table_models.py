@@ -40,9 +40,9 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
 @pytest.mark.parametrize(
     "name, mode",
     [
-        ("tabpfn_v2", "train"),
+        ("tabpfn_v2_shallow", "train"),
         ("tabicl", "no_grad"),
-        *(FULL(name, "train") for name in (*NAMES[1:], *VARIANTS)),
+        *(FULL(name, "train") for name in (*NAMES, *VARIANTS)),
         *(FULL(name, "no_grad") for name in (*NAMES, *VARIANTS) if name != "tabicl"),
         *(FULL(name, "inference") for name in (*NAMES, *VARIANTS)),
     ],
