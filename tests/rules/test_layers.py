@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -55,6 +56,20 @@ def needs() -> dict[str, set[str]]:
 def test_imports_have_no_circle() -> None:
     found = needs()
     assert len(list(TopologicalSorter(found).static_order())) == len(found)
+
+
+def test_every_folder_is_installed() -> None:
+    """By ``pip install .``, which copies what pyproject.toml lists."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    listed = tomllib.loads(project.read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for path in modules().values()}
+    names = (
+        (name, path.relative_to(root).parts)
+        for name, root in FOLDERS.items()
+        for path in folders
+        if path.is_relative_to(root)
+    )
+    assert sorted(listed) == sorted(".".join((name, *parts)) for name, parts in names)
 
 
 #: Each folder imports those before it only. (``docs/architecture.md`` says so, too.)
