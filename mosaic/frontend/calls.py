@@ -52,6 +52,7 @@ class Owner(Protocol):
     """Who adds up the gradients of a model that is compiled in units."""
 
     shares: bool
+    has_units: bool  # which are parts of the model
 
     def planned(self, axes: Sequence[Axis]) -> None: ...
 

@@ -24,15 +24,22 @@ from mosaic.api.buckets import Bucket, bucket_of
 from mosaic.api.spec import ShardingSpec, binds, path_parts
 from mosaic.frontend.capture import Captured, capture, read_inputs
 from mosaic.frontend.model_inputs import named, replaced
-from mosaic.frontend.sharded_inputs import Output
+from mosaic.frontend.sharded_inputs import Output, placeholder_values
+from mosaic.frontend.unit_lengths import lengthened_part
 from mosaic.graph.inputs import Input
 from mosaic.graph.lengths import Length, NotPaddedError, compared
 from mosaic.graph.source import nodes_of
 from mosaic.layout import Place
 from mosaic.report.plan import Plan
 from mosaic.runtime.comm import take_runs
+from mosaic.runtime.deferred_tensor import flattened
 from mosaic.runtime.mesh import get_context
-from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
+from mosaic.runtime.sharded_tensor import (
+    ShardedTensor,
+    strides_in,
+    with_whole_gradient,
+    wrapped,
+)
 from mosaic.torch_private import is_linear, mark_changing, size_with, symbols_of
 
 
@@ -97,6 +104,7 @@ class Padding:
     # --- a call ----------------------------------------------------------------------------
 
     def length_of(self, args: Sequence[Any]) -> int:
+        """Of a call, its arguments flattened."""
         index, dims = next(iter(self.dims.items()))
         return int(args[index].shape[dims[0]])
 
@@ -104,6 +112,9 @@ class Padding:
         """A call's inputs for the program: at the bucket's length, and the length itself."""
         n, mine = self.length_of(args), list(args)
         for index, dims in self.dims.items():
+            if isinstance(x := args[index], ShardedTensor):
+                mine[index] = lengthened_part(x)
+                continue
             for dim in dims:
                 mine[index] = lengthened(mine[index], dim, self.bucket.high)
             mine[index] = mine[index].contiguous()
@@ -111,17 +122,16 @@ class Padding:
         return [*mine, torch.tensor(n).to(first.device, non_blocking=True)]
 
     def examples(self, module: fx.GraphModule, examples: Sequence[Any]) -> list[Any]:
-        """What the program is compiled with: fake inputs where they are padded."""
-        nodes = module.graph.find_nodes(op="placeholder")
-        found = [*examples]
+        """What the program is compiled with: fake inputs where they are padded. ``examples`` are
+        flattened, and parts where inputs are cut."""
+        values, found = flattened(placeholder_values(module)), [*examples]
         size = self.at(self.bucket.high)
-        for index, node in enumerate(nodes):
-            value = node.meta["example_value"]
-            if index in self.dims:
+        for index, value in enumerate(values):
+            if index in self.dims and not isinstance(value, ShardedTensor):
                 found[index] = fake_of(value, [size(n) for n in value.shape])
             elif self.symbols & symbols_of(value):
                 found[index] = size(value)
-        first = nodes[next(iter(self.dims))].meta["example_value"]
+        first = found[next(iter(self.dims))]
         with first.fake_mode:
             return [*found, torch.empty([], dtype=torch.int64, device=first.device)]
 
@@ -195,26 +205,22 @@ def shortened(x: Tensor, place: Place, rows: int) -> Tensor:
     return apart.narrow(place.dim + 1, 0, rows).flatten(place.dim, place.dim + 2)
 
 
-def strides_in(like: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a dense tensor with its dims in the order of these strides."""
-    found, step = [0] * len(shape), 1
-    for dim in sorted(range(len(shape)), key=like.__getitem__):
-        found[dim], step = step, step * shape[dim]
-    return tuple(found)
-
-
 # --- a graph ------------------------------------------------------------------------------------
 
 
-def padding_of(module: fx.GraphModule, spec: ShardingSpec, why_not: str) -> Padding:
-    """How the inputs of a graph are padded. Raises NotPaddedError where that cannot be."""
+def padding_of(
+    module: fx.GraphModule, spec: ShardingSpec, why_not: str, is_unit: bool = False
+) -> Padding:
+    """How the inputs of a graph are padded. Raises NotPaddedError where that cannot be. In a unit
+    (``unit_lengths.py``) those that are cut say what the length is."""
     assert spec.buckets is not None
     if why_not:
         raise NotPaddedError(why_not)
     (axis,) = spec.sharded
-    inputs = read_inputs(module)
-    values = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]
-    sizes = [*axis_sizes(axis, spec, inputs, values)]
+    given = placeholder_values(module)
+    values = flattened(given)
+    named = partial(axis_sizes, axis, spec, read_inputs(module), values)
+    sizes = [*(open_sizes([*values, *given]) if is_unit else named())]
     if not sizes:
         raise NotPaddedError("the graph has no input with the axis")
     size = sizes[0]
@@ -248,6 +254,20 @@ def axis_sizes(
         for x, i in tensors:
             if axis in names.split() and binds(path, i.source):
                 yield x.shape[names.split().index(str(axis))]
+
+
+def open_sizes(values: Sequence[Any]) -> Iterator[Any]:
+    """The sizes in a unit's inputs that are the length, and left open."""
+    cut = [x for x in values if isinstance(x, ShardedTensor) and x.bucket is not None]
+    lengths = [x.shape[place.dim] for x in cut for place in x.bucket or ()]
+    now = {hint_of(size) for size in lengths}
+    sizes = [size for x in values if isinstance(x, Tensor) for size in x.shape]
+    yield from lengths
+    yield from (size for size in sizes if symbols_of(size) and hint_of(size) in now)
+
+
+def hint_of(size: Any) -> int:
+    return int(size.node.hint) if symbols_of(size) else int(size)
 
 
 def padded_dims(
