@@ -19,7 +19,7 @@ from mosaic.frontend import calls, decoding, dtensors, shard_programs
 from mosaic.frontend.capture import Captured, capture
 from mosaic.frontend.data_check import DataCheck
 from mosaic.frontend.digest import conditions, plan_digest, text_of
-from mosaic.frontend.lengths import Padding, captured_at_bucket, padding_of
+from mosaic.frontend.lengths import Padding, captured_at_bucket, padding_of, unit_sizes
 from mosaic.frontend.refused import refuse_unknown
 from mosaic.frontend.sharded_inputs import (
     Arriving,
@@ -225,7 +225,8 @@ def partitioned(
         context.graph_text = text_of(captured.graph)
         return context
 
-    if spec.buckets is not None and (arriving or not is_unit):
+    sizes = unit_sizes(module, owner.length) if owner is not None and is_unit else None
+    if spec.buckets is not None and (arriving or sizes or not is_unit):
         reasons = {
             "the graph breaks": goes_on,
             "inputs are cut already": bool(arriving) and not is_unit,
@@ -233,7 +234,7 @@ def partitioned(
         }
         why_not = next((why for why, is_so in reasons.items() if is_so), "")
         try:
-            padding = padding_of(module, spec, why_not, is_unit)
+            padding = padding_of(module, spec, why_not, sizes)
             return at_bucket(module, padding, context_of, owner)
         except NotPaddedError as error:
             once(error.said())
@@ -369,6 +370,7 @@ def padded(
         given = flattened(args)
         if check is not None:
             check(given)
-        return padding.cut(compiled(*padding.padded(given)), padding.length_of(given))
+        n = padding.length_of(args)
+        return padding.cut(compiled(*padding.padded(given, n)), n)
 
     return run

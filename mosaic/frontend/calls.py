@@ -54,6 +54,9 @@ class Owner(Protocol):
     shares: bool
     has_units: bool  # which are parts of the model
 
+    @property
+    def length(self) -> int: ...
+
     def planned(self, axes: Sequence[Axis]) -> None: ...
 
 

@@ -42,6 +42,7 @@ class ModelInputs:
     signature: inspect.Signature
     kinds: dict[str, Callable[[int, int], Layout]] = field(default_factory=dict)
     checks: dict[Any, DataCheck] = field(default_factory=dict, repr=False)
+    length: int = 0  # of the last call, if there are buckets
 
     def __post_init__(self) -> None:
         known = self.signature.parameters
@@ -125,6 +126,7 @@ class ModelInputs:
                 continue
             kind, p = self.kinds.get(method.mesh, Layout.even), self.ranks.size(method.mesh)
             layout = layout_of(x.shape[dim], p, kind, self.spec.buckets)
+            self.length = layout.n if self.spec.buckets is not None else 0
             x = distribute(x, dim, layout, method.mesh)
         return pattern(x)
 

@@ -164,17 +164,20 @@ class Owner:
 
         @functools.wraps(unit.forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            in_units = self.spec.buckets if self.has_units else None
-            with (
-                without_function_modes(Deferring),  # Dynamo would trace it
-                in_bucket(in_units, (args, kwargs)) as (args, kwargs),
-            ):
+            buckets = self.spec.buckets if self.has_units else None
+            seen = in_bucket(buckets, (args, kwargs), self.inputs.length)
+            with without_function_modes(Deferring), seen:  # Dynamo would trace the mode
                 result = run(*args, **kwargs)
             if self.shares and torch.is_grad_enabled():
                 self.divide(unit, calls.gave_shares(result))
             return result
 
         return call
+
+    @property
+    def length(self) -> int:
+        """Of the model's inputs now, if there are buckets; else 0."""
+        return self.inputs.length
 
     @property
     def sp_size(self) -> int:

@@ -45,51 +45,29 @@ def layout_of(
 
 
 @contextmanager
-def in_bucket(buckets: Buckets | None, arguments: Any) -> Iterator[Any]:
-    """A call's arguments (tuples, lists and dicts) as Dynamo shall see them meanwhile."""
-    if buckets is None:
-        yield arguments
-        return
-    given = mapped(arguments, unviewed)
-    tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+def in_bucket(buckets: Buckets | None, arguments: Any, now: int) -> Iterator[None]:
+    """While a unit is called: Dynamo sees its tensors as those of many lengths. ``now``: the length
+    of the model's inputs, for units that are given nothing cut."""
+    tensors = [x for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor)]
     pairs = [(leaf, x.shape) for x in tensors for leaf in flattened([x])]
     cut = [(leaf, sizes) for leaf, sizes in pairs if isinstance(leaf, ShardedTensor)]
-    longer = [(x, place) for x, sizes in cut if (place := at_bucket(x, sizes, buckets))]
-    if not longer:
-        yield arguments
-        return
-    n = max(x.places[0].layout.n for x, _ in longer)
-    longest = [(x, place) for x, place in longer if x.places[0].layout.n == n]
+    places = [(x, at_bucket(x, sizes, buckets)) for x, sizes in cut] if buckets is not None else []
+    longer = [(x, place) for x, place in places if place is not None]
+    n = max((x.places[0].layout.n for x, _ in longer), default=0 if cut else now)
     with ExitStack() as stack:
-        for x, place in longest:
-            stack.enter_context(x.in_bucket((place,)))
-            mark_changing(x, place.dim)
-        for tensor in (*tensors, *(leaf for leaf, _ in pairs)):
-            open_sizes(tensor, n)
-        yield given
-
-
-def mapped(x: Any, change: Callable[[Any], Any]) -> Any:
-    if type(x) in (tuple, list):
-        return type(x)(mapped(y, change) for y in x)
-    if type(x) is dict:
-        return {key: mapped(y, change) for key, y in x.items()}
-    return change(x)
-
-
-def unviewed(x: Any) -> Any:
-    """A deferred tensor that Dynamo does not take for a view: it would see what that is of."""
-    if not isinstance(x, DeferredTensor) or x.requires_grad:
-        return x
-    alone: DeferredTensor = DeferredTensor(x.current(), x.shape, (x.steps, x.dtype, x.device))
-    alone.look_at(x)
-    return alone
+        for x, place in longer:
+            if x.places[0].layout.n == n:
+                stack.enter_context(x.in_bucket((place,)))
+                mark_changing(x, place.dim)
+        for tensor in dict.fromkeys((*tensors, *(leaf for leaf, _ in pairs))) if n else ():
+            open_sizes(tensor, n, stack)
+        yield
 
 
 def at_bucket(x: ShardedTensor, sizes: Sequence[int], buckets: Buckets) -> Place | None:
     """Where the rows of a tensor would be at the bucket's length; None if it is cut otherwise, and
     if ``sizes``, which Dynamo guards, say nothing of the length."""
-    if x._is_view() or len(x.places) != 1:
+    if len(x.places) != 1:
         return None
     (place,) = x.places
     n, p = place.layout.n, place.layout.p
@@ -100,17 +78,17 @@ def at_bucket(x: ShardedTensor, sizes: Sequence[int], buckets: Buckets) -> Place
     return None if found is None else place.with_layout(found)
 
 
-def open_sizes(x: Tensor, n: int) -> None:
+def open_sizes(x: Tensor, n: int, stack: ExitStack) -> None:
     """Let Dynamo leave the sizes open that are the length, also those in a deferred program."""
-    is_whole = not isinstance(x, (ShardedTensor, DeferredTensor))
     dims = [d for d, size in enumerate(x.shape) if size == n]
-    if not dims or (isinstance(x, DeferredTensor) and x.requires_grad):
+    is_learned = isinstance(x, DeferredTensor) and x.requires_grad
+    if not dims or is_learned or isinstance(x, ShardedTensor):
         return
     if isinstance(x, DeferredTensor):
-        x.bucket = tuple(opened(step, n, SizeOf(dims[0])) for step in x.steps), dims[0]
-    if is_whole or isinstance(x, DeferredTensor):
-        for dim in dims:
-            mark_changing(x, dim)
+        steps = tuple(opened(step, n, SizeOf(dims[0])) for step in x.steps)
+        stack.enter_context(x.in_bucket(steps, dims[0]))
+    for dim in dims:
+        mark_changing(x, dim)
 
 
 def at_their_length(module: fx.GraphModule, arriving: Arriving) -> Arriving:

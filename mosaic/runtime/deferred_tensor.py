@@ -129,6 +129,19 @@ class DeferredTensor(torch.Tensor):
         self.set(meta[0], leaves)
         self.views = []
 
+    def _is_view(self) -> bool:
+        """Of many lengths it is none: Dynamo would look at what it is a view of, at one length."""
+        return self.bucket is None and super()._is_view()
+
+    @contextmanager
+    def in_bucket(self, steps: Steps, dim: int) -> Iterator[None]:
+        """As what ``steps`` make at any length, which is the size of ``dim``."""
+        self.bucket = steps, dim
+        try:
+            yield
+        finally:
+            self.bucket = None
+
     def look_at(self, other: DeferredTensor) -> None:
         """This is a view of the other one, as it is now."""
         self.base = other if other.base is None else other.base

@@ -123,6 +123,10 @@ class ShardedTensor(torch.Tensor):
                 return ShardedTensor(memory, *sizes)
         return ShardedTensor(memory, *sizes)
 
+    def _is_view(self) -> bool:
+        """Of many lengths it is none: Dynamo would look at what it is a view of, at one length."""
+        return self.bucket is None and super()._is_view()
+
     @contextmanager
     def in_bucket(self, places: tuple[Place, ...]) -> Iterator[None]:
         """As the first rows of a longer tensor that is cut so."""
