@@ -316,7 +316,7 @@ def captured_at_bucket(module: fx.GraphModule, padding: Padding) -> tuple[Captur
 def length_input(graph: fx.Graph, device: torch.device) -> fx.Node:
     """A placeholder behind the others."""
     placeholders = graph.find_nodes(op="placeholder")
-    like = next(n.meta["val"] for n in placeholders if isinstance(n.meta["val"], FakeTensor))
+    like = next(x for n in placeholders if isinstance(x := n.meta.get("val"), FakeTensor))
     with graph.inserting_after(placeholders[-1]):
         node = graph.placeholder("length")
     with like.fake_mode:

@@ -22,6 +22,7 @@ import mosaic
 #: units of embeddings, too.
 MANY = [
     ("gpt", 1, "blocks", LENGTHS, 2),
+    ("gpt", 2, "blocks, fsdp", (37, 20, 50), 5),
     ("gpt", 3, "blocks", THIRTY, 2),
     ("gpt", 2, "blocks, checkpoint", LENGTHS, 3),
     ("llama", 2, "blocks", THIRTY, 2),
@@ -30,7 +31,6 @@ MANY = [
     ("encoder", 4, "blocks", LENGTHS, 2),
 ]
 FEW = [
-    ("gpt", 2, "blocks, fsdp", (37, 20, 50), 7),
     ("encoder", 3, "blocks", (37, 50), 1),  # the last rank has none of 37 rows
     ("llama_padded", 2, "blocks", (37, 50), 2),
 ]
@@ -50,7 +50,7 @@ def test_models(ranks, name: str, p: int, how: str, lengths: Sequence[int], comp
 @pytest.mark.parametrize(
     "kind, compiles, said",
     [
-        ("", 2, ""),
+        FULL("", 2, ""),
         ("flips", 3, "flip mixes rows [tests/ranks/block_length_jobs.py"),
         FULL("divides", 2, ""),
         FULL("breaks", 3, "the graph breaks"),
