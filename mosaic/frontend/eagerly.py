@@ -25,7 +25,8 @@ from mosaic.graph.unexpected import DATA_DEPENDENT
 from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.runtime import sharded_tensor
 from mosaic.runtime.agreement import check_together
-from mosaic.runtime.deferred_tensor import DeferredTensor, flattened, is_open, of_any_strides
+from mosaic.runtime.deferred_tensor import DeferredTensor, flattened, of_any_strides
+from mosaic.runtime.many_lengths import is_open
 from mosaic.runtime.memory import UNDO, Memory, views_of
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole

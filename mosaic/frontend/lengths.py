@@ -33,13 +33,9 @@ from mosaic.layout import Place
 from mosaic.report.plan import Plan
 from mosaic.runtime.comm import take_runs
 from mosaic.runtime.deferred_tensor import flattened
+from mosaic.runtime.many_lengths import strides_in
 from mosaic.runtime.mesh import get_context
-from mosaic.runtime.sharded_tensor import (
-    ShardedTensor,
-    strides_in,
-    with_whole_gradient,
-    wrapped,
-)
+from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
 from mosaic.torch_private import FakeTensor, is_linear, mark_changing, size_with, symbols_of
 
 
@@ -305,6 +301,8 @@ def captured_at_bucket(module: fx.GraphModule, padding: Padding) -> tuple[Captur
         raise NotPaddedError(
             f"the program does not run at lengths {high} and {high - 1}: {error}"
         ) from error
+    if found.checks:
+        raise NotPaddedError("a BlockMask that is given has the blocks of one length")
     follows, numbers = compared(found.graph, shorter.graph)
     node = length_input(found.graph, padding.device)
     follows[node] = ((),)

@@ -57,6 +57,7 @@ def in_bucket(buckets: Buckets | None, arguments: Any, now: int) -> Iterator[Non
     with ExitStack() as stack:
         for x, place in longer:
             if x.places[0].layout.n == n:
+                x._nothing = x._local.new_empty(())
                 stack.enter_context(x.in_bucket((place,)))
                 mark_changing(x, place.dim)
         for tensor in dict.fromkeys((*tensors, *(leaf for leaf, _ in pairs))) if n else ():
@@ -86,7 +87,7 @@ def open_sizes(x: Tensor, n: int, stack: ExitStack) -> None:
         return
     if isinstance(x, DeferredTensor):
         steps = tuple(opened(step, n, SizeOf(dims[0])) for step in x.steps)
-        stack.enter_context(x.in_bucket(steps, dims[0]))
+        stack.enter_context(x.in_bucket((steps, dims[0])))
     for dim in dims:
         mark_changing(x, dim)
 

@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mosaic.api.errors import UnsupportedError
+from mosaic.runtime.many_lengths import ManyLengths, is_open, of_length
 from mosaic.runtime.sharded_tensor import (
     ATTENTION,
     READS,
     RUN,
     ShardedTensor,
     is_traced,
-    of_length,
     uncompiled,
     with_whole_gradient,
 )
@@ -103,7 +103,7 @@ class Recipe:
         return found
 
 
-class DeferredTensor(torch.Tensor):
+class DeferredTensor(ManyLengths):
     """What the last of ``steps`` gives, of ``leaves``. One that has a gradient is the result of an
     autograd.Function (``Learned``): autograd works above all that is said here."""
 
@@ -111,9 +111,6 @@ class DeferredTensor(torch.Tensor):
     leaves: tuple[Tensor, ...]
     base: DeferredTensor | None = None  # of a view
     kept: Tensor | None = None  # what was made, if that is dear
-    #: What Dynamo sees while a unit is called for all lengths of a bucket: the steps at any length,
-    #: and which dim has that.
-    bucket: tuple[Steps, int] | None = None
     views: list[weakref.ref[DeferredTensor]]
 
     @staticmethod
@@ -128,19 +125,6 @@ class DeferredTensor(torch.Tensor):
     def __init__(self, leaves: Sequence[Tensor], shape: Sequence[int], meta: Meta):
         self.set(meta[0], leaves)
         self.views = []
-
-    def _is_view(self) -> bool:
-        """Of many lengths it is none: Dynamo would look at what it is a view of, at one length."""
-        return self.bucket is None and super()._is_view()
-
-    @contextmanager
-    def in_bucket(self, steps: Steps, dim: int) -> Iterator[None]:
-        """As what ``steps`` make at any length, which is the size of ``dim``."""
-        self.bucket = steps, dim
-        try:
-            yield
-        finally:
-            self.bucket = None
 
     def look_at(self, other: DeferredTensor) -> None:
         """This is a view of the other one, as it is now."""
@@ -251,11 +235,6 @@ class DeferredTensor(torch.Tensor):
                 else "write into a copy, or make the mask after the write",
             )
         return self.leaves
-
-
-def is_open(x: Tensor) -> bool:
-    """Whether it is one of many lengths."""
-    return isinstance(x, (ShardedTensor, DeferredTensor)) and x.bucket is not None
 
 
 class Learned(torch.autograd.Function):

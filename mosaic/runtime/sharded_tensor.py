@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from mosaic.api.errors import ShardingError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.runtime.collectives import slice_to
+from mosaic.runtime.many_lengths import Bucketed, ManyLengths
 from mosaic.runtime.memory import Memory
 from mosaic.runtime.mesh import get_context
 from mosaic.torch_private import (
@@ -62,14 +62,7 @@ def caught_attention() -> Iterator[None]:
 OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 
 
-@dataclass(frozen=True)
-class Bucketed:
-    """What Dynamo guards of a tensor that is one of many lengths: its places at the longest."""
-
-    places: tuple[Place, ...]
-
-
-class ShardedTensor(torch.Tensor):
+class ShardedTensor(ManyLengths):
     """Its shape and strides are the global ones: those that it has on one device. This rank holds a
     part along each of ``places``, one for each mesh axis that cuts it, in the order of the mesh:
     each cuts what those before it leave.
@@ -83,10 +76,6 @@ class ShardedTensor(torch.Tensor):
 
     places: tuple[Place, ...]
     memory: Memory
-    #: While a unit is called for all lengths of a bucket: its places at the longest, and what
-    #: Dynamo sees of a part whose length changes (its dtype and device).
-    bucket: tuple[Place, ...] | None = None
-    _nothing: Tensor
 
     @staticmethod
     def __new__(
@@ -122,19 +111,6 @@ class ShardedTensor(torch.Tensor):
             with torch.inference_mode(False):
                 return ShardedTensor(memory, *sizes)
         return ShardedTensor(memory, *sizes)
-
-    def _is_view(self) -> bool:
-        """Of many lengths it is none: Dynamo would look at what it is a view of, at one length."""
-        return self.bucket is None and super()._is_view()
-
-    @contextmanager
-    def in_bucket(self, places: tuple[Place, ...]) -> Iterator[None]:
-        """As the first rows of a longer tensor that is cut so."""
-        self.bucket, self._nothing = places, self._local.new_empty(())
-        try:
-            yield
-        finally:
-            self.bucket = None
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Place, ...] | Bucketed]:
         if self.bucket is not None:
@@ -305,23 +281,6 @@ def dim_of(x: Tensor, dim: int) -> int:
             fix=f"use one of its {x.ndim} dims, from 0 or from -1",
         )
     return dim % x.ndim
-
-
-def strides_in(like: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a dense tensor with its dims in the order of these strides."""
-    found, step = [0] * len(shape), 1
-    for dim in sorted(range(len(shape)), key=like.__getitem__):
-        found[dim], step = step, step * shape[dim]
-    return tuple(found)
-
-
-def of_length(x: Any, n: int) -> ShardedTensor:
-    """A fake tensor that is one of many lengths, with this one (a symbol)."""
-    (place,) = x.bucket
-    shape = [n if d == place.dim else size for d, size in enumerate(x.shape)]
-    found = ShardedTensor(x._nothing, shape, x.bucket, strides_in(x.stride(), shape))
-    found.bucket, found._nothing = x.bucket, x._nothing
-    return found
 
 
 def wrapped(

@@ -1,6 +1,5 @@
 """Language models of transformers that differ from Llama in what matters when tokens are cut: norms
-of queries and keys, windows by layer, parallel blocks, fused projections, partial rotation,
-softcaps, scales of logits."""
+of queries and keys, windows by layer, parallel blocks, partial rotation."""
 
 from __future__ import annotations
 
@@ -25,13 +24,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "gemma3": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, **WINDOWS}),
     "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5, **NO_DROPOUT}),
-    "phi3": ("Phi3", {"sliding_window": 6}),
-    "olmo2": ("Olmo2", {}),
-    "cohere": ("Cohere", {"logit_scale": 0.25}),
-    "starcoder2": ("Starcoder2", {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
-    "glm4": ("Glm4", {"head_dim": 8}),
-    "granite": ("Granite", {"embedding_multiplier": 2.0, "logits_scaling": 3.0}),
-    "stablelm": ("StableLm", NO_DROPOUT),
 }
 
 
