@@ -1,4 +1,4 @@
-"""Models of transformers in many lengths, block by block: losses and gradients are the model's own."""
+"""Models of transformers in many lengths, block by block: their own losses and gradients."""
 
 from __future__ import annotations
 
