@@ -19,7 +19,7 @@ from mosaic.frontend import calls, decoding, dtensors, shard_programs
 from mosaic.frontend.capture import Captured, capture
 from mosaic.frontend.data_check import DataCheck
 from mosaic.frontend.digest import conditions, plan_digest, text_of
-from mosaic.frontend.lengths import Padding, captured_at_bucket, padding_of
+from mosaic.frontend.lengths import Padding, captured_at_bucket, padding_of, unit_sizes
 from mosaic.frontend.refused import refuse_unknown
 from mosaic.frontend.sharded_inputs import (
     Arriving,
@@ -34,6 +34,7 @@ from mosaic.frontend.sharded_inputs import (
     write_back,
 )
 from mosaic.frontend.texts import Texts, texts_of
+from mosaic.frontend.unit_lengths import at_their_length
 from mosaic.frontend.user_warnings import announce, once, resumed_at
 from mosaic.graph.lengths import Length, NotPaddedError
 from mosaic.graph.modes import Modes
@@ -134,7 +135,7 @@ def compile_graph(
     lowering = Lowering(context, plan)
     try:
         given = padding.examples(example_inputs) if isinstance(padding, Texts) else example_inputs
-        examples = part_examples(module, given, context.mutated)
+        examples = part_examples(module, given, context.mutated, context.arriving)
         if isinstance(padding, Padding):
             examples = padding.examples(module, examples)
         compiled = INNER[chosen.inner](local, examples, lowering)
@@ -193,6 +194,7 @@ def partitioned(
     """PIPELINE: from Dynamo's graph to this rank's local program; with buckets one for all lengths
     of a bucket, if there is an exact form of that, else one for any number of packed texts."""
     spec, owner, goes_on = options.spec, options.owner, calls.goes_on(module)
+    is_unit = owner is not None and owner.has_units
     if owner and owner.shares and not goes_on:
         spec = replace(spec, gradients="shares")
     world = world_of(ranks, joint_mesh(spec, arriving, parallel))
@@ -218,23 +220,25 @@ def partitioned(
             context.worlds = [*worlds, context.parallel, world_of(ranks, spec.mesh)]
         context.goes_on = goes_on
         context.stays_cut = stays_cut
-        is_part = owner is not None and spec.buckets is None
-        context.has_other_names = is_part or resumed_at(captured.graph) is not None
+        context.has_other_names = is_unit or resumed_at(captured.graph) is not None
         context.is_first_graph = options.is_first_graph
         context.graph_text = text_of(captured.graph)
         return context
 
-    if spec.buckets is not None:
+    sizes = unit_sizes(module, owner.length) if owner is not None and is_unit else None
+    if spec.buckets is not None and (arriving or sizes or not is_unit):
         reasons = {
             "the graph breaks": goes_on,
-            "inputs are cut already": bool(arriving),
+            "inputs are cut already": bool(arriving) and not is_unit,
             "parameters are DTensors": bool(parallel),
         }
         why_not = next((why for why, is_so in reasons.items() if is_so), "")
         try:
-            return at_bucket(module, padding_of(module, spec, why_not), context_of, owner)
+            padding = padding_of(module, spec, why_not, sizes)
+            return at_bucket(module, padding, context_of, owner)
         except NotPaddedError as error:
             once(error.said())
+    arriving = at_their_length(module, arriving)
     texts = texts_of(module)
     captured = capture(module, texts.size if texts else int)
     if texts:
@@ -365,11 +369,13 @@ def padded(
 
     def run(*args: Any) -> Any:
         calls.running(context.spec if context.world.size > 1 else WHOLE)
+        given = flattened(args)
         if check is not None:
-            check(args)
-        found = compiled(*padding.padded(args))
+            check(given)
+        n = padding.length_of(args)
+        found = compiled(*padding.padded(given, n))
         if check is not None:
             check.settle()
-        return padding.cut(found, padding.length_of(args))
+        return padding.cut(found, n)
 
     return run

@@ -52,6 +52,10 @@ class Owner(Protocol):
     """Who adds up the gradients of a model that is compiled in units."""
 
     shares: bool
+    has_units: bool  # which are parts of the model
+
+    @property
+    def length(self) -> int: ...
 
     def planned(self, axes: Sequence[Axis]) -> None: ...
 

@@ -25,6 +25,7 @@ from mosaic.api.errors import UnsupportedError
 from mosaic.frontend import dtensors, flash, flex, recurrences
 from mosaic.frontend.block_masks import BlockCheck, Blocks, checks_of
 from mosaic.frontend.fused import UNFUSED
+from mosaic.frontend.sharded_inputs import placeholder_values
 from mosaic.frontend.vmapped import Region, check_transforms, written_out
 from mosaic.graph.history import with_history
 from mosaic.graph.inputs import Input, Policy
@@ -301,7 +302,7 @@ def capture(module: fx.GraphModule, size: Callable[[Any], int] = int) -> Capture
     class Program(torch.nn.Module):
         def forward(self, *args: Any) -> Any:
             run = _Interpreter(module, ambient, policies, histories, blocks).run
-            return run(*regrouped(args, given))
+            return run(*regrouped(args, given, size))
 
     traced: fx.GraphModule
     try:
@@ -375,6 +376,7 @@ def refuse_shared(
     captured as two tensors, and the other would not change."""
     values = held(module)
     for index, new in zip(mutated, graph.output_node().args[0], strict=False):
+        refuse_open(flattened(placeholder_values(module))[index], inputs[index].name, new)
         for other, value in enumerate(values):
             if other != index and is_alias(value, values[index]) and touch(value, values[index]):
                 raise UnsupportedError(
@@ -383,6 +385,16 @@ def refuse_shared(
                     where=where(new),
                     fix=f"pass a copy of one of them: {inputs[other].name}.clone()",
                 )
+
+
+def refuse_open(x: Any, name: str, new: fx.Node) -> None:
+    """Raise UnsupportedError where a tensor is written to of which Dynamo has seen no memory."""
+    if isinstance(x, ShardedTensor) and x.bucket is not None:
+        raise UnsupportedError(
+            f"{name} is written to in a block that takes many lengths, and may share its memory",
+            where=where(new),
+            fix=f"write into a copy ({name}.clone()), or leave buckets out",
+        )
 
 
 def touch(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -26,6 +26,7 @@ from mosaic.masks.op import PLAIN, STRUCTURED
 from mosaic.runtime import sharded_tensor
 from mosaic.runtime.agreement import check_together
 from mosaic.runtime.deferred_tensor import DeferredTensor, flattened, of_any_strides
+from mosaic.runtime.many_lengths import is_open
 from mosaic.runtime.memory import UNDO, Memory, views_of
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, is_traced, part_of, whole
@@ -148,14 +149,19 @@ def run_on_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     """While Dynamo traces only the sizes count, which are global: the backend cuts what it makes.
     No rule is asked, and nothing is sent."""
     x = args[0]
-    if isinstance(x, DeferredTensor) and (func in SAME or is_view(func)):
+    if is_open(x) and func in SAME:
+        names, known = x.__tensor_flatten__()
+        inner = {name: getattr(x, name) for name in names}
+        return type(x).__tensor_unflatten__(inner, known, x.shape, x.stride())
+    if isinstance(x, DeferredTensor) and not is_open(x) and (func in SAME or is_view(func)):
         args, kwargs = pytree.tree_map_only(torch.SymInt, int, (args, kwargs))  # of another length
         return deferred(func, args, kwargs, is_view=True)
     if isinstance(x, ShardedTensor) and func in SAME:
         like = torch.empty_strided(x.shape, x.stride(), device="meta")
         stride = func(like, **kwargs).stride()  # a clone may be contiguous
         return ShardedTensor(func(x._local, **kwargs), x.shape, x.places, stride)
-    if isinstance(x, ShardedTensor) and is_view(func):  # Dynamo makes an input by its view
+    if isinstance(x, ShardedTensor) and not is_open(x) and is_view(func):
+        # Dynamo makes an input by its view
         args, kwargs = pytree.tree_map_only(torch.SymInt, int, (args, kwargs))
         with suppress(RuntimeError), without_modes():  # a view of strides that allow none
             program = program_of(func, args, kwargs)

@@ -24,16 +24,19 @@ from mosaic.api.buckets import Bucket, bucket_of
 from mosaic.api.spec import ShardingSpec, binds, path_parts
 from mosaic.frontend.capture import Captured, capture, read_inputs
 from mosaic.frontend.model_inputs import named, replaced
-from mosaic.frontend.sharded_inputs import Output
+from mosaic.frontend.sharded_inputs import Output, placeholder_values
+from mosaic.frontend.unit_lengths import lengthened_part
 from mosaic.graph.inputs import Input
 from mosaic.graph.lengths import Length, NotPaddedError, compared
 from mosaic.graph.source import nodes_of
 from mosaic.layout import Place
 from mosaic.report.plan import Plan
 from mosaic.runtime.comm import take_runs
+from mosaic.runtime.deferred_tensor import flattened
+from mosaic.runtime.many_lengths import strides_in
 from mosaic.runtime.mesh import get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
-from mosaic.torch_private import is_linear, mark_changing, size_with, symbols_of
+from mosaic.torch_private import FakeTensor, is_linear, mark_changing, size_with, symbols_of
 
 
 def mark(spec: ShardingSpec, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -77,6 +80,8 @@ class Padding:
     size: torch.SymInt
     symbols: frozenset[Any]
     dims: dict[int, tuple[int, ...]]
+    known: tuple[int, int]  # the argument of a call, not flattened, and its dim that has the length
+    device: torch.device
     outputs: Sequence[tuple[Output, Sequence[Place]]] = ()  # at the bucket's length; their rows
 
     def at(self, n: int) -> Callable[[Any], int]:
@@ -97,33 +102,34 @@ class Padding:
     # --- a call ----------------------------------------------------------------------------
 
     def length_of(self, args: Sequence[Any]) -> int:
-        index, dims = next(iter(self.dims.items()))
-        return int(args[index].shape[dims[0]])
+        index, dim = self.known
+        return int(args[index].shape[dim])
 
-    def padded(self, args: Sequence[Any]) -> list[Any]:
-        """A call's inputs for the program: at the bucket's length, and the length itself."""
-        n, mine = self.length_of(args), list(args)
+    def padded(self, args: Sequence[Any], n: int) -> list[Any]:
+        """A call's inputs, flattened, for the program: at the bucket's length, and the length."""
+        mine = list(args)
         for index, dims in self.dims.items():
+            if isinstance(x := args[index], ShardedTensor):
+                mine[index] = lengthened_part(x)
+                continue
             for dim in dims:
                 mine[index] = lengthened(mine[index], dim, self.bucket.high)
             mine[index] = mine[index].contiguous()
-        first = args[next(iter(self.dims))]
-        return [*mine, torch.tensor(n).to(first.device, non_blocking=True)]
+        return [*mine, torch.tensor(n).to(self.device, non_blocking=True)]
 
     def examples(self, module: fx.GraphModule, examples: Sequence[Any]) -> list[Any]:
-        """What the program is compiled with: fake inputs where they are padded."""
-        nodes = module.graph.find_nodes(op="placeholder")
-        found = [*examples]
+        """What the program is compiled with: fake inputs where they are padded. ``examples`` are
+        flattened, and parts where inputs are cut."""
+        values, found = flattened(placeholder_values(module)), [*examples]
         size = self.at(self.bucket.high)
-        for index, node in enumerate(nodes):
-            value = node.meta["example_value"]
-            if index in self.dims:
+        for index, value in enumerate(values):
+            if index in self.dims and not isinstance(value, ShardedTensor):
                 found[index] = fake_of(value, [size(n) for n in value.shape])
             elif self.symbols & symbols_of(value):
                 found[index] = size(value)
-        first = nodes[next(iter(self.dims))].meta["example_value"]
+        first = next(x for x in values if isinstance(x, FakeTensor))
         with first.fake_mode:
-            return [*found, torch.empty([], dtype=torch.int64, device=first.device)]
+            return [*found, torch.empty([], dtype=torch.int64, device=self.device)]
 
     def cut(self, parts: Sequence[Any], n: int) -> list[Any]:
         """A call's outputs without padding."""
@@ -195,28 +201,27 @@ def shortened(x: Tensor, place: Place, rows: int) -> Tensor:
     return apart.narrow(place.dim + 1, 0, rows).flatten(place.dim, place.dim + 2)
 
 
-def strides_in(like: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a dense tensor with its dims in the order of these strides."""
-    found, step = [0] * len(shape), 1
-    for dim in sorted(range(len(shape)), key=like.__getitem__):
-        found[dim], step = step, step * shape[dim]
-    return tuple(found)
-
-
 # --- a graph ------------------------------------------------------------------------------------
 
 
-def padding_of(module: fx.GraphModule, spec: ShardingSpec, why_not: str) -> Padding:
-    """How the inputs of a graph are padded. Raises NotPaddedError where that cannot be."""
+def padding_of(
+    module: fx.GraphModule, spec: ShardingSpec, why_not: str, of_unit: Sequence[Any] | None = None
+) -> Padding:
+    """How the inputs of a graph are padded, ``of_unit`` the sizes that are the length, if it is a
+    unit's (``unit_lengths.py``). Raises NotPaddedError where that cannot be."""
     assert spec.buckets is not None
     if why_not:
         raise NotPaddedError(why_not)
     (axis,) = spec.sharded
-    inputs = read_inputs(module)
-    values = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]
-    sizes = [*axis_sizes(axis, spec, inputs, values)]
+    values = flattened(placeholder_values(module))
+    sizes = of_unit
+    if of_unit is None:
+        sizes = [*axis_sizes(axis, spec, read_inputs(module), values)]
     if not sizes:
-        raise NotPaddedError("the graph has no input with the axis")
+        has_none = "the graph has no input with the axis"
+        raise NotPaddedError(
+            has_none if of_unit is None else "inputs are cut in a way of their own"
+        )
     size = sizes[0]
     if not all(other == size for other in sizes):  # asked of symbols, this makes them one
         raise NotPaddedError("its inputs have several lengths")
@@ -229,7 +234,10 @@ def padding_of(module: fx.GraphModule, spec: ShardingSpec, why_not: str) -> Padd
     bucket = bucket_of(spec.buckets, int(size.node.hint))
     if bucket is None:
         raise NotPaddedError("it is longer than all buckets")
-    found = Padding(str(axis), bucket, size, symbols, dict(padded_dims(values, symbols)))
+    known = next(padded_dims(placeholder_values(module), symbols))
+    device = placeholder_values(module)[known[0]].device
+    dims = dict(padded_dims(values, symbols))
+    found = Padding(str(axis), bucket, size, symbols, dims, (known[0], known[1][0]), device)
     for node in nodes_of(module):
         if not is_linear(node.meta.get("example_value"), symbols):
             raise NotPaddedError("computes a number of the length", node)
@@ -248,6 +256,21 @@ def axis_sizes(
         for x, i in tensors:
             if axis in names.split() and binds(path, i.source):
                 yield x.shape[names.split().index(str(axis))]
+
+
+def unit_sizes(module: fx.GraphModule, now: int) -> list[Any]:
+    """The sizes in a unit's inputs that are the length, which is ``now`` where none is cut."""
+    given = placeholder_values(module)
+    every = [x for x in (*flattened(given), *given) if isinstance(x, Tensor)]
+    cut = [x for x in every if isinstance(x, ShardedTensor) and x.bucket is not None]
+    lengths = [x.shape[place.dim] for x in cut for place in x.bucket or ()]
+    known = {hint_of(size) for size in lengths} or {now}
+    sizes = (size for x in every for size in x.shape)
+    return [*lengths, *(n for n in sizes if symbols_of(n) and hint_of(n) in known)]
+
+
+def hint_of(size: Any) -> int:
+    return int(size.node.hint) if symbols_of(size) else int(size)
 
 
 def padded_dims(
@@ -278,21 +301,23 @@ def captured_at_bucket(module: fx.GraphModule, padding: Padding) -> tuple[Captur
         raise NotPaddedError(
             f"the program does not run at lengths {high} and {high - 1}: {error}"
         ) from error
+    if found.checks:
+        raise NotPaddedError("a BlockMask that is given has the blocks of one length")
     follows, numbers = compared(found.graph, shorter.graph)
-    node = length_input(found.graph, next(iter(padding.dims)))
+    node = length_input(found.graph, padding.device)
     follows[node] = ((),)
     inputs = (*found.inputs, Input(len(found.inputs), "L['length']", is_state=False))
     length = Length(padding.axis, padding.bucket, padding.now, node, follows, numbers)
     return Captured(**{**vars(found), "inputs": inputs}), length
 
 
-def length_input(graph: fx.Graph, first: int) -> fx.Node:
-    """A placeholder behind the others, on the device of the first that is padded."""
+def length_input(graph: fx.Graph, device: torch.device) -> fx.Node:
+    """A placeholder behind the others."""
     placeholders = graph.find_nodes(op="placeholder")
-    like = placeholders[first].meta["val"]
+    like = next(x for n in placeholders if isinstance(x := n.meta.get("val"), FakeTensor))
     with graph.inserting_after(placeholders[-1]):
         node = graph.placeholder("length")
     with like.fake_mode:
-        node.meta["val"] = torch.empty([], dtype=torch.int64, device=like.device)
+        node.meta["val"] = torch.empty([], dtype=torch.int64, device=device)
     node.meta |= {"is_state": False, "storage_offset": 0, "requires_grad": False}
     return node

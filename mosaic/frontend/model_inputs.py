@@ -17,6 +17,7 @@ from mosaic.api.errors import ShardingError
 from mosaic.api.spec import ShardingSpec, path_parts
 from mosaic.frontend.data_check import DataCheck
 from mosaic.frontend.deferred import pattern
+from mosaic.frontend.unit_lengths import layout_of
 from mosaic.graph.inputs import Input
 from mosaic.layout import Layout
 from mosaic.partition.values import Axis
@@ -41,6 +42,7 @@ class ModelInputs:
     signature: inspect.Signature
     kinds: dict[str, Callable[[int, int], Layout]] = field(default_factory=dict)
     checks: dict[Any, DataCheck] = field(default_factory=dict, repr=False)
+    length: int = 0  # of the last call, if there are buckets
 
     def __post_init__(self) -> None:
         known = self.signature.parameters
@@ -127,8 +129,10 @@ class ModelInputs:
             dim = names.index(str(axis)) if str(axis) in names else None
             if dim is None or dim in held:
                 continue
-            kind = self.kinds.get(method.mesh, Layout.even)
-            x = distribute(x, dim, kind(x.shape[dim], self.ranks.size(method.mesh)), method.mesh)
+            kind, p = self.kinds.get(method.mesh, Layout.even), self.ranks.size(method.mesh)
+            layout = layout_of(x.shape[dim], p, kind, self.spec.buckets)
+            self.length = layout.n if self.spec.buckets is not None else 0
+            x = distribute(x, dim, layout, method.mesh)
         return pattern(x)
 
 

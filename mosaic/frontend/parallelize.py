@@ -35,6 +35,7 @@ from mosaic.frontend.deferred import Deferring
 from mosaic.frontend.dtensors import with_plain_inputs
 from mosaic.frontend.late_logits import Waiting, late
 from mosaic.frontend.model_inputs import ModelInputs
+from mosaic.frontend.unit_lengths import in_bucket
 from mosaic.partition.values import Axis
 from mosaic.runtime.mesh import MosaicContext, get_context
 from mosaic.torch_private import compile_with_hooks, flattened, without_function_modes
@@ -62,8 +63,7 @@ def parallelize(
     fully_shard: apply FSDP2 to each block and to the model, over all ranks; or its arguments
         (``{"mp_policy": ..., "mesh": ranks.mesh["dp", "sp"]}`` for HSDP), over those that have the
         same part of layers that tensor parallelism cuts (``parallelize_module`` comes first). Do
-        not call it yourself. Buckets of lengths need the whole model as one graph:
-        ``blocks=[model]``.
+        not call it yourself.
     checkpoint: recompute each block in backward, but for its attention.
     inner: "inductor" or "eager".
 
@@ -80,7 +80,9 @@ def parallelize(
     check_units(model, units)
     check_buckets(model, spec, units, checkpoint)
     inputs = ModelInputs(spec, ranks, inspect.signature(model.forward))
-    owner = Owner(spec, ranks, bool(fully_shard), inputs, parallel_axes(model, ranks))
+    has_units = spec.buckets is None or units != [model]
+    parallel = parallel_axes(model, ranks)
+    owner = Owner(spec, ranks, bool(fully_shard), inputs, has_units, parallel)
     for unit in units:
         unit.forward = owner.compiled(unit, unit.forward, recomputed=checkpoint, inner=inner)
     whole = replace(owner, shares=False)  # they stay with the model
@@ -91,7 +93,7 @@ def parallelize(
         for layer in layers:
             layer.forward = owner.compiled(layer, layer.forward, inner=inner)
         shard_all(model, [*units, *layers], owner, {} if fully_shard is True else dict(fully_shard))
-    if spec.buckets is None:
+    if has_units:
         model.forward = with_inputs_cut(model.forward, inputs, bool(fully_shard))
     return model
 
@@ -131,6 +133,7 @@ class Owner:
     ranks: MosaicContext
     shares: bool  # where a unit is one graph, for FSDP2 to add up
     inputs: ModelInputs
+    has_units: bool  # that are parts of the model; else it is compiled whole, on whole inputs
     parallel: tuple[str, ...] = ()  # mesh axes over which the model's layers are cut
     divisors: dict[nn.Module, int] = field(default_factory=dict)
     shards_over_one: bool = False  # FSDP2's mesh shards over one rank, and replicates over all
@@ -155,7 +158,7 @@ class Owner:
             forward = functools.partial(checkpoint_of, forward, use_reentrant=False)
         # The model's own inputs are compared before every call: units have nothing else.
         spec = replace(self.spec, check_inputs=self.spec.check_inputs and "first")
-        if spec.buckets is not None:  # the unit is the model, and takes whole inputs
+        if not self.has_units:
             stays = "shards" if self.spec.outputs == "whole" else self.spec.outputs
             spec = replace(self.spec, outputs=stays)
         options: dict[str, Any] = {"spec": spec, "inner": inner, "owner": self}
@@ -163,13 +166,20 @@ class Owner:
 
         @functools.wraps(unit.forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with without_function_modes(Deferring):  # Dynamo would trace it
+            buckets = self.spec.buckets if self.has_units else None
+            seen = in_bucket(buckets, (args, kwargs), self.inputs.length)
+            with without_function_modes(Deferring), seen:  # Dynamo would trace the mode
                 result = run(*args, **kwargs)
             if self.shares and torch.is_grad_enabled():
                 self.divide(unit, calls.gave_shares(result))
             return result
 
         return call
+
+    @property
+    def length(self) -> int:
+        """Of the model's inputs now, if there are buckets; else 0."""
+        return self.inputs.length
 
     @property
     def sp_size(self) -> int:
@@ -281,12 +291,12 @@ def check_units(model: nn.Module, units: Sequence[Any]) -> None:
 def check_buckets(
     model: nn.Module, spec: ShardingSpec, units: Sequence[nn.Module], recomputed: bool
 ) -> None:
-    """Raise ShardingError for buckets where units are parts of the model: what runs between them
-    would take padding for rows, and tensors that are cut otherwise for each length are guarded."""
-    if spec.buckets is not None and (units != [model] or recomputed):
+    """Raise ShardingError for buckets of a whole model that is recomputed: its names are those of
+    its forward."""
+    if spec.buckets is not None and units == [model] and recomputed:
         raise ShardingError(
-            "buckets need the model as one graph, which knows where its padding is",
-            fix="compile it whole: blocks=[model], and call torch.utils.checkpoint inside of it",
+            "buckets need the inputs' names, which torch.utils.checkpoint hides",
+            fix="leave blocks out, or call torch.utils.checkpoint inside of the model",
         )
 
 

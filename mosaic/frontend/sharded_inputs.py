@@ -6,7 +6,7 @@ x: ShardedTensor f64[2, 13/sp, 8]     Dynamo sees     x: f64[2, 13, 8]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from mosaic.api.errors import ShardingError
 from mosaic.layout import Place
 from mosaic.report.plan import Plan
 from mosaic.runtime.deferred_tensor import Recipe, flattened
-from mosaic.runtime.mesh import MosaicContext
+from mosaic.runtime.mesh import MosaicContext, get_context
 from mosaic.runtime.sharded_tensor import ShardedTensor, with_whole_gradient, wrapped
 from mosaic.torch_private import is_alias, is_mesh
 
@@ -87,23 +87,38 @@ def check_ranks(arriving: Arriving, ranks: MosaicContext | None) -> None:
 
 
 def part_examples(
-    module: fx.GraphModule, examples: Sequence[Any], mutated: Sequence[int]
+    module: fx.GraphModule,
+    examples: Sequence[Any],
+    mutated: Sequence[int],
+    arriving: Mapping[int, tuple[Place, ...]],
 ) -> list[Any]:
     """What the local program is compiled with: of a ShardedTensor this rank's part (a fake one)."""
     values, given = flattened(placeholder_values(module)), flattened(examples)
-    parts = [part_example(x, y) for x, y in zip(values, given, strict=True)]
+    pairs = zip(values, given, strict=True)
+    parts = [part_example(x, y, arriving.get(i, ())) for i, (x, y) in enumerate(pairs)]
     for i in mutated:
         if isinstance(values[i], ShardedTensor) and values[i].requires_grad:
             parts[i] = parts[i].clone()  # as parts_of does: no leaf
     return parts
 
 
-def part_example(x: Any, given: Any) -> Any:
+def part_example(x: Any, given: Any, places: tuple[Place, ...]) -> Any:
+    if isinstance(x, ShardedTensor) and x.bucket is not None:
+        return part_of_fake(x, open_part(x, places))
     if isinstance(x, ShardedTensor):
         return part_of_fake(x, x._local)
     if isinstance(x, DTensor):
         return part_of_fake(x, x._local_tensor)
     return 0 if is_mesh(x) else given
+
+
+def open_part(x: ShardedTensor, places: tuple[Place, ...]) -> torch.Tensor:
+    """This rank's part, of which Dynamo has seen nothing."""
+    (place,) = places
+    rank = get_context().rank(place.mesh_axis)
+    sizes = [n if d == place.dim else int(n) for d, n in enumerate(x.shape)]
+    with x._local.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty(place.local_shape(sizes, rank))
 
 
 def part_of_fake(x: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
@@ -129,7 +144,7 @@ def parts_of(args: Sequence[Any], mutated: Sequence[int]) -> list[Any]:
 
 def part_of_argument(x: Any) -> Any:
     if isinstance(x, ShardedTensor):
-        return x.local
+        return x.local if x.bucket is None else x.local.contiguous()  # as open_part says
     if isinstance(x, DTensor):
         return x.to_local()
     return 0 if is_mesh(x) else x

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mosaic.api.errors import UnsupportedError
+from mosaic.runtime.many_lengths import ManyLengths, is_open, of_length
 from mosaic.runtime.sharded_tensor import (
     ATTENTION,
     READS,
@@ -49,6 +50,14 @@ class Ref:
     """In a step's arguments: value number ``index``, of the leaves and then of the steps."""
 
     index: int
+
+
+@dataclass(frozen=True)
+class SizeOf:
+    """In a step's arguments, while a unit is called for all lengths of a bucket: the size of the
+    deferred tensor along ``dim``."""
+
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class Recipe:
         return found
 
 
-class DeferredTensor(torch.Tensor):
+class DeferredTensor(ManyLengths):
     """What the last of ``steps`` gives, of ``leaves``. One that has a gradient is the result of an
     autograd.Function (``Learned``): autograd works above all that is said here."""
 
@@ -134,21 +143,27 @@ class DeferredTensor(torch.Tensor):
         for number, leaf in enumerate(leaves):
             setattr(self, f"leaf_{number}", leaf)
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Meta, tuple[bool, ...]]]:
-        """With the meta which leaves are learned: fake ones that Dynamo makes do not know."""
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Meta, tuple[bool, ...], int | None]]:
+        """With the meta which leaves are learned: fake ones that Dynamo makes do not know. And
+        which dim has the length, if it is one of many."""
         names = [f"leaf_{number}" for number in range(len(self.leaves))]
         learned = tuple(x.requires_grad for x in self.leaves) if self.requires_grad else ()
-        return names, ((self.steps, self.dtype, self.device), learned)
+        steps, dim = self.bucket or (self.steps, None)
+        return names, ((steps, self.dtype, self.device), learned, dim)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], known: tuple[Meta, tuple[bool, ...]], shape: Any, stride: Any
+        inner: dict[str, Tensor], known: tuple[Meta, Any, int | None], shape: Any, stride: Any
     ) -> DeferredTensor:
-        meta, learned = known
+        meta, learned, dim = known
         leaves = [*inner.values()]
+        if dim is not None:  # Dynamo has no symbols for sizes of a leaf that wraps others itself
+            leaves = [of_length(x, shape[dim]) if is_open(x) else x for x in leaves]
         for leaf in compress(leaves, learned):
             leaf.requires_grad_()
-        return DeferredTensor(leaves, shape, meta)
+        x: DeferredTensor = DeferredTensor(leaves, shape, meta)
+        x.bucket = None if dim is None else (meta[0], dim)
+        return x
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeferredTensor(shape={list(self.shape)}, {self.dtype}, of {len(self.steps)} ops)"
@@ -266,15 +281,29 @@ def flattened(values: Sequence[Any]) -> list[Any]:
     return found
 
 
-def regrouped(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
-    """The arguments again, those deferred made, of what ``flattened(like)`` stands for."""
+def regrouped(
+    values: Sequence[Any], like: Sequence[Any], size: Callable[[Any], int] = int
+) -> list[Any]:
+    """The arguments again, those deferred made, of what ``flattened(like)`` stands for; ``size``
+    gives the sizes that Dynamo left open."""
     rest = iter(values)
     return [
-        run(x.steps, [next(rest) for _ in x.leaves], call)
+        run(closed(x.steps, [*map(size, x.shape)]), [next(rest) for _ in x.leaves], call)
         if isinstance(x, DeferredTensor)
         else next(rest)
         for x in like
     ]
+
+
+def closed(steps: Steps, shape: Sequence[int]) -> Steps:
+    """A program at known sizes."""
+
+    def known(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(known, x))
+        return shape[x.dim] if isinstance(x, SizeOf) else x
+
+    return tuple(Step(step.op, known(step.args), known(step.kwargs)) for step in steps)
 
 
 def diff_arguments(

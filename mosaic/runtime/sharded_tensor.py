@@ -13,6 +13,7 @@ from torch import Tensor
 from mosaic.api.errors import ShardingError
 from mosaic.layout import Layout, Place, Shard
 from mosaic.runtime.collectives import slice_to
+from mosaic.runtime.many_lengths import Bucketed, ManyLengths
 from mosaic.runtime.memory import Memory
 from mosaic.runtime.mesh import get_context
 from mosaic.torch_private import (
@@ -61,7 +62,7 @@ def caught_attention() -> Iterator[None]:
 OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 
 
-class ShardedTensor(torch.Tensor):
+class ShardedTensor(ManyLengths):
     """Its shape and strides are the global ones: those that it has on one device. This rank holds a
     part along each of ``places``, one for each mesh axis that cuts it, in the order of the mesh:
     each cuts what those before it leave.
@@ -111,14 +112,21 @@ class ShardedTensor(torch.Tensor):
                 return ShardedTensor(memory, *sizes)
         return ShardedTensor(memory, *sizes)
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Place, ...]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Place, ...] | Bucketed]:
+        if self.bucket is not None:
+            return ["_nothing"], Bucketed(self.bucket)
         return ["_local"], self.places
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], places: tuple[Place, ...], shape: Any, stride: Any
+        inner: dict[str, Tensor], known: tuple[Place, ...] | Bucketed, shape: Any, stride: Any
     ) -> ShardedTensor:
-        return ShardedTensor(inner["_local"], shape, places, stride)
+        (part,) = inner.values()
+        places = known.places if isinstance(known, Bucketed) else known
+        x = ShardedTensor(part, shape, places, stride)
+        if isinstance(known, Bucketed):
+            x.bucket, x._nothing = places, part
+        return x
 
     def __repr__(self) -> str:  # type: ignore[override]
         cuts = "; ".join(

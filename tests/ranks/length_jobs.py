@@ -127,8 +127,8 @@ def run_lengths(
     how: str = "compile",
 ) -> dict[str, Any]:
     """Loss, gradients and outputs of one model for each length; with ``options`` through Mosaic on
-    p ranks, by ``torch.compile`` or by ``mosaic.parallelize`` (``how``: "parallelize", or "fsdp").
-    And how many programs were compiled."""
+    p ranks, by ``torch.compile`` or by ``mosaic.parallelize`` (``how``: a key of ``HOW``). And how
+    many programs were compiled."""
     torch.manual_seed(0)
     model = build()
     called: Any = model
@@ -137,13 +137,23 @@ def run_lengths(
     if options is not None and how == "compile":
         called = torch.compile(model, backend="mosaic", options={"inner": "eager", **options})
     elif options is not None:
-        shards = how == "fsdp"
-        given = {"blocks": [model], "inner": "eager", "fully_shard": shards}
+        blocks = None if how.startswith("blocks") else [model]
+        given = {"blocks": blocks, "inner": "eager", **HOW[how]}
         called = mosaic.parallelize(model, options["spec"], **given)
     with mosaic.plans() as plans:
         found = {n: one_step(model, called, batch, n) for n in lengths}
     masks = {a.mask for plan in plans for a in plan.attentions if a.axis}
     return {"steps": found, "compiles": len(plans), "masks": masks}
+
+
+#: Arguments of ``mosaic.parallelize``; the whole model is one graph, or its blocks are.
+HOW: dict[str, dict[str, bool]] = {
+    "parallelize": {},
+    "fsdp": {"fully_shard": True},
+    "blocks": {},
+    "blocks, fsdp": {"fully_shard": True},
+    "blocks, checkpoint": {"checkpoint": True},
+}
 
 
 def other_lengths(options: dict) -> str:

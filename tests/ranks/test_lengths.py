@@ -108,11 +108,12 @@ def test_parallelize(ranks, how: str) -> None:
                 assert_close(f"output of {n}", x, y, 1e-11)
 
 
-def test_parallelize_of_blocks_is_refused() -> None:
+def test_parallelize_of_a_model_that_is_recomputed_is_refused() -> None:
     mosaic.init(sp_size=1)
     model = gpt()
-    with pytest.raises(mosaic.ShardingError, match="one graph, which knows where its padding is"):
-        mosaic.parallelize(model, spec_of(MODELS["gpt"][2])["spec"])
+    with pytest.raises(mosaic.ShardingError, match="names, which"):
+        spec = spec_of(MODELS["gpt"][2])["spec"]
+        mosaic.parallelize(model, spec, blocks=[model], checkpoint=True)
     mosaic.get_context().shutdown()
 
 
