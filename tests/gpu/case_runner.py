@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 
 import mosaic
 from mosaic.api.errors import ShardingError
@@ -93,6 +94,8 @@ def serve(group: Group, first: int, setting: Setting) -> int:
     """What a rank does: the cases from ``first`` on."""
     torch.set_num_threads(1 if not CUDA else 8)
     if group.ranks:
+        if setting.ranks == 1:  # where mosaic.init needs none, and others do
+            dist.init_process_group("nccl" if CUDA else "gloo")
         setting = replace(setting, context=mosaic.init(sp_size=None))
     for number, case in enumerate(group.cases[first:], first):
         tell("begin", number)
