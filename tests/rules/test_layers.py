@@ -69,7 +69,7 @@ def test_every_folder_is_installed() -> None:
         for path in folders
         if path.is_relative_to(root)
     )
-    assert sorted(listed) == sorted(".".join((name, *parts)) for name, parts in names)
+    assert {*listed} == {".".join((name, *parts)) for name, parts in names}
 
 
 #: Each folder imports those before it only. (``docs/architecture.md`` says so, too.)
