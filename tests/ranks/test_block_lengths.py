@@ -26,8 +26,9 @@ MANY = [
     ("gpt", 3, "blocks", THIRTY, 2),
     ("gpt", 2, "blocks, checkpoint", LENGTHS, 3),
     ("llama", 2, "blocks", THIRTY, 2),
-    ("llama", 4, "blocks, fsdp", LENGTHS, 5),
-    ("llama_padded", 3, "blocks, checkpoint", LENGTHS, 3),
+    ("llama", 4, "blocks, fsdp", LENGTHS, 6),
+    # A mask of sizes, under checkpoints, is compiled for each length, and said.
+    ("llama_padded", 3, "blocks, checkpoint", LENGTHS, 6),
     ("encoder", 4, "blocks", LENGTHS, 2),
 ]
 FEW = [
