@@ -108,12 +108,7 @@ def mask_mod(program: str, along: tuple[tuple[int, ...], ...]) -> Callable[..., 
 
 
 def options_of(
-    q: Tensor,
-    k: Tensor,
-    leaves: Sequence[Tensor],
-    program: str,
-    scale: float,
-    way: int,
+    q: Tensor, k: Tensor, leaves: Sequence[Tensor], program: str, scale: float, way: int
 ) -> dict[str, Any]:
     """What the package is told of a mask; ``way``: 0 for the keys of rows, 1 for rows of keys."""
     lists = with_lists(leaves, program, q, k)

@@ -189,20 +189,21 @@ def written_out(x: Tensor) -> Tensor:
     return x.contiguous() if 0 in x.stride() else x
 
 
-def _programs(mask: Structure, scores: Structure | None, scale: float) -> tuple[Any, ...]:
+def arguments_of(mask: Structure, scores: Structure | None, scale: float) -> tuple[Any, ...]:
+    """What ops take behind their tensors: programs are text, beside their leaves."""
     changes = ([], "") if scores is None else (list(scores.leaves), scores.program)
     return list(mask.leaves), mask.program, *changes, scale
 
 
 def _forward(q, k, v, *, mask, scale, scores=None, **_) -> Partial:
     q, k, v = (written_out(x) for x in (q, k, v))
-    out, lse = torch.ops.mosaic.flex(q, k, v, *_programs(mask, scores, scale))
+    out, lse = torch.ops.mosaic.flex(q, k, v, *arguments_of(mask, scores, scale))
     return out, lse
 
 
 def _backward(dout, q, k, v, out, lse, *, mask, scale, scores=None, **_) -> Gradients:
     tensors = (written_out(x) for x in (dout.to(q.dtype), q, k, v, out.to(q.dtype)))
-    rest = _programs(mask, scores, scale)
+    rest = arguments_of(mask, scores, scale)
     return Gradients(*torch.ops.mosaic.flex_backward(*tensors, lse.contiguous(), *rest))
 
 

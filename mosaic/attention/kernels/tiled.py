@@ -8,7 +8,7 @@ has a tensor of rows x keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from mosaic.attention.blocks import Piece
 from mosaic.attention.kernels.efficient import EFFICIENT
+from mosaic.attention.kernels.flex import arguments_of
 from mosaic.attention.kernels.kernel import MOST_BATCHES, TABLES, Case, Gradients, Kernel
 from mosaic.attention.kernels.math import MATH
 from mosaic.attention.merge import Partial, accumulator, unwritten
 from mosaic.attention.scores import bias_of
-from mosaic.attention.structure import Structure
+from mosaic.attention.structure import Structure, part_of
 from mosaic.attention.tiles import TileProgram
 from mosaic.torch_private import recording
 
@@ -67,8 +68,7 @@ def tile(
         return Tile(piece, MATH, options, None)
     bias, shift = found
     added = bias.tile(piece).masked_fill(~seen, float("-inf"))
-    if shift is not None and shift.shape[2] > 1:
-        shift = shift[:, :, piece.q_start : piece.q_stop]
+    shift = None if shift is None else part_of(shift, 2, piece.q_start, piece.q_stop)
     options |= {"mask": added, "shift": shift}
     fits = EFFICIENT.fits(Case.of(*tensors, added, False))
     return Tile(piece, EFFICIENT if fits else MATH, options, bias)
@@ -146,17 +146,13 @@ def of_rows(grad: Tensor, piece: Piece, whole: Tensor) -> Tensor:
     return F.pad(grad, (0, 0, piece.q_start, whole.shape[2] - piece.q_stop))
 
 
-def _tensors(mask: Structure, scores: Structure, scale: float) -> Sequence[Any]:
-    return list(mask.leaves), mask.program, list(scores.leaves), scores.program, scale
-
-
 def _forward(q, k, v, *, mask, scale, scores, **_) -> Partial:
-    out, lse = torch.ops.mosaic.tiles(q, k, v, *_tensors(mask, scores, scale))
+    out, lse = torch.ops.mosaic.tiles(q, k, v, *arguments_of(mask, scores, scale))
     return out, lse
 
 
 def _backward(dout, q, k, v, out, lse, *, mask, scale, scores, **_) -> Gradients:
-    rest = _tensors(mask, scores, scale)
+    rest = arguments_of(mask, scores, scale)
     dq, dk, dv, *dleaves = torch.ops.mosaic.tiles_backward(dout, q, k, v, out, lse, *rest)
     return Gradients(dq, dk, dv, None, tuple(dleaves))
 
