@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,3 +80,11 @@ def assert_logged(
     for mine, theirs in zip(got, want, strict=True):
         wrong = [k for k, x in theirs.items() if not math.isclose(mine[k], x, rel_tol=tol)]
         assert not wrong, f"{wrong} of {mine}, expected {theirs}"
+
+
+def assert_resumed(got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    """A run in one piece, one that goes on from its checkpoint, and the weights that it saved."""
+    assert_logged(got["once"], want["once"])
+    assert_logged(got["again"], want["again"])
+    assert_logged(got["again"][2:4], got["once"][2:4])
+    compare_gradients(want["weights"], got["weights"], 1e-6)
