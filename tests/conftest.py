@@ -13,7 +13,7 @@ os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 import hypothesis
 import pytest
 import torch
-from rank_pool import RankPool
+from rank_pool import RankPool, forget_what_was_said
 
 gc.freeze()  # collections, of which compilers cause many, need not look at what is imported
 gc.set_threshold(50_000, 20, 20)
@@ -38,6 +38,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if options.numprocesses is None and not options.usepdb and not options.collectonly:
         options.numprocesses, options.dist = 2, "loadfile"
         options.loadscopereorder = False  # the short ones come last, so that both end together
+
+
+@pytest.fixture(autouse=True)
+def hears_what_is_said_once() -> None:
+    forget_what_was_said()
 
 
 @pytest.fixture(scope="session")

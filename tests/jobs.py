@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch
 import torch.distributed as dist
 
+from mosaic.frontend import user_warnings
 from mosaic.runtime import mesh
 
 
@@ -33,6 +35,18 @@ def mesh_places(sp_size: int) -> tuple[int, int, int, int, torch.Tensor]:
     total = torch.tensor([dist.get_rank()])
     dist.all_reduce(total, group=context.group("sp"))
     return context.dp_rank, context.dp_size, context.rank(), context.size(), total
+
+
+def warned_once() -> list[str]:
+    """What a listener hears of a warning that is said once per process, twice."""
+    heard: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    user_warnings.log.addHandler(listener)
+    for _ in range(2):
+        user_warnings.once("once")
+    user_warnings.log.removeHandler(listener)
+    return heard
 
 
 def gradient_of_square(x: torch.Tensor) -> torch.Tensor:

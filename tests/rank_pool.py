@@ -54,7 +54,8 @@ class RankPool:
         """Call ``fn(*args, **kwargs)`` on every rank; the results in rank order, on the CPU.
 
         ``fn`` goes by its name, so it must stand in a module that the ranks can import. After
-        every job Mosaic's context is shut down and Dynamo is reset: no job sees another's.
+        every job Mosaic's context is shut down, Dynamo is reset and what was said once may be said
+        again: no job sees another's.
         """
         if not self._ranks:
             self._start()
@@ -176,9 +177,16 @@ def _leave_parent() -> None:
 
 
 def _clean_up() -> None:
+    forget_what_was_said()
     if "mosaic.runtime.mesh" in sys.modules:
         context = sys.modules["mosaic.runtime.mesh"].current_context()
         if context is not None:
             context.shutdown()
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+
+
+def forget_what_was_said() -> None:
+    """A test hears what is said once per process, whichever tests ran before it."""
+    if "mosaic.frontend.user_warnings" in sys.modules:
+        sys.modules["mosaic.frontend.user_warnings"]._said.clear()

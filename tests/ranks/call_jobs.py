@@ -102,7 +102,6 @@ def eager_runs(p: int) -> dict[str, float]:
 
 def whole_and_eager(p: int) -> list[str]:
     """Right, and said once."""
-    user_warnings._said.clear()
     mosaic.init(sp_size=p)
     attend, x = compiled(Attend()), random(8).detach()
     with torch.compiler.set_stance("force_eager"):

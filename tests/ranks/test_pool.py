@@ -47,3 +47,8 @@ def test_one_job_may_ask_for_another_mesh_than_the_last(ranks):
     places = ranks(4).run(jobs.mesh_places, 2)
     assert [p[:4] for p in places] == [(0, 2, 0, 2), (0, 2, 1, 2), (1, 2, 0, 2), (1, 2, 1, 2)]
     assert [p[4].item() for p in places] == [1, 1, 5, 5]
+
+
+def test_a_job_hears_what_an_earlier_one_was_told(ranks):
+    for _ in range(2):
+        assert ranks(2).run(jobs.warned_once) == [["once"]] * 2
